@@ -1,0 +1,445 @@
+"""The command line: `sparsecore demo | search | train | info | compare`."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import data as datasets
+from .compare import Comparison, check_method
+from .experiment import (
+    METHODS,
+    SANITIES,
+    Setup,
+    apply_sanity,
+    choose,
+    find_ticket,
+    rewind_point,
+    setup_of,
+    train_ticket,
+)
+from .progress import Progress
+from .recipes import recipe_for
+from .sparsities import check_sparsity
+from .tickets import Ticket
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Find a sparse ticket in a network and train it.",
+)
+console = Console()
+
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Seed = Annotated[int, typer.Option(help="Of the initial weights, data order and gate noise.")]
+Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file.")]
+ModelName = Annotated[str, typer.Option(help="A built-in model or torchvision:NAME.")]
+DataName = Annotated[
+    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
+]
+DataDir = Annotated[
+    Path | None, typer.Option(help="Where the data lies; without it, it is downloaded.")
+]
+ModelOption = Annotated[
+    list[str] | None,
+    typer.Option("--model-option", help="KEY=VALUE for the model, e.g. shortcut=3x3."),
+]
+RecipeOption = Annotated[
+    list[str] | None,
+    typer.Option("--recipe", help="KEY=VALUE over the model's training recipe, e.g. lr=0.05."),
+]
+Objective = Annotated[str, typer.Option(help="What CTS minimises.")]
+Control = Annotated[str, typer.Option(help="gradbalance, lagrangian or fixed.")]
+GranularityName = Annotated[
+    str, typer.Option("--granularity", help="weight, block:HxW, vector:V, channel or N:M.")
+]
+RewindEpochs = Annotated[int, typer.Option(help="Dense epochs before the search.")]
+SearchEpochs = Annotated[int, typer.Option(help="Passes over the data in a CTS search.")]
+SearchBatch = Annotated[int, typer.Option(help="Batch of a CTS search.")]
+LayersGlob = Annotated[
+    str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
+]
+ImageSize = Annotated[int | None, typer.Option(help="Side of folder images, in pixels.")]
+
+
+def device_of(name: str) -> torch.device:
+    """The device behind --device; ValueError if this machine lacks it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise ValueError(
+            f"device: {name} asked for, this machine has {count} usable GPUs; use --device cpu"
+        )
+    return device
+
+
+def parse_options(pairs: list[str] | None, what: str) -> dict[str, Any]:
+    """KEY=VALUE pairs; a value is JSON where it parses, else a string."""
+    options = {}
+    for pair in pairs or []:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{what}: expected KEY=VALUE, got {pair!r}")
+        try:
+            options[key] = json.loads(text)
+        except json.JSONDecodeError:
+            options[key] = text
+    return options
+
+
+def recipe_with(recipe: Any, pairs: list[str] | None) -> Any:
+    """The recipe with --recipe's fields replaced."""
+    options = parse_options(pairs, "recipe")
+    fields = {f.name for f in dataclasses.fields(recipe)}
+    for key in options:
+        choose("recipe field", key, sorted(fields))
+    if "milestones" in options:
+        options["milestones"] = tuple(options["milestones"])
+    return dataclasses.replace(recipe, **options)
+
+
+def write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is not None:
+        path.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def check_folder(path: Path | None) -> None:
+    """Told before hours of work, not after."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise ValueError(f"{path}: its folder does not exist; create {path.absolute().parent}")
+
+
+def load_data(name: str, data_dir: Path | None, image_size: int | None = None) -> datasets.Dataset:
+    return datasets.load(name, data_dir, image_size=image_size)
+
+
+@app.command()
+def search(
+    out: Annotated[Path, typer.Option(help="The ticket file to write.")],
+    model: ModelName = "lenet-300-100",
+    data: DataName = "fashion-mnist",
+    data_dir: DataDir = None,
+    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "cts",
+    objective: Objective = "reverse-kl",
+    control: Control = "gradbalance",
+    granularity: GranularityName = "weight",
+    rewind_epochs: RewindEpochs = 2,
+    search_epochs: SearchEpochs = 10,
+    search_batch: SearchBatch = 512,
+    sparsity: Annotated[float, typer.Option(help="Fraction of weights removed, in [0, 1).")] = 0.99,
+    layers: LayersGlob = None,
+    model_option: ModelOption = None,
+    recipe: RecipeOption = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Train briefly, search there, write the ticket.  Run again after a kill to go on."""
+    target = device_of(device)
+    choose("method", method, METHODS)
+    check_sparsity(sparsity)
+    check_folder(out)
+    check_folder(json_file)
+    setup = Setup(
+        model=model,
+        data=data,
+        recipe=recipe_with(recipe_for(model), recipe),
+        model_options=parse_options(model_option, "model option"),
+        rewind_epochs=rewind_epochs,
+        search_epochs=search_epochs,
+        search_batch=search_batch,
+        objective=objective,
+        control=control,
+        granularity=granularity,
+        sparse_layers=layers,
+    )
+    dataset = load_data(data, data_dir, image_size)
+    dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
+    with Progress() as progress:
+        start = rewind_point(setup, dataset, seed, target, progress, dense_part)
+        ticket, seconds = find_ticket(
+            setup, start, dataset, method, sparsity, seed, target, progress, search_part
+        )
+    ticket.save(out)
+    dense_part.unlink(missing_ok=True)
+    write_json(
+        json_file,
+        {
+            "ticket": str(out),
+            "method": method,
+            "sparsity": ticket.sparsity,
+            "seconds": seconds,
+            "hash": ticket.hash,
+        },
+    )
+    console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
+    console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
+
+
+@app.command()
+def train(
+    ticket: Annotated[Path, typer.Argument(help="A ticket file.")],
+    epochs: Annotated[int, typer.Option(help="Epochs to train after the rewind point.")] = 12,
+    sanity: Annotated[
+        str | None, typer.Option(help=f"Train a control instead: {', '.join(SANITIES)}.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Default: the ticket's own.")] = None,
+    data_dir: DataDir = None,
+    recipe: RecipeOption = None,
+    metrics: Annotated[Path | None, typer.Option(help="Append one JSON line an epoch.")] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Written each epoch; run again to go on from it.")
+    ] = None,
+    save: Annotated[
+        Path | None, typer.Option(help="Write the trained weights, pruned ones zero, here.")
+    ] = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Train a ticket from its start weights and report test accuracy."""
+    target = device_of(device)
+    for path in (metrics, checkpoint, save, json_file):
+        check_folder(path)
+    if epochs < 1:
+        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    loaded = Ticket.load(ticket)
+    setup = setup_of(loaded)
+    dataset = load_data(data or setup.data, data_dir, image_size)
+    if sanity is not None:
+        loaded = apply_sanity(loaded, sanity, dataset, seed)
+    with Progress() as progress:
+        model, history = train_ticket(
+            loaded,
+            dataset,
+            epochs,
+            target,
+            recipe=recipe_with(setup.recipe, recipe),
+            seed=seed,
+            metrics=metrics,
+            checkpoint=checkpoint,
+            progress=progress,
+        )
+    if save is not None:
+        from safetensors.torch import save_file
+
+        from .tickets import dense_state
+
+        save_file(dense_state(model), save)
+    write_json(
+        json_file,
+        {
+            "accuracy": history.accuracy,
+            "sparsity": loaded.sparsity,
+            "seconds": history.seconds,
+            "sanity": sanity,
+            "epochs": history.epochs,
+        },
+    )
+    console.print(
+        f"{history.accuracy:.2f} % test accuracy at {100 * loaded.sparsity:.3f} % sparsity, "
+        f"{history.seconds:.1f} s"
+    )
+
+
+@app.command()
+def info(
+    ticket: Annotated[Path, typer.Argument(help="A ticket file.")],
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Show a ticket's layers, live rows and columns, and where it comes from."""
+    check_folder(json_file)
+    loaded = Ticket.load(ticket)
+    table = Table(title=str(ticket))
+    for column in ("layer", "shape", "kept", "sparsity", "live rows", "live columns"):
+        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
+    rows = []
+    for name, mask in loaded.masks.items():
+        plane = mask.flatten(2).any(2) if mask.ndim > 2 else mask  # any tap keeps a channel alive
+        live_rows, live_columns = int(plane.any(1).sum()), int(plane.any(0).sum())
+        kept = int(mask.sum())
+        sparsity = 1 - kept / mask.numel()
+        table.add_row(
+            name,
+            "×".join(map(str, mask.shape)),
+            f"{kept:,}",
+            f"{100 * sparsity:.3f} %",
+            f"{live_rows}/{plane.shape[0]}",
+            f"{live_columns}/{plane.shape[1]}",
+        )
+        rows.append(
+            {
+                "layer": name,
+                "shape": list(mask.shape),
+                "kept": kept,
+                "sparsity": sparsity,
+                "live_rows": live_rows,
+                "live_columns": live_columns,
+            }
+        )
+    total = sum(mask.numel() for mask in loaded.masks.values())
+    kept = sum(row["kept"] for row in rows)
+    table.add_section()
+    table.add_row("all", "", f"{kept:,} of {total:,}", f"{100 * loaded.sparsity:.3f} %", "", "")
+    console.print(table)
+    console.print_json(json.dumps(loaded.meta))
+    console.print(f"mask hash {loaded.hash}", soft_wrap=True)
+    write_json(
+        json_file,
+        {"sparsity": loaded.sparsity, "hash": loaded.hash, "layers": rows, "meta": loaded.meta},
+    )
+
+
+def _split(text: str, what: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise ValueError(f"{what}: expected numbers with commas between, got {text!r}") from None
+
+
+@app.command()
+def compare(
+    methods: Annotated[
+        str, typer.Option(help="With commas; METHOD+shuffle, +reinit or +invert is a control.")
+    ] = "cts,snip,magnitude,random",
+    sparsities: Annotated[str, typer.Option(help="With commas.")] = "0.95,0.98,0.99",
+    seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 3,
+    out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")] = Path(
+        "runs/compare"
+    ),
+    epochs: Annotated[int, typer.Option(help="Epochs to train each ticket.")] = 12,
+    model: ModelName = "lenet-300-100",
+    data: DataName = "fashion-mnist",
+    data_dir: DataDir = None,
+    objective: Objective = "reverse-kl",
+    control: Control = "gradbalance",
+    granularity: GranularityName = "weight",
+    rewind_epochs: RewindEpochs = 2,
+    search_epochs: SearchEpochs = 10,
+    search_batch: SearchBatch = 512,
+    layers: LayersGlob = None,
+    model_option: ModelOption = None,
+    recipe: RecipeOption = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
+    target = device_of(device)
+    check_folder(json_file)
+    chosen = [check_method(m.strip()) for m in methods.split(",") if m.strip()]
+    wanted = [check_sparsity(s) for s in _split(sparsities, "sparsities", float)]
+    if not (chosen and wanted and seeds >= 1 and epochs >= 1):
+        raise ValueError("compare: expected at least one method, sparsity, seed and epoch")
+    setup = Setup(
+        model=model,
+        data=data,
+        recipe=recipe_with(recipe_for(model), recipe),
+        model_options=parse_options(model_option, "model option"),
+        rewind_epochs=rewind_epochs,
+        search_epochs=search_epochs,
+        search_batch=search_batch,
+        objective=objective,
+        control=control,
+        granularity=granularity,
+        sparse_layers=layers,
+    )
+    dataset = load_data(data, data_dir, image_size)
+    report(setup, dataset, chosen, wanted, range(seed, seed + seeds), epochs, out, target, json_file)
+
+
+def report(
+    setup: Setup,
+    dataset: datasets.Dataset,
+    methods: list[str],
+    sparsities: list[float],
+    seeds: range,
+    epochs: int,
+    out: Path,
+    device: torch.device,
+    json_file: Path | None,
+) -> None:
+    """Runs a comparison and shows where everything is."""
+    comparison = Comparison(out, setup, epochs)
+    with Progress() as progress:
+        comparison.run(dataset, methods, sparsities, seeds, device, progress)
+    picture = comparison.plot()
+    console.print(comparison.table())
+    for what, path in (("rows", out / "results.csv"), ("tickets", out / "tickets"), ("plot", picture)):
+        console.print(f"{what:8}{path}", soft_wrap=True)
+    write_json(json_file, {"rows": list(comparison.rows.values())})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo"),
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """A comparison on scikit-learn's handwritten digits, in about a minute on two cores."""
+    target = device_of(device)
+    setup = Setup(
+        model="lenet-300-100",
+        data="digits",
+        recipe=dataclasses.replace(recipe_for("lenet-300-100"), batch=64),
+        rewind_epochs=2,
+        search_epochs=40,  # 23 steps each: the set is small
+        search_batch=64,
+    )
+    dataset = load_data("digits", None)
+    methods = ["cts", "cts+shuffle", "snip", "magnitude", "random"]
+    report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), 40, out, target, json_file)  # fmt: skip
+    best = out / "tickets" / f"cts-0.99-{seed}.safetensors"
+    console.print(
+        "\nTry next:\n"
+        f"  sparsecore info {best}\n"
+        f"  sparsecore train {best} --epochs 40 --sanity shuffle\n"
+        "  sparsecore compare --data fashion-mnist --sparsities 0.98,0.99,0.995",
+        soft_wrap=True,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.  Exit code 2 and one line for bad input, 130 when interrupted."""
+    try:
+        code = app(argv, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except (ValueError, OSError) as error:
+        # A user's mistake or a full disk; anything else is a bug and keeps its traceback.
+        message = str(error)
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        return 130
+    except Exception as error:
+        # typer's usage errors share no public base class across its versions, only this method.
+        if not hasattr(error, "format_message"):
+            raise
+        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
+    if message:
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,245 @@
+"""Accuracy against sparsity for several methods and seeds, one resumable cell at a time."""
+
+import csv
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import mean, stdev
+
+import matplotlib
+import torch
+from rich.table import Table
+
+from . import safefile
+from .data import Dataset
+from .experiment import METHODS, SANITIES, Setup, apply_sanity, choose, find_ticket, new_model
+from .experiment import rewind_point, train_dense, train_ticket
+from .progress import QUIET, Progress
+from .sparsities import check_sparsity
+from .tickets import Ticket, dense_state
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
+
+FIELDS = (
+    "method",
+    "sparsity",
+    "seed",
+    "accuracy",
+    "kept_weights",
+    "search_seconds",
+    "train_seconds",
+    "device",
+    "torch",
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One training run: a method (`cts`, or a control of it such as `cts+shuffle`), a sparsity, a seed."""
+
+    method: str
+    sparsity: float
+    seed: int
+
+    @property
+    def key(self) -> str:
+        return f"{self.method}-{self.sparsity:g}-{self.seed}"
+
+
+def check_method(text: str) -> str:
+    """A method, or METHOD+SANITY; ValueError with the valid names otherwise."""
+    method, _, sanity = text.partition("+")
+    choose("method", method, METHODS)
+    if sanity:
+        choose("sanity", sanity, SANITIES)
+    return text
+
+
+class Comparison:
+    """A folder of finished cells: `results.csv`, `tickets/`, `setup.json`, `accuracy.png`.
+
+    Cells found in results.csv are not run again.  ValueError if the folder holds another setup.
+    """
+
+    def __init__(self, folder: Path, setup: Setup, epochs: int) -> None:
+        self.folder, self.setup, self.epochs = folder, setup, epochs
+        (folder / "tickets").mkdir(parents=True, exist_ok=True)
+        wanted = json.loads(json.dumps(asdict(setup) | {"epochs": epochs}))
+        path = folder / "setup.json"
+        if not path.exists():
+            path.write_text(json.dumps(wanted, indent=2) + "\n")
+        found = json.loads(path.read_text())
+        if found != wanted:
+            differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
+            raise ValueError(
+                f"{folder} holds cells of another setup (different: {', '.join(differ)}); "
+                "give another --out or remove it"
+            )
+        self.rows = self._read()
+
+    def run(
+        self,
+        dataset: Dataset,
+        methods: Sequence[str],
+        sparsities: Sequence[float],
+        seeds: Iterable[int],
+        device: torch.device,
+        progress: Progress = QUIET,
+    ) -> None:
+        """Runs what is missing: per seed one rewind point and the dense partner, then every cell."""
+        for sparsity in sparsities:
+            check_sparsity(sparsity)
+        for method in methods:
+            check_method(method)
+        seeds = list(seeds)
+        cells = [Cell("dense", 0.0, seed) for seed in seeds]
+        cells += [Cell(m, s, seed) for seed in seeds for s in sparsities for m in methods]
+        with progress.task("cells", total=len(cells)) as advance:
+            for cell in cells:
+                if cell.key not in self.rows:
+                    self._append(self._measure(cell, dataset, device, progress))
+                row = self.rows[cell.key]
+                advance(cell=cell.key, accuracy=float(row["accuracy"]))
+
+    def _measure(
+        self, cell: Cell, dataset: Dataset, device: torch.device, progress: Progress
+    ) -> dict[str, str]:
+        if cell.method == "dense":
+            model = self._start(cell.seed, dataset, device, progress)
+            history = train_dense(
+                self.setup, model, dataset, self.epochs, device, seed=cell.seed, progress=progress
+            )
+            kept, search_seconds = sum(p.numel() for p in model.parameters() if p.ndim > 1), 0.0
+        else:
+            ticket = self._ticket(cell, dataset, device, progress)
+            _, history = train_ticket(
+                ticket, dataset, self.epochs, device, seed=cell.seed, progress=progress
+            )
+            kept = sum(int(mask.sum()) for mask in ticket.masks.values())
+            search_seconds = ticket.meta["search_seconds"]
+        values = (
+            cell.method,
+            f"{cell.sparsity:g}",
+            cell.seed,
+            f"{history.accuracy:.2f}",
+            kept,
+            f"{search_seconds:.1f}",
+            f"{history.seconds:.1f}",
+            device.type if device.type == "cpu" else torch.cuda.get_device_name(device),
+            torch.__version__,
+        )
+        return {name: str(value) for name, value in zip(FIELDS, values, strict=True)}
+
+    def _ticket(
+        self, cell: Cell, dataset: Dataset, device: torch.device, progress: Progress
+    ) -> Ticket:
+        method, _, sanity = cell.method.partition("+")
+        path = self.folder / "tickets" / f"{method}-{cell.sparsity:g}-{cell.seed}.safetensors"
+        if path.exists():
+            ticket = Ticket.load(path)
+        else:
+            model = self._start(cell.seed, dataset, device, progress)
+            ticket, seconds = find_ticket(
+                self.setup, model, dataset, method, cell.sparsity, cell.seed, device, progress,
+                checkpoint=path.with_suffix(".checkpoint"),
+            )  # fmt: skip
+            ticket.meta["search_seconds"] = round(seconds, 3)
+            ticket.save(path)
+        return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
+
+    def _start(
+        self, seed: int, dataset: Dataset, device: torch.device, progress: Progress
+    ) -> torch.nn.Module:
+        """The seed's rewind point, trained once and kept on disk."""
+        path = self.folder / f"rewind-{seed}.safetensors"
+        if path.exists():
+            model = new_model(self.setup, dataset, seed)
+            model.load_state_dict(safefile.read(path, kind="weights")[0])
+            return model.to(device)
+        model = rewind_point(self.setup, dataset, seed, device, progress)
+        safefile.write(path, dense_state(model), {}, kind="weights")
+        return model
+
+    def _read(self) -> dict[str, dict[str, str]]:
+        path = self.folder / "results.csv"
+        if not path.exists():
+            return {}
+        text = path.read_text()
+        complete = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
+        if complete != text:
+            path.write_text(complete)
+        rows = csv.DictReader(complete.splitlines())
+        return {
+            Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key: row for row in rows
+        }
+
+    def _append(self, row: dict[str, str]) -> None:
+        path = self.folder / "results.csv"
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+        self.rows[Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key] = row
+
+    def summary(self) -> dict[str, dict[float, list[float]]]:
+        """Accuracies (%) of all finished cells by method and sparsity."""
+        found: dict[str, dict[float, list[float]]] = {}
+        for row in self.rows.values():
+            by_sparsity = found.setdefault(row["method"], {})
+            by_sparsity.setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
+        return found
+
+    def table(self) -> Table:
+        """Mean accuracy with its standard deviation over seeds, a row per method."""
+        summary = self.summary()
+        sparsities = sorted({s for m, row in summary.items() if m != "dense" for s in row})
+        dense = summary.get("dense", {}).get(0.0, [])
+        title = f"{self.setup.model} on {self.setup.data}: test accuracy, %"
+        table = Table(title=title, caption=f"dense {_spread(dense)}" if dense else None)
+        table.add_column("method")
+        for s in sparsities:
+            table.add_column(f"{100 * s:g} % sparse", justify="right")
+        for method, row in summary.items():
+            if method != "dense":
+                table.add_row(method, *[_spread(row.get(s, [])) for s in sparsities])
+        return table
+
+    def plot(self) -> Path:
+        """Draws accuracy against sparsity with error bars; returns the picture's path."""
+        figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+        summary = self.summary()
+        dense = summary.pop("dense", {}).get(0.0)
+        if dense:
+            axes.axhline(mean(dense), color="grey", linestyle="--", linewidth=1, label="dense")
+        for method, row in summary.items():
+            points = sorted(row)
+            means = [mean(row[s]) for s in points]
+            errors = [stdev(row[s]) if len(row[s]) > 1 else 0.0 for s in points]
+            kept = [100 * (1 - s) for s in points]
+            axes.errorbar(kept, means, yerr=errors, marker="o", capsize=3, label=method)
+        axes.set_xscale("log")
+        axes.invert_xaxis()
+        kept = sorted({100 * (1 - s) for row in summary.values() for s in row})
+        axes.set_xticks(kept, [f"{100 - k:g}" for k in kept], minor=False)
+        axes.minorticks_off()
+        axes.set_xlabel("sparsity, % of weights removed")
+        axes.set_ylabel("test accuracy, %")
+        axes.set_title(f"{self.setup.model} on {self.setup.data}")
+        axes.grid(alpha=0.3)
+        axes.legend()
+        path = self.folder / "accuracy.png"
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+        return path
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.1f}"
+    return f"{mean(values):.1f} ± {stdev(values):.1f}"

@@ -1,0 +1,106 @@
+"""Controllers: how hard sparsity pulls.  Frozen rules with explicit state, all on the device, no host sync.
+
+The search descends g_R + lambda * g_S, where g_S = d excess / d logits and
+excess = 100 * (expected density / target density - 1).
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+State = dict[str, Tensor]
+
+
+class Reading(NamedTuple):
+    """What a controller sees at one step; 0-dim tensors on the search's device."""
+
+    task_norm: Tensor  # ||g_R||_2 over all logits
+    sparsity_norm: Tensor  # ||g_S||_2 over all logits
+    excess: Tensor  # percent above the target density; negative once below
+
+
+class AbstractController(ABC):
+    """Gives the weight lambda of the sparsity gradient, one step after another."""
+
+    @abstractmethod
+    def target(self, density: float) -> float:
+        """The density at which `excess` is zero, for a ticket of `density`."""
+
+    @abstractmethod
+    def init(self, device: torch.device) -> State:
+        """State before the first step."""
+
+    @abstractmethod
+    def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+        """(lambda, next state)."""
+
+
+@dataclass(frozen=True)
+class GradBalance(AbstractController):
+    """lambda follows ||g_R|| / ||g_S|| while the density is above target, 0 below (arXiv 2512.07142, alg. 1).
+
+    `slack` puts the target above the wanted density (1.1 in the paper); `momentum` is the average's 0.99.
+    """
+
+    slack: float = 1.1
+    momentum: float = 0.99
+
+    def target(self, density: float) -> float:
+        return self.slack * density
+
+    def init(self, device: torch.device) -> State:
+        return {
+            "weight": torch.zeros((), device=device),
+            "started": torch.zeros((), dtype=torch.bool, device=device),
+        }
+
+    def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+        tiny = torch.finfo(reading.sparsity_norm.dtype).tiny
+        ratio = reading.task_norm / reading.sparsity_norm.clamp_min(tiny)
+        wanted = torch.where(reading.excess > 0, ratio, torch.zeros_like(ratio))
+        averaged = self.momentum * state["weight"] + (1 - self.momentum) * wanted
+        weight = torch.where(state["started"], averaged, wanted)
+        return weight, {"weight": weight, "started": torch.ones_like(state["started"])}
+
+
+@dataclass(frozen=True)
+class Lagrangian(AbstractController):
+    """Gradient ascent on lambda, the paper's ablation partner; lr is 0.01 times the logits' 0.1."""
+
+    lr: float = 1e-3
+
+    def target(self, density: float) -> float:
+        return density
+
+    def init(self, device: torch.device) -> State:
+        return {"weight": torch.zeros((), device=device)}
+
+    def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+        weight = state["weight"] + self.lr * reading.excess
+        return weight, {"weight": weight}
+
+
+@dataclass(frozen=True)
+class FixedPenalty(AbstractController):
+    """A constant lambda."""
+
+    weight: float = 1.0
+
+    def target(self, density: float) -> float:
+        return density
+
+    def init(self, device: torch.device) -> State:
+        return {"weight": torch.full((), self.weight, device=device)}
+
+    def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+        return state["weight"], state
+
+
+CONTROLS: dict[str, type[AbstractController]] = {
+    "gradbalance": GradBalance,
+    "lagrangian": Lagrangian,
+    "fixed": FixedPenalty,
+}

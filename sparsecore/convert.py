@@ -1,0 +1,125 @@
+"""Whole models: make layers sparse-capable, make them plain again, and look at them."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from .nn import SparseConv2d, SparseLayer, SparseLinear
+from .patterns import Gated
+
+Filter = Callable[[str, nn.Module], bool] | type | str | Iterable[str]
+
+# Exact types only: a subclass may compute something else with its weight.
+_SPARSE_TYPES: dict[type[nn.Module], type[SparseLayer]] = {
+    nn.Linear: SparseLinear,
+    NonDynamicallyQuantizableLinear: SparseLinear,  # the output projection of nn.MultiheadAttention
+    nn.Conv2d: SparseConv2d,
+}
+
+
+def is_prunable(name: str, module: nn.Module) -> bool:
+    """The default filter: every nn.Linear and nn.Conv2d, first and last layer included.
+
+    Biases, normalisation and embeddings stay dense, and so does `nn.MultiheadAttention.in_proj_weight`,
+    which is a bare parameter of that module (its `out_proj` is a layer and does become sparse).
+    """
+    return type(module) in _SPARSE_TYPES
+
+
+def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
+    """Replaces the chosen layers by SparseLinear / SparseConv2d in place and returns the model.
+
+    Parameters are shared, not copied, so an existing optimiser keeps working; outputs are unchanged.
+
+    Args:
+        filter_fn: `f(name, module) -> bool`, a module type, a glob on the layer's name
+            (`"layer?.*"`), or several globs.  Only nn.Linear and nn.Conv2d can be chosen.
+
+    Errors: ValueError if nothing matches.
+    """
+    chosen = _as_predicate(filter_fn)
+    if type(model) in _SPARSE_TYPES:
+        return _SPARSE_TYPES[type(model)].from_dense(model) if chosen("", model) else model
+    found = bool(sparse_layers(model))
+    for name, module in list(model.named_modules()):
+        for child_name, child in list(module.named_children()):
+            path = f"{name}.{child_name}" if name else child_name
+            if type(child) in _SPARSE_TYPES and chosen(path, child):
+                setattr(module, child_name, _SPARSE_TYPES[type(child)].from_dense(child))
+                found = True
+    if not found:
+        names = [n for n, m in model.named_modules() if is_prunable(n, m)]
+        raise ValueError(
+            f"sparsify_: no layer matches {filter_fn!r}; the model's linear and convolution layers "
+            f"are {', '.join(names[:8]) or 'none'}{', …' if len(names) > 8 else ''}"
+        )
+    return model
+
+
+def densify_(model: nn.Module) -> nn.Module:
+    """Replaces sparse layers by plain nn.Linear / nn.Conv2d with the same keys, in place; returns the model."""
+    if isinstance(model, SparseLayer):
+        return model.to_dense()
+    for module in list(model.modules()):
+        for child_name, child in list(module.named_children()):
+            if isinstance(child, SparseLayer):
+                setattr(module, child_name, child.to_dense())
+    return model
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """Sparse-capable layers by name, in the model's order."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+
+
+def require_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """`sparse_layers`, or a ValueError that says how to get some."""
+    layers = sparse_layers(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no sparse layers: call sparsecore.sparsify_(model) first"
+        )
+    return layers
+
+
+def advance_(model: nn.Module) -> None:
+    """Moves every Gated layer on to its next draw: call once per training step."""
+    for layer in sparse_layers(model).values():
+        if isinstance(layer.pattern, Gated):
+            layer.pattern.step += 1
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[None]:
+    """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
+
+    On leaving, modes and all buffers (running statistics) are what they were.
+    """
+    modes = {module: module.training for module in model.modules()}
+    saved: dict[Tensor, Tensor] = {}
+    model.eval()
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            saved.update({b: b.clone() for b in module.buffers(recurse=False)})
+    try:
+        yield
+    finally:
+        for buffer, value in saved.items():
+            buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _as_predicate(filter_fn: Filter) -> Callable[[str, nn.Module], bool]:
+    if isinstance(filter_fn, type):
+        return lambda name, module: isinstance(module, filter_fn)
+    if isinstance(filter_fn, str):
+        return lambda name, module: fnmatchcase(name, filter_fn)
+    if callable(filter_fn):
+        return filter_fn
+    globs = tuple(filter_fn)
+    return lambda name, module: any(fnmatchcase(name, glob) for glob in globs)

@@ -1,0 +1,204 @@
+"""Gates: distributions over masks, as frozen values.  Randomness and logits are arguments.
+
+Laws (tests/test_gates.py): `density(init(p)) == p`; `sample` lies in [0, 1] and grows with the logit;
+`slope(sample(s, u), s)` is d sample / d s; `density_slope` is d density / d s.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import kernels
+from .sparsities import check_sparsity, kept_count, top_k
+
+Project = Callable[[Tensor], Tensor]
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+class AbstractGate(ABC):
+    """A distribution over z in [0, 1] with one logit per unit; all tensors share the units' shape."""
+
+    @abstractmethod
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        """The relaxed sample z, given uniform noise in [0, 1).
+
+        `project` zeroes the units that a pattern such as N:M forbids (`Granularity.project`).
+        """
+
+    @abstractmethod
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        """dz/dlogits at the sample z; zero where `project` or clipping made z zero."""
+
+    @abstractmethod
+    def density(self, logits: Tensor) -> Tensor:
+        """P(z != 0), or the stand-in that the method's paper penalises, per unit."""
+
+    @abstractmethod
+    def density_slope(self, logits: Tensor) -> Tensor:
+        """d density / d logits, per unit."""
+
+    @abstractmethod
+    def mean(self, logits: Tensor) -> Tensor:
+        """The deterministic gate value used without sampling."""
+
+    @abstractmethod
+    def init(self, density: float) -> float:
+        """The logit at which `density` is reached."""
+
+    def score(self, logits: Tensor) -> Tensor:
+        """What hardening ranks units by: the k best are kept."""
+        return logits
+
+
+def _check_density(density: float) -> float:
+    if not 0 < density < 1:
+        raise ValueError(f"density: expected 0 < density < 1, got {density}")
+    return density
+
+
+def _positive(name: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{name}: expected a positive number, got {value}")
+
+
+@dataclass(frozen=True)
+class Concrete(AbstractGate):
+    """Binary Concrete, z = sigmoid(logit(u)/tau + s), never exactly 0 (Maddison 2017; CTS).
+
+    Its density is sigmoid(s), what the CTS penalty uses; P(z > 1/2) is sigmoid(tau * s).
+    """
+
+    tau: float = 2 / 3
+
+    def __post_init__(self) -> None:
+        _positive("tau", self.tau)
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        return project(kernels.concrete_ref(logits, noise, self.tau))
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return kernels.concrete_slope_ref(z)
+
+    def density(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+    def density_slope(self, logits: Tensor) -> Tensor:
+        return kernels.concrete_slope_ref(torch.sigmoid(logits))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+    def init(self, density: float) -> float:
+        return math.log(_check_density(density) / (1 - density))
+
+
+@dataclass(frozen=True)
+class HardConcrete(AbstractGate):
+    """Stretched and clipped Concrete with exact zeros and ones (Louizos, Welling & Kingma 2018)."""
+
+    beta: float = 2 / 3
+    gamma: float = -0.1
+    zeta: float = 1.1
+
+    def __post_init__(self) -> None:
+        _positive("beta", self.beta)
+        if not (self.gamma < 0 and self.zeta > 1):
+            raise ValueError(
+                f"hard-concrete: expected gamma < 0 and zeta > 1, got {self.gamma}, {self.zeta}"
+            )
+
+    @property
+    def _shift(self) -> float:
+        return self.beta * math.log(-self.gamma / self.zeta)
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        return project(
+            kernels.hard_concrete_ref(logits, noise, self.beta, self.gamma, self.zeta)
+        )
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return kernels.hard_concrete_slope_ref(z, self.beta, self.gamma, self.zeta)
+
+    def density(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits - self._shift)
+
+    def density_slope(self, logits: Tensor) -> Tensor:
+        return kernels.concrete_slope_ref(self.density(logits))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return (torch.sigmoid(logits) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
+
+    def init(self, density: float) -> float:
+        return math.log(_check_density(density) / (1 - density)) + self._shift
+
+
+@dataclass(frozen=True)
+class Gaussian(AbstractGate):
+    """Stochastic gate z = clip(mu + sigma * eps, 0, 1); the logit is mu (Yamada 2020; arXiv 2603.08914)."""
+
+    sigma: float = 0.5
+
+    def __post_init__(self) -> None:
+        _positive("sigma", self.sigma)
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        return project(kernels.gaussian_ref(logits, noise, self.sigma))
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return kernels.gaussian_slope_ref(z)
+
+    def density(self, logits: Tensor) -> Tensor:
+        return torch.special.ndtr(logits / self.sigma)
+
+    def density_slope(self, logits: Tensor) -> Tensor:
+        return torch.exp(-0.5 * (logits / self.sigma) ** 2) / (self.sigma * math.sqrt(2 * math.pi))
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return logits.clamp(0, 1)
+
+    def init(self, density: float) -> float:
+        p = torch.tensor(_check_density(density), dtype=torch.float64)
+        return self.sigma * float(torch.special.ndtri(p))
+
+
+@dataclass(frozen=True)
+class TopK(AbstractGate):
+    """Edge-popup: a hard top-k of |score| per layer, straight-through gradient (Ramanujan 2020)."""
+
+    sparsity: float
+
+    def __post_init__(self) -> None:
+        check_sparsity(self.sparsity)
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        k = kept_count(logits.numel(), self.sparsity)
+        return top_k(project(logits.detach().abs()), k).to(logits.dtype)
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return torch.sign(logits)
+
+    def density(self, logits: Tensor) -> Tensor:
+        return torch.full_like(logits, kept_count(logits.numel(), self.sparsity) / logits.numel())
+
+    def density_slope(self, logits: Tensor) -> Tensor:
+        return torch.zeros_like(logits)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return self.sample(logits, logits)
+
+    def init(self, density: float) -> float:
+        if abs(density - (1 - self.sparsity)) > 1e-9:
+            raise ValueError(
+                f"TopK keeps a fixed share: expected density {1 - self.sparsity:.6g}, got {density}"
+            )
+        return 1.0
+
+    def score(self, logits: Tensor) -> Tensor:
+        return logits.abs()

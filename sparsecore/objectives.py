@@ -1,0 +1,164 @@
+"""Objectives R that a search minimises over gates, the weights staying frozen (arXiv 2512.07142, section 3).
+
+The sparse network is `net.sparse(x)`; the dense teacher `net.dense(x)` has the same frozen weights,
+sees the same batch and takes no gradient.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .convert import require_sparse_layers
+from .patterns import Gated
+
+Batch = tuple[Tensor, Tensor]
+
+ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
+
+
+class Net:
+    """A gated model seen as two functions of a batch: sparse (a sample) and dense (the teacher)."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layers = require_sparse_layers(model)
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """Class scores [B, classes] of the sampled sparse network."""
+        return self.model(x)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """Class scores [B, classes] of the dense network, without gradient."""
+        with torch.no_grad(), self.opened():
+            return self.model(x)
+
+    @contextmanager
+    def opened(self) -> Iterator[None]:
+        """All gates open: the model computes with its dense weights."""
+        gated = [m.pattern for m in self.layers.values() if isinstance(m.pattern, Gated)]
+        for pattern in gated:
+            pattern.open = True
+        try:
+            yield
+        finally:
+            for pattern in gated:
+                pattern.open = False
+
+    def weights(self) -> list[nn.Parameter]:
+        """The frozen parameters of the gated layers, made differentiable."""
+        return [layer.raw_weight.requires_grad_() for layer in self.layers.values()]
+
+    @contextmanager
+    def activations(self) -> Iterator[list[Tensor]]:
+        """Collects the output of every activation module called inside."""
+        outputs: list[Tensor] = []
+
+        def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+            outputs.append(output)
+
+        modules = [m for m in self.model.modules() if isinstance(m, ACTIVATIONS)]
+        if not modules:
+            names = ", ".join(kind.__name__ for kind in ACTIVATIONS)
+            raise ValueError(
+                f"feature objective: {type(self.model).__name__} has no activation module ({names}); "
+                "use nn.ReLU() in place of F.relu, or another objective"
+            )
+        hooks = [m.register_forward_hook(keep) for m in modules]
+        try:
+            yield outputs
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A scalar to minimise.  `scale` is the paper's constant c in front of R."""
+
+    name: str
+    loss: Callable[[Net, Batch], Tensor]
+    scale: float = 100.0
+
+    def __call__(self, net: Net, batch: Batch) -> Tensor:
+        return self.loss(net, batch) * self.scale
+
+
+def _task(net: Net, batch: Batch) -> Tensor:
+    x, y = batch
+    return F.cross_entropy(net.sparse(x), y)
+
+
+def _loss_change(net: Net, batch: Batch) -> Tensor:
+    x, y = batch
+    return (F.cross_entropy(net.sparse(x), y) / F.cross_entropy(net.dense(x), y) - 1).abs()
+
+
+def _gradient_norm(net: Net, batch: Batch) -> Tensor:
+    x, y = batch
+    weights = net.weights()
+    grads = torch.autograd.grad(F.cross_entropy(net.sparse(x), y), weights, create_graph=True)
+    return -torch.stack([g.square().sum() for g in grads]).sum().sqrt()
+
+
+def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q), mean over the batch, from log-probabilities [B, classes]."""
+    return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
+
+
+def _reverse_kl(net: Net, batch: Batch) -> Tensor:
+    x, _ = batch
+    teacher = net.dense(x).log_softmax(-1)
+    return _kl(net.sparse(x).log_softmax(-1), teacher)
+
+
+def _forward_kl(net: Net, batch: Batch) -> Tensor:
+    x, _ = batch
+    teacher = net.dense(x).log_softmax(-1)
+    return _kl(teacher, net.sparse(x).log_softmax(-1))
+
+
+def _standardised(values: Tensor) -> Tensor:
+    return (values - values.mean()) / (values.std() + 1e-8)
+
+
+def _matching(sparse: list[Tensor], dense: list[Tensor]) -> Tensor:
+    pairs = zip(sparse, dense, strict=True)
+    return torch.stack([F.mse_loss(_standardised(s), _standardised(d)) for s, d in pairs]).mean()
+
+
+def _features(net: Net, batch: Batch) -> Tensor:
+    x, _ = batch
+    with net.activations() as dense:
+        net.dense(x)
+    with net.activations() as sparse:
+        net.sparse(x)
+    return _matching(sparse, dense)
+
+
+def _gradients(net: Net, batch: Batch) -> Tensor:
+    x, y = batch
+    weights = net.weights()
+    with net.opened():
+        dense = torch.autograd.grad(F.cross_entropy(net.model(x), y), weights)
+    loss = F.cross_entropy(net.sparse(x), y)
+    sparse = torch.autograd.grad(loss, weights, create_graph=True)
+    return _matching(list(sparse), list(dense))
+
+
+task = Objective("task", _task)
+loss_change = Objective("loss-change", _loss_change)
+gradient_norm = Objective("gradient-norm", _gradient_norm)
+reverse_kl = Objective("reverse-kl", _reverse_kl)
+forward_kl = Objective("forward-kl", _forward_kl)
+features = Objective("features", _features)
+gradients = Objective("gradients", _gradients)
+
+OBJECTIVES = {
+    o.name: o
+    for o in (task, loss_change, gradient_norm, reverse_kl, forward_kl, features, gradients)
+}

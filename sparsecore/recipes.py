@@ -1,0 +1,82 @@
+"""Models by name, each with its default training recipe."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torchvision
+from torch import nn
+
+from .models import BUILDERS
+from .training import Recipe
+
+_CIFAR = Recipe(
+    lr=0.1, weight_decay=1e-3, batch=512, epochs=160, milestones=(0.5, 0.75)
+)  # arXiv 2512.07142
+
+RECIPES: dict[str, Recipe] = {
+    # Maene, Li & Moens 2021 (arXiv 2106.06955) for the optimiser and its rate.
+    "lenet-300-100": Recipe(optimizer="adam", lr=1.2e-3, batch=128, epochs=14, milestones=(0.7,)),
+    "conv-4": Recipe(optimizer="sgd", lr=0.01, batch=128, epochs=75, schedule="cosine"),
+    "resnet-20": _CIFAR,
+    "resnet-32": _CIFAR,
+    "resnet-56": _CIFAR,
+    "vgg-16-bn": _CIFAR,
+    "vit-small": Recipe(
+        optimizer="adamw",
+        lr=1e-3,
+        weight_decay=0.05,
+        batch=256,
+        epochs=100,
+        schedule="cosine",
+        warmup_epochs=5,
+        label_smoothing=0.1,
+    ),
+}
+_TORCHVISION = Recipe(lr=0.1, weight_decay=1e-4, batch=256, epochs=90, milestones=(1 / 3, 2 / 3))
+
+
+def model_names() -> list[str]:
+    """What `build` accepts; any classification model of torchvision counts as well."""
+    return [*BUILDERS, "torchvision:NAME"]
+
+
+def build(
+    name: str, shape: tuple[int, int, int], classes: int, *, seed: int = 0, **options: Any
+) -> nn.Module:
+    """A freshly initialised dense model for images [C, H, W]; the global generator is left alone.
+
+    Errors: ValueError for an unknown name, listing the valid ones, or a shape the model cannot take.
+    """
+    builder = _builder(name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return builder(shape, classes, **options)
+
+
+def recipe_for(name: str) -> Recipe:
+    """The default recipe of a model; flags override its fields."""
+    _builder(name)
+    return RECIPES.get(name, _TORCHVISION)
+
+
+def _builder(name: str) -> Callable[..., nn.Module]:
+    if name in BUILDERS:
+        return BUILDERS[name]
+    family, _, model = name.partition(":")
+    if family == "torchvision":
+        known = torchvision.models.list_models(module=torchvision.models)
+        if model not in known:
+            raise ValueError(f"model: torchvision has no {model!r}; it has {', '.join(known)}")
+
+        def build_torchvision(
+            shape: tuple[int, int, int], classes: int, **options: Any
+        ) -> nn.Module:
+            if shape[0] != 3:
+                raise ValueError(f"{name}: expected images with 3 channels, got {shape[0]}")
+            return torchvision.models.get_model(
+                model, weights=None, num_classes=classes, **options
+            )
+
+        return build_torchvision
+    raise ValueError(f"model: expected one of {', '.join(model_names())}, got {name!r}")

@@ -1,0 +1,36 @@
+"""OneShot: score every weight once, keep the best."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..convert import require_sparse_layers
+from ..granularity import Granularity, Weight
+from ..objectives import Batch
+from ..scores import Score
+from ..tickets import Ticket
+
+
+@dataclass(frozen=True)
+class OneShot:
+    """`OneShot(snip)(model, batches, sparsity=0.9)`; a unit larger than a weight scores the mean over its weights."""
+
+    score: Score
+    granularity: Granularity = field(default_factory=Weight)
+    seed: int = 0
+
+    def __call__(self, model: nn.Module, batches: Iterable[Batch], *, sparsity: float) -> Ticket:
+        """A ticket that keeps the globally best-scored weights and starts from the model's weights.
+
+        Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores.
+        """
+        layers = require_sparse_layers(model)
+        scores = {}
+        for name, values in self.score(model, batches, self.seed).items():
+            sizes = self.granularity.sizes(layers[name].raw_weight.shape).to(values.device)
+            scores[name] = self.granularity.gather(values) / sizes
+        # A score is any callable; a partial or an instance has no __name__.
+        method = getattr(self.score, "__name__", type(self.score).__name__)
+        meta = {"method": method, "sparsity": sparsity, "seed": self.seed}
+        return Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
