@@ -364,7 +364,9 @@ def compare(
         sparse_layers=layers,
     )
     dataset = load_data(data, data_dir, image_size)
-    report(setup, dataset, chosen, wanted, range(seed, seed + seeds), epochs, out, target, json_file)
+    report(
+        setup, dataset, chosen, wanted, range(seed, seed + seeds), epochs, out, target, json_file
+    )
 
 
 def report(
@@ -384,7 +386,11 @@ def report(
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
     picture = comparison.plot()
     console.print(comparison.table())
-    for what, path in (("rows", out / "results.csv"), ("tickets", out / "tickets"), ("plot", picture)):
+    for what, path in (
+        ("rows", out / "results.csv"),
+        ("tickets", out / "tickets"),
+        ("plot", picture),
+    ):
         console.print(f"{what:8}{path}", soft_wrap=True)
     write_json(json_file, {"rows": list(comparison.rows.values())})
 

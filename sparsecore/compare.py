@@ -13,14 +13,24 @@ from rich.table import Table
 
 from . import safefile
 from .data import Dataset
-from .experiment import METHODS, SANITIES, Setup, apply_sanity, choose, find_ticket, new_model
-from .experiment import rewind_point, train_dense, train_ticket
+from .experiment import (
+    METHODS,
+    SANITIES,
+    Setup,
+    apply_sanity,
+    choose,
+    find_ticket,
+    new_model,
+    rewind_point,
+    train_dense,
+    train_ticket,
+)
 from .progress import QUIET, Progress
 from .sparsities import check_sparsity
 from .tickets import Ticket, dense_state
 
 matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
+from matplotlib import pyplot as plt
 
 FIELDS = (
     "method",

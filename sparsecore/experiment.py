@@ -140,9 +140,7 @@ def find_ticket(
     search = setup.search(method, seed)
     start = perf_counter()
     if isinstance(search, ConcreteSearch):
-        ticket = search(
-            model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint
-        )
+        ticket = search(model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint)
     else:
         ticket = search(model, batches, sparsity=sparsity)
     if device.type == "cuda":

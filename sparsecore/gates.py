@@ -119,9 +119,7 @@ class HardConcrete(AbstractGate):
         return self.beta * math.log(-self.gamma / self.zeta)
 
     def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
-        return project(
-            kernels.hard_concrete_ref(logits, noise, self.beta, self.gamma, self.zeta)
-        )
+        return project(kernels.hard_concrete_ref(logits, noise, self.beta, self.gamma, self.zeta))
 
     def slope(self, z: Tensor, logits: Tensor) -> Tensor:
         return kernels.hard_concrete_slope_ref(z, self.beta, self.gamma, self.zeta)

@@ -89,9 +89,7 @@ class SparseLayer(nn.Module):
                 dense._parameters["weight"] = nn.Parameter(effective, requires_grad)
         return dense
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Topology travels: a checkpoint's mask makes this layer Masked; a dense checkpoint keeps ours.
         mask = state_dict.get(prefix + "pattern.mask")
         if mask is not None and mask.dtype == torch.bool and mask.shape == self.raw_weight.shape:

@@ -27,13 +27,13 @@ class _GatedWeight(torch.autograd.Function):
         return granularity.apply(weight, z), z
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs, output) -> None:
         weight, logits, _, ctx.gate, ctx.granularity = inputs
         ctx.save_for_backward(weight, logits, output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, *grads: Tensor | None):  # noqa: ANN001, ANN205
+    def backward(ctx, *grads: Tensor | None):
         weight, logits, z = ctx.saved_tensors
         grad_product, grad_z = grads
         grad_weight = grad_logits = None
@@ -71,11 +71,11 @@ class _MaskedWeight(torch.autograd.Function):
         return weight.masked_fill(~mask, 0)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
+    def setup_context(ctx, inputs, output) -> None:
         ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:  # noqa: ANN001
+    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
         (mask,) = ctx.saved_tensors
         return _MaskedWeight.apply(grads[0], mask), None  # linear, so it is its own backward
 
@@ -104,7 +104,7 @@ class Masked(nn.Module):
     def extra_repr(self) -> str:
         return f"sparsity={1 - self.mask.float().mean().item():.4f}"
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:  # noqa: ANN001
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         # A dense checkpoint has no mask: keep ours, so that dense weights load into a sparse model.
         if prefix + "mask" in missing:

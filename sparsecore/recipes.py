@@ -74,9 +74,7 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         ) -> nn.Module:
             if shape[0] != 3:
                 raise ValueError(f"{name}: expected images with 3 channels, got {shape[0]}")
-            return torchvision.models.get_model(
-                model, weights=None, num_classes=classes, **options
-            )
+            return torchvision.models.get_model(model, weights=None, num_classes=classes, **options)
 
         return build_torchvision
     raise ValueError(f"model: expected one of {', '.join(model_names())}, got {name!r}")

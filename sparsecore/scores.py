@@ -47,9 +47,7 @@ def snip(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Ten
     finally:
         for w, flag in zip(weights, required, strict=True):
             w.requires_grad_(flag)
-    return {
-        name: (t * w.detach()).abs() for name, t, w in zip(layers, total, weights, strict=True)
-    }
+    return {name: (t * w.detach()).abs() for name, t, w in zip(layers, total, weights, strict=True)}
 
 
 SCORES: dict[str, Score] = {"random": random, "magnitude": magnitude, "snip": snip}

@@ -1,0 +1,321 @@
+"""Data sets as tensors on the device: no workers, augmentation where the data lies."""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
+EAGER_BYTES = 2 << 30  # a folder whose pixels fit in this much is decoded once and kept
+_PAD = 4  # of the random crop
+
+
+class DataError(ValueError):
+    """Data that cannot be used: what was expected, what was found, how to mend it."""
+
+
+class ImageFiles:
+    """Images decoded when asked for: indexing by int64 [B] gives uint8 [B, C, H, W]."""
+
+    def __init__(self, paths: list[Path], size: int, threads: int = 4) -> None:
+        self.paths, self.size = paths, size
+        self._pool = ThreadPoolExecutor(threads)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        paths = [self.paths[i] for i in index.tolist()]
+        return torch.stack(list(self._pool.map(self._decode, paths)))
+
+    def _decode(self, path: Path) -> Tensor:
+        try:
+            with Image.open(path) as image:
+                rgb = image.convert("RGB")
+        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            raise DataError(f"{path}: expected a readable image ({error}); remove it") from None
+        if rgb.size != (self.size, self.size):
+            scale = self.size / min(rgb.size)  # shorter side, then the centre
+            width, height = (max(self.size, round(side * scale)) for side in rgb.size)
+            left, top = (width - self.size) // 2, (height - self.size) // 2
+            rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
+            rgb = rgb.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
+
+
+@dataclass(frozen=True)
+class Split:
+    """images: uint8 [N, C, H, W] (a tensor, or decoded when asked for); labels: int64 [N]."""
+
+    images: Tensor | ImageFiles
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A training and a test split.  shape is [C, H, W]; mean and std are per channel in [0, 1]."""
+
+    name: str
+    train: Split
+    test: Split
+    classes: int
+    shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    flip_crop: bool  # whether random flips and crops are the customary augmentation
+
+
+# name: (torchvision's class, its folder, mean, std, flips and crops are customary)
+_KNOWN: dict[str, tuple[Any, str, tuple[float, ...], tuple[float, ...], bool]] = {
+    "mnist": (torchvision.datasets.MNIST, "MNIST/raw", (0.1307,), (0.3081,), False),
+    "fashion-mnist": (
+        torchvision.datasets.FashionMNIST, "FashionMNIST/raw", (0.2860,), (0.3530,), False,
+    ),
+    "cifar10": (
+        torchvision.datasets.CIFAR10, "cifar-10-batches-py",
+        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True,
+    ),
+    "cifar100": (
+        torchvision.datasets.CIFAR100, "cifar-100-python",
+        (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True,
+    ),
+}  # fmt: skip
+
+
+def load(
+    name: str,
+    data_dir: str | Path | None = None,
+    *,
+    download: bool = True,
+    image_size: int | None = None,
+) -> Dataset:
+    """A data set by name: digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.
+
+    Args:
+        data_dir: where the files lie, as torchvision lays them out; nothing is downloaded then.
+            For cifar10 also an image folder `cifar10-jpeg/{train,test}/<class>/`.
+        image_size: side of a folder's images; by default the first image's shorter side.
+
+    Errors: DataError for an unknown name, a missing folder or set, a failed download, damaged files.
+    """
+    if name.startswith("folder:"):
+        return _folder(name, Path(name.removeprefix("folder:")), image_size)
+    if name == "digits":
+        return _digits()
+    if name not in _KNOWN:
+        raise DataError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
+    kind, folder, mean, std, flip_crop = _KNOWN[name]
+    root = Path(data_dir) if data_dir is not None else Path.home() / ".cache" / "sparsecore"
+    if data_dir is not None:
+        if not root.is_dir():
+            raise DataError(f"data folder {root}: expected a folder, found nothing there")
+        download = False
+        jpeg = root / "cifar10-jpeg"
+        if name == "cifar10" and not (root / folder).is_dir() and jpeg.is_dir():
+            return replace(_folder(name, jpeg, 32), mean=mean, std=std)
+        if not (root / folder).is_dir():
+            raise DataError(
+                f"data folder {root}: expected {name} in {root / folder}; leave --data-dir out to "
+                "download it"
+            )
+    splits = []
+    for train in (True, False):
+        try:
+            raw = kind(root, train=train, download=download)
+        except Exception as error:  # torchvision lets many kinds of error through
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise DataError(
+                f"{name} could not be {'downloaded' if download else 'read'} in {root}: {reason}; "
+                "give --data-dir a folder that holds it"
+            ) from None
+        pixels = torch.as_tensor(raw.data)
+        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
+        splits.append(Split(images, torch.as_tensor(raw.targets)))
+    _, *shape = splits[0].images.shape
+    return Dataset(name, *splits, len(raw.classes), tuple(shape), mean, std, flip_crop)
+
+
+def _digits() -> Dataset:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError(
+            "data: digits needs scikit-learn; install the extra: pip install '.[demo]'"
+        ) from None
+    raw: Any = load_digits()
+    images = torch.from_numpy(np.round(raw.images * (255 / 16)).astype(np.uint8))[:, None]
+    labels = torch.from_numpy(raw.target).long()
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    test, train = order[: len(order) // 5], order[len(order) // 5 :]
+    mean, std = _moments(images[train])
+    shape = (1, *images.shape[2:])
+    return Dataset(
+        "digits",
+        Split(images[train], labels[train]),
+        Split(images[test], labels[test]),
+        10,
+        shape,
+        mean,
+        std,
+        flip_crop=False,
+    )
+
+
+def _folder(name: str, root: Path, image_size: int | None) -> Dataset:
+    """PATH/{train,test|val}/<class>/*, or PATH/<class>/* with every sixth image as the test split."""
+    if not root.is_dir():
+        raise DataError(f"data folder {root}: expected a folder, found nothing there")
+    names = [part for part in ("test", "val") if (root / part).is_dir()]
+    if (root / "train").is_dir() and names:
+        classes, train = _list(root / "train")
+        test_classes, test = _list(root / names[0])
+        if test_classes != classes:
+            raise DataError(
+                f"{root}: expected the same class folders in train and {names[0]}, got "
+                f"{len(classes)} and {len(test_classes)}"
+            )
+    else:
+        classes, listed = _list(root)
+        test = listed[::6]
+        train = [item for i, item in enumerate(listed) if i % 6]
+    if image_size is None:
+        with Image.open(train[0][0]) as first:
+            image_size = min(first.size)
+    if image_size < 1:
+        raise DataError(f"image size: expected at least 1 pixel, got {image_size}")
+    splits = [_split(items, image_size) for items in (train, test)]
+    sample = torch.linspace(0, len(train) - 1, min(len(train), 2048)).long()
+    mean, std = _moments(splits[0].images[sample])
+    return Dataset(
+        name, *splits, len(classes), (3, image_size, image_size), mean, std, flip_crop=True
+    )
+
+
+def _list(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
+    try:
+        found = torchvision.datasets.ImageFolder(str(root), allow_empty=True)
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(f"{root}: expected class folders with images ({error})") from None
+    if len(found.classes) < 2 or not found.samples:
+        raise DataError(
+            f"{root}: expected at least 2 class folders with images, got "
+            f"{len(found.classes)} with {len(found.samples)}"
+        )
+    return found.classes, [(Path(path), label) for path, label in found.samples]
+
+
+def _split(items: list[tuple[Path, int]], size: int) -> Split:
+    if not items:
+        raise DataError("image folder: a split is empty; add images")
+    images: Tensor | ImageFiles = ImageFiles([path for path, _ in items], size)
+    if len(items) * 3 * size * size <= EAGER_BYTES:
+        images = images[torch.arange(len(items))]
+    return Split(images, torch.tensor([label for _, label in items]))
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    pixels = images.double() / 255
+    std, mean = torch.std_mean(pixels, (0, 2, 3))
+    return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
+
+
+class Batches:
+    """Re-iterable minibatches: x float32 [B, C, H, W], normalised; y int64 [B]; both on `device`.
+
+    `epoch(i)` depends on (seed, i) alone.  Iterating gives epochs 0, 1, 2, ... in turn.
+
+    Args:
+        split: "train" or "test".
+        augment: random flips and crops out of a 4-pixel border.
+        drop_last: leave out a last, smaller batch.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        shuffle: bool = True,
+        augment: bool = False,
+        drop_last: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        if split not in ("train", "test"):
+            raise DataError(f"split: expected train or test, got {split!r}")
+        if batch_size < 1:
+            raise DataError(f"batch size: expected at least 1, got {batch_size}")
+        part: Split = getattr(dataset, split)
+        self.device = torch.device(device)
+        self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
+        self.augment, self.drop_last = augment, drop_last
+        self.labels = part.labels.to(self.device)
+        self.images = part.images
+        if isinstance(self.images, Tensor):
+            self.images = self.images.to(self.device)
+        mean = torch.tensor(dataset.mean, device=self.device)[:, None, None]
+        std = torch.tensor(dataset.std, device=self.device)[:, None, None]
+        # (x / 255 - mean) / std as one multiply and one add
+        self._scale, self._shift = 1 / (255 * std), -mean / std
+        self._next = 0
+
+    def __len__(self) -> int:
+        full, rest = divmod(len(self.labels), self.batch_size)
+        return full + (1 if rest and not self.drop_last else 0)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self._next += 1
+        return self.epoch(self._next - 1)
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `index`."""
+        digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
+        # Drawn on the CPU: the order is the same on every device.
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
+        order = torch.arange(len(self.labels))
+        if self.shuffle:
+            order = torch.randperm(len(self.labels), generator=generator)
+        lazily = isinstance(self.images, ImageFiles)
+        moved = order if lazily else order.to(self.device)
+        moves = self._draw(generator) if self.augment else None
+        for i in range(len(self)):
+            part = slice(i * self.batch_size, (i + 1) * self.batch_size)
+            images = self.images[moved[part]].to(self.device)
+            x = torch.addcmul(self._shift, images.float(), self._scale)
+            if moves is not None:
+                x = flip_crop(x, *(m[part] for m in moves))
+            yield x, self.labels[moved[part].to(self.device)]
+
+    def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Flips (bool [N]) and crop offsets (int64 [N], rows and columns) of a whole epoch."""
+        n = len(self.labels)
+        flip = torch.rand(n, generator=generator) < 0.5
+        rows, columns = torch.randint(0, 2 * _PAD + 1, (2, n), generator=generator)
+        return flip.to(self.device), rows.to(self.device), columns.to(self.device)
+
+
+def flip_crop(x: Tensor, flip: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Flips images left to right where `flip`, pads by 4 and crops at (rows, columns) in 0 ... 8.
+
+    Padding is 0 after normalisation, i.e. the mean colour.
+    """
+    n, channels, height, width = x.shape
+    padded = torch.nn.functional.pad(x, [_PAD] * 4)
+    i = rows[:, None] + torch.arange(height, device=x.device)  # [B, H]
+    j = torch.arange(width, device=x.device).expand(n, -1)
+    j = columns[:, None] + torch.where(flip[:, None], width - 1 - j, j)  # [B, W]
+    batch = torch.arange(n, device=x.device)[:, None, None, None]
+    channel = torch.arange(channels, device=x.device)[:, None, None]
+    return padded[batch, channel, i[:, None, :, None], j[:, None, None, :]]

@@ -1,0 +1,269 @@
+"""Tickets: masks by layer, the weights they start from, and where they come from."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import safefile
+from .convert import require_sparse_layers
+from .granularity import NM, Granularity, Weight, parse_granularity
+from .patterns import Dense
+from .sparsities import masks_from_scores, top_k
+
+
+class TicketError(ValueError):
+    """A ticket that cannot be used: what was expected, what was found."""
+
+
+def dense_state(model: nn.Module) -> dict[str, Tensor]:
+    """The model's state_dict under its plain keys (no patterns), as clones on the CPU."""
+    return {
+        key: value.detach().cpu().clone()
+        for key, value in model.state_dict().items()
+        if ".pattern." not in f".{key}"
+    }
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A sparse subnetwork.
+
+    Args:
+        masks: bool by sparse layer, each of its weight's shape.
+        weights: the dense state training starts from, by the dense model's state_dict keys.
+        meta: JSON-able provenance (method, sparsity asked for, seed, granularity, ...).
+        scores: one per unit, for `inverted`; None where there are none.
+    """
+
+    masks: Mapping[str, Tensor]
+    weights: Mapping[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+    scores: Mapping[str, Tensor] | None = None
+
+    @classmethod
+    def from_scores(
+        cls,
+        scores: Mapping[str, Tensor],
+        model: nn.Module,
+        sparsity: float,
+        granularity: Granularity | None = None,
+        meta: Mapping[str, Any] | None = None,
+    ) -> "Ticket":
+        """Keeps the globally best-scored units and the model's present weights.
+
+        Errors: ValueError from `masks_from_scores`.
+        """
+        granularity = granularity or Weight()
+        layers = require_sparse_layers(model)
+        shapes = {name: layers[name].raw_weight.shape for name in scores}
+        masks = masks_from_scores(scores, shapes, sparsity, granularity)
+        return cls(
+            {name: mask.cpu() for name, mask in masks.items()},
+            dense_state(model),
+            dict(meta or {}) | {"granularity": str(granularity), "torch": torch.__version__},
+            {name: score.detach().float().cpu().clone() for name, score in scores.items()},
+        )
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of the masked layers' weights that is removed."""
+        total = sum(mask.numel() for mask in self.masks.values())
+        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total
+
+    @property
+    def density(self) -> float:
+        return 1 - self.sparsity
+
+    @property
+    def granularity(self) -> Granularity:
+        return parse_granularity(self.meta.get("granularity", "weight"))
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 of the masks: equal exactly when they are (ranks of a job compare it)."""
+        digest = hashlib.sha256()
+        for name in sorted(self.masks):
+            mask = self.masks[name]
+            digest.update(f"{name}\0{tuple(mask.shape)}\0".encode() + _pack(mask).numpy().tobytes())
+        return digest.hexdigest()
+
+    def layer_sparsities(self) -> dict[str, float]:
+        """Fraction removed, by layer."""
+        return {name: 1 - int(m.sum()) / m.numel() for name, m in self.masks.items()}
+
+    def apply_(self, model: nn.Module, *, weights: bool = True) -> nn.Module:
+        """Loads the start weights and fixes the masks; returns the model.
+
+        Sparse layers that the ticket does not name become dense.  Everything is checked first:
+        after an error the model is what it was.
+
+        Args: weights: False keeps the model's own weights under the masks.
+
+        Errors: TicketError for a ticket of another model.
+        """
+        try:
+            layers = require_sparse_layers(model)
+        except ValueError as error:
+            raise TicketError(str(error)) from None
+        state = model.state_dict()
+        own = {key: value for key, value in state.items() if ".pattern." not in f".{key}"}
+        found = {name: layer.raw_weight for name, layer in layers.items()}
+        _check_names("sparse layers", self.masks, found, subset=True)
+        _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
+        if weights:
+            _check_names("weights", self.weights, own)
+            _check_shapes({key: (w, own[key]) for key, w in self.weights.items()})
+            with torch.no_grad():
+                for key, value in self.weights.items():
+                    own[key].copy_(value)
+        for name, layer in layers.items():
+            if name in self.masks:
+                layer.set_mask_(self.masks[name])
+            else:
+                layer.pattern = Dense()
+        return model
+
+    def save(self, path: str | Path) -> None:
+        """Writes one safetensors file with bit-packed masks.  Errors: TicketError if it cannot."""
+        tensors = {f"mask/{name}": _pack(mask) for name, mask in self.masks.items()}
+        tensors |= {f"weight/{key}": value for key, value in self.weights.items()}
+        tensors |= {f"score/{name}": score for name, score in (self.scores or {}).items()}
+        shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        try:
+            safefile.write(
+                Path(path), tensors, {"shapes": shapes, "provenance": self.meta}, kind="ticket"
+            )
+        except (TypeError, ValueError) as error:
+            raise TicketError(str(error)) from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Ticket":
+        """Reads what `save` wrote; nothing in a file is ever run.
+
+        Errors: TicketError for a missing, foreign, damaged or hostile file.
+        """
+        path = Path(path)
+        try:
+            tensors, meta = safefile.read(path, kind="ticket")
+        except safefile.FileError as error:
+            raise TicketError(str(error)) from None
+        try:
+            return cls._from_parts(tensors, meta)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise TicketError(f"{path}: not a usable ticket: {error}") from None
+
+    @classmethod
+    def _from_parts(cls, tensors: dict[str, Tensor], meta: dict[str, Any]) -> "Ticket":
+        parts: dict[str, dict[str, Tensor]] = {"mask": {}, "weight": {}, "score": {}}
+        for key, value in tensors.items():
+            part, slash, name = key.partition("/")
+            if not slash or part not in parts:
+                raise ValueError(f"expected mask/, weight/ and score/ tensors, got {key!r}")
+            parts[part][name] = value
+        shapes, provenance = meta["shapes"], meta["provenance"]
+        if not isinstance(provenance, dict) or set(shapes) != set(parts["mask"]) or not shapes:
+            raise ValueError("expected provenance and one shape for every mask")
+        granularity = parse_granularity(provenance.get("granularity", "weight"))
+        masks = {name: _unpack(name, parts["mask"][name], shape) for name, shape in shapes.items()}
+        for name, score in parts["score"].items():
+            expected = granularity.units(masks[name].shape)
+            if score.shape != expected:
+                raise ValueError(f"scores of {name}: expected {tuple(expected)} of them")
+        return cls(masks, parts["weight"], provenance, parts["score"] or None)
+
+    def shuffled(self, seed: int) -> "Ticket":
+        """Each layer keeps as many units, at random places: the layerwise shuffle control."""
+        generator = torch.Generator().manual_seed(seed)
+        noise = {
+            name: torch.rand(self.granularity.units(mask.shape), generator=generator)
+            for name, mask in self.masks.items()
+        }
+        masks = self._reranked(lambda name: noise[name])
+        return replace(self, masks=masks, scores=None, meta=self.meta | {"sanity": "shuffle"})
+
+    def inverted(self) -> "Ticket":
+        """Each layer keeps as many units, those with the lowest scores.
+
+        Errors: TicketError without scores.
+        """
+        scores = self.scores
+        if scores is None:
+            raise TicketError("inverting a ticket needs its scores, this one has none")
+        masks = self._reranked(lambda name: -scores[name])
+        negated = {name: -score for name, score in scores.items()}
+        return replace(self, masks=masks, scores=negated, meta=self.meta | {"sanity": "invert"})
+
+    def reinitialised(self, weights: Mapping[str, Tensor]) -> "Ticket":
+        """The same masks on other start weights: a fresh model's state_dict.
+
+        Errors: TicketError if the names or shapes are not the ticket's.
+        """
+        plain = {key: w for key, w in weights.items() if ".pattern." not in f".{key}"}
+        _check_names("weights", plain, self.weights)
+        _check_shapes({key: (w, self.weights[key]) for key, w in plain.items()})
+        fresh = {key: w.detach().cpu().clone() for key, w in plain.items()}
+        return replace(self, weights=fresh, meta=self.meta | {"sanity": "reinit"})
+
+    def _reranked(self, ranking: Callable[[str], Tensor]) -> dict[str, Tensor]:
+        """Masks with the same number of units per layer (per group under N:M), by another ranking."""
+        granularity, masks = self.granularity, {}
+        for name, mask in self.masks.items():
+            units = granularity.gather(mask.long()) > 0
+            values = ranking(name)
+            if isinstance(granularity, NM):
+                allowed = granularity.allowed(values)
+                values = torch.where(allowed, values, -torch.inf)
+            chosen = top_k(values, int(units.sum()))
+            masks[name] = granularity.spread(chosen, mask.shape)
+        return masks
+
+
+def _pack(mask: Tensor) -> Tensor:
+    return torch.from_numpy(np.packbits(mask.cpu().reshape(-1).numpy()))
+
+
+def _unpack(name: str, packed: Tensor, shape: Any) -> Tensor:
+    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise ValueError(f"mask of {name}: expected a shape, got {shape!r}")
+    count = int(np.prod(np.array(shape, dtype=object)))  # Python integers: no overflow
+    if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != -(-count // 8):
+        raise ValueError(
+            f"mask of {name}: expected {-(-count // 8)} packed bytes for shape {shape}, "
+            f"got {packed.numel()} of {packed.dtype}"
+        )
+    bits = np.unpackbits(packed.numpy())
+    if bits[count:].any():
+        raise ValueError(f"mask of {name}: bits beyond its {count} weights are set")
+    return torch.from_numpy(bits[:count].astype(bool)).reshape(shape)
+
+
+def _check_names(
+    what: str, ticket: Mapping[str, Any], model: Mapping[str, Any], *, subset: bool = False
+) -> None:
+    missing = sorted(set(ticket) - set(model))
+    extra = [] if subset else sorted(set(model) - set(ticket))
+    if missing or extra:
+        raise TicketError(
+            f"the ticket is for another model: its {what} are {_some(ticket)}, "
+            f"the model's are {_some(model)} (differing: {_some(missing + extra)})"
+        )
+
+
+def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    for name, (ticket, model) in pairs.items():
+        if ticket.shape != model.shape:
+            raise TicketError(
+                f"the ticket is for another model: {name} has shape {tuple(ticket.shape)}, "
+                f"the model's is {tuple(model.shape)}"
+            )
+
+
+def _some(names: Any) -> str:
+    names = list(names)
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

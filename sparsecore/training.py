@@ -1,0 +1,330 @@
+"""One plain training loop: schedules by absolute epoch, exact resume, metrics as JSON lines."""
+
+import hashlib
+import json
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from . import checkpoints
+from .progress import QUIET, Progress
+
+Batch = tuple[Tensor, Tensor]
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+_SCHEDULES = ("constant", "step", "cosine")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class TrainingError(ValueError):
+    """A run that cannot go on; the message says what to change."""
+
+
+class EpochBatches(Protocol):
+    """Minibatches by epoch: the same epoch always yields the same batches (`data.Batches`)."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, index: int) -> Iterator[Batch]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.  Errors: ValueError for a value out of range.
+
+    Args:
+        schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run).
+        accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding.
+        amp: `bf16` or `fp16` (GPU only) autocast; None trains in float32.
+        ema: decay of an average of the weights that is evaluated in their place; None: off.
+        augment: whether the data set's customary augmentation is used.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    batch: int = 128
+    epochs: int = 12
+    schedule: str = "step"
+    milestones: tuple[float, ...] = (0.7,)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    amp: str | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    clip_norm: float | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
+            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+            ("amp", self.amp in (None, *_DTYPES), "null, bf16 or fp16"),
+            ("lr", self.lr > 0, "a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "fractions between 0 and 1"),
+            ("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
+            ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "null or positive"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise ValueError(f"recipe {name}: expected {expected}, got {getattr(self, name)!r}")
+
+    def lr_at(self, epoch: float, total: float) -> float:
+        """The learning rate at an absolute, fractional epoch of a run of `total` epochs."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        if self.schedule == "step":
+            return self.lr * self.gamma ** sum(epoch >= m * total - 1e-9 for m in self.milestones)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup_epochs) / max(total - self.warmup_epochs, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr
+
+
+@dataclass
+class History:
+    """What a run gave: a record per epoch, and the states asked for."""
+
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def accuracy(self) -> float:
+        """Test accuracy after the last epoch, percent."""
+        return self.epochs[-1]["accuracy"]
+
+    @property
+    def seconds(self) -> float:
+        """Training and evaluation time of all epochs."""
+        return sum(epoch["seconds"] for epoch in self.epochs)
+
+
+def evaluate(model: nn.Module, batches: EpochBatches) -> float:
+    """Accuracy in percent, in evaluation mode; every module's mode is put back."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.inference_mode():
+            hits = torch.cat([model(x).argmax(-1) == y for x, y in batches.epoch(0)])
+        return 100 * float(hits.double().mean())
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def train(
+    model: nn.Module,
+    train_batches: EpochBatches,
+    test_batches: EpochBatches,
+    recipe: Recipe,
+    *,
+    start_epoch: int = 0,
+    stop_epoch: int | None = None,
+    total_epochs: int | None = None,
+    seed: int = 0,
+    snapshots: Collection[int] = (),
+    metrics: Path | None = None,
+    checkpoint: Path | None = None,
+    progress: Progress = QUIET,
+) -> History:
+    """Trains from `start_epoch` to `stop_epoch` with a fresh optimiser; the schedule is absolute.
+
+    Args:
+        total_epochs: the schedule's length, `recipe.epochs` by default.
+        seed: of dropout and the like; data order belongs to the batches.
+        snapshots: epochs after which the state_dict is kept (rewind points); start_epoch counts.
+        metrics: one JSON line per epoch is appended here.
+        checkpoint: written after every epoch; if it exists the run goes on from there, on the CPU
+            to exactly the same numbers.
+
+    Errors: ValueError if the checkpoint belongs to another run; TrainingError if the loss is not
+    finite; ValueError for fp16 on the CPU.
+    """
+    stop = recipe.epochs if stop_epoch is None else stop_epoch
+    run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
+    history = History()
+    fingerprint = _fingerprint(model, recipe, start_epoch, run.total, seed)
+    if start_epoch in snapshots:
+        history.snapshots[start_epoch] = run.snapshot()
+    if checkpoint is not None and checkpoint.exists():
+        history.epochs = run.load(checkpoint, fingerprint)
+    if metrics is not None:
+        _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
+    first = start_epoch + len(history.epochs)
+    with progress.task("train", total=(stop - start_epoch) * len(train_batches)) as advance:
+        advance((first - start_epoch) * len(train_batches))
+        for epoch in range(first, stop):
+            start = perf_counter()
+            with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
+                # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
+                torch.manual_seed(_mix(seed, epoch))
+                loss = run.epoch(train_batches.epoch(epoch), epoch, advance)
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"epoch {epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
+                    "add warm-up or clip_norm, or check the data"
+                )
+            record = {
+                "epoch": epoch + 1,
+                "lr": recipe.lr_at(epoch, run.total),
+                "loss": loss,
+                "accuracy": evaluate(run.evaluated, test_batches),
+                "seconds": perf_counter() - start,
+            }
+            history.epochs.append(record)
+            if metrics is not None:
+                with metrics.open("a") as file:
+                    file.write(json.dumps(record) + "\n")
+            if epoch + 1 in snapshots:
+                history.snapshots[epoch + 1] = run.snapshot()
+            if checkpoint is not None:
+                run.save(checkpoint, fingerprint, history.epochs)
+            advance(0, epoch=epoch + 1, accuracy=record["accuracy"])
+    run.finish()
+    return history
+
+
+class _Run:
+    """The moving parts of one run: model, optimiser, loss scaler, average."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, total: float, steps: int) -> None:
+        self.model, self.recipe, self.total, self.steps = model, recipe, total, max(steps, 1)
+        self.device = next(model.parameters()).device
+        if recipe.amp == "fp16" and self.device.type == "cpu":
+            raise ValueError("recipe amp: fp16 needs a GPU; use bf16 on the CPU")
+        self.optimizer = _optimizer(model, recipe)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.average = None
+        if recipe.ema is not None:
+            average_fn = get_ema_multi_avg_fn(recipe.ema)
+            self.average = AveragedModel(model, multi_avg_fn=average_fn, use_buffers=True)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        return self.model if self.average is None else self.average
+
+    def epoch(self, batches: Iterator[Batch], epoch: int, advance: Any) -> float:
+        """Mean training loss; the only host sync is at the end."""
+        self.model.train()
+        total, count = torch.zeros((), device=self.device), 0
+        for i, (x, y) in enumerate(batches):
+            for group in self.optimizer.param_groups:
+                # The middle of the step: a warm-up never starts with a step of size 0.
+                group["lr"] = self.recipe.lr_at(epoch + (i + 0.5) / self.steps, self.total)
+            total += self._step(x, y) * len(y)
+            count += len(y)
+            advance()
+        return float(total) / max(count, 1)
+
+    def _step(self, x: Tensor, y: Tensor) -> Tensor:
+        recipe, mean = self.recipe, torch.zeros((), device=self.device)
+        self.optimizer.zero_grad()
+        parts = zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True)
+        for part, labels in parts:
+            dtype = _DTYPES.get(recipe.amp or "")
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+                scores = self.model(part)
+                loss = F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)
+            loss = loss * (len(labels) / len(y))
+            self.scaler.scale(loss).backward()
+            mean += loss.detach()
+        if recipe.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.average is not None:
+            self.average.update_parameters(self.model)
+        return mean
+
+    def snapshot(self) -> dict[str, Tensor]:
+        return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
+
+    def finish(self) -> None:
+        """The average, where there is one, is what the caller gets."""
+        if self.average is not None:
+            self.model.load_state_dict(self.average.module.state_dict())
+
+    def save(self, path: Path, fingerprint: str, epochs: list[dict[str, Any]]) -> None:
+        tensors, meta = checkpoints.pack_optimizer(self.optimizer)
+        tensors |= {f"model/{k}": v for k, v in self.model.state_dict().items()}
+        if self.average is not None:
+            tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+        meta = {"optimizer": meta, "scaler": self.scaler.state_dict()}
+        checkpoints.write(path, tensors, meta | {"run": fingerprint, "epochs": epochs})
+
+    def load(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
+        tensors, meta = checkpoints.read(path)
+        if meta["run"] != fingerprint:
+            raise ValueError(
+                f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
+                f"{fingerprint[:12]}): remove it or name another checkpoint"
+            )
+
+        def part(name: str) -> dict[str, Tensor]:
+            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
+
+        self.model.load_state_dict(part("model/"))
+        if self.average is not None:
+            self.average.load_state_dict(part("average/"))
+        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        self.scaler.load_state_dict(meta["scaler"])
+        return meta["epochs"]
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    options: dict[str, Any] = {"lr": recipe.lr, "weight_decay": recipe.weight_decay}
+    if recipe.optimizer == "sgd":
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        return torch.optim.SGD(parameters, **options)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, **options)
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """A seed per (seed, epoch), far apart for neighbours."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")
+
+
+def _fingerprint(
+    model: nn.Module, recipe: Recipe, start_epoch: int, total: float, seed: int
+) -> str:
+    """Tells runs apart: recipe, schedule, seed, the start's names and values (masks included)."""
+    digest = hashlib.sha256(repr((asdict(recipe), start_epoch, total, seed)).encode())
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _cut_metrics(path: Path, done: set[int]) -> None:
+    """Drops lines of epochs that the checkpoint does not know (a run killed between the two)."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["epoch"] in done:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue  # half a line
+    path.write_text("".join(kept))

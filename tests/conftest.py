@@ -1,0 +1,36 @@
+"""Fixtures: offline data where it is at hand, and a global generator that must stay untouched."""
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def global_generator_untouched() -> Iterator[None]:
+    """Library code draws from explicit seeds only; tests that use the global generator fork it."""
+    before = torch.get_rng_state()
+    yield
+    assert torch.equal(before, torch.get_rng_state()), "torch's global generator was used"
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with MNIST and Fashion-MNIST as torchvision reads them; skips where there is none.
+
+    SPARSECORE_DATA names such a folder, or one that has an `unpack` script making it.
+    """
+    source = Path(os.environ.get("SPARSECORE_DATA", ROOT.parent / "shared" / "data"))
+    if (source / "FashionMNIST").is_dir():
+        return source
+    if not (source / "unpack").is_file():
+        pytest.skip("no offline data; set SPARSECORE_DATA")
+    target = tmp_path_factory.mktemp("data")
+    command = ["bash", str(source / "unpack"), str(target), "mnist", "fashion-mnist"]
+    subprocess.run(command, check=True)
+    return target

@@ -1,0 +1,61 @@
+"""Small things that several tests need."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
+
+GRANULARITIES: list[Granularity] = [Weight(), Block(2, 3), Block(4, 1), Channel(), NM(2, 4)]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(*shape, generator=generator(seed), dtype=dtype)
+
+
+def rand(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.rand(*shape, generator=generator(seed), dtype=dtype)
+
+
+def seeded(build: Callable[[], nn.Module], seed: int = 0) -> nn.Module:
+    """Builds a module from a seed and leaves the global generator as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return build()
+
+
+class Blobs:
+    """Separable classes of points, as epochs of minibatches: what a search needs, in milliseconds."""
+
+    def __init__(self, classes: int = 4, features: int = 12, count: int = 256, batch: int = 64):
+        centres = 3 * randn(classes, features, seed=1)
+        self.y = torch.arange(count) % classes
+        self.x = centres[self.y] + randn(count, features, seed=2)
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return -(-len(self.y) // self.batch)
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = torch.randperm(len(self.y), generator=generator(100 + index))
+        for part in order.split(self.batch):
+            yield self.x[part], self.y[part]
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.epoch(0)
+
+
+def mlp(features: int = 12, hidden: int = 24, classes: int = 4, seed: int = 0) -> nn.Module:
+    layers = [nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
+    return seeded(lambda: nn.Sequential(*[_fresh(layer) for layer in layers]), seed)
+
+
+def _fresh(layer: nn.Module) -> nn.Module:
+    if isinstance(layer, nn.Linear):
+        layer.reset_parameters()
+    return layer

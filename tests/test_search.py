@@ -1,0 +1,338 @@
+"""Searches on small problems: known answers, laws, and a search that is killed and goes on."""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Blobs, mlp, rand, randn, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsecore as sc
+from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, Reading
+from sparsecore.convert import batch_statistics
+from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete
+from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
+from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
+from sparsecore.patterns import Gated
+from sparsecore.scores import SCORES, magnitude, random, snip
+from sparsecore.search import ConcreteSearch, OneShot, SearchError
+from sparsecore.search.concrete import _Step
+
+
+def trained_mlp(epochs: int = 5) -> nn.Module:
+    """A sparse-capable MLP that has seen a little of the blobs."""
+    model, blobs = sc.sparsify_(mlp()), Blobs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for epoch in range(epochs):
+        for x, y in blobs.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model
+
+
+def accuracy(model: nn.Module) -> float:
+    blobs = Blobs()
+    return (model(blobs.x).argmax(1) == blobs.y).float().mean().item()
+
+
+def gated_net(model: nn.Module, gate: AbstractGate | None = None) -> Net:
+    for i, layer in enumerate(sc.sparse_layers(model).values()):
+        shape = layer.raw_weight.shape
+        layer.pattern = Gated(shape, gate or Concrete(), density=0.5, layer=i)
+    return Net(model)
+
+
+def test_cts_beats_random_and_its_own_shuffle_and_leaves_the_model_alone() -> None:
+    model = trained_mlp()
+    before = copy.deepcopy(model.state_dict())
+    required = [p.requires_grad for p in model.parameters()]
+    ticket = ConcreteSearch(epochs=40)(model, Blobs(), sparsity=0.9)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert model.training and list(model.state_dict()) == list(before)
+    # d = 12 * 24 + 24 * 4 = 384, exactly floor(38.4) kept
+    assert sum(int(m.sum()) for m in ticket.masks.values()) == 38
+
+    def sparse_accuracy(t: sc.Ticket) -> float:
+        return accuracy(t.apply_(copy.deepcopy(model)))
+
+    noise = OneShot(random)(model, Blobs(), sparsity=0.9)
+    shuffled = [sparse_accuracy(ticket.shuffled(seed)) for seed in range(3)]
+    assert sparse_accuracy(ticket) > 0.9
+    assert sparse_accuracy(ticket) > max(*shuffled, sparse_accuracy(noise)) + 0.1
+
+
+def test_cts_depends_on_its_seed_and_on_nothing_else() -> None:
+    model = trained_mlp()
+    search = ConcreteSearch(epochs=3)
+    first = search(model, Blobs(), sparsity=0.8)
+    assert first.hash == search(model, Blobs(), sparsity=0.8).hash
+    assert first.hash != replace(search, seed=1)(model, Blobs(), sparsity=0.8).hash
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Block(4, 4), Channel(), NM(1, 4)], ids=str)
+@pytest.mark.parametrize("gate", [Concrete(), HardConcrete(), Gaussian()], ids=repr)
+def test_cts_at_every_granularity(granularity: Granularity, gate: AbstractGate) -> None:
+    model = trained_mlp(1)
+    search = ConcreteSearch(epochs=2, gate=gate, granularity=granularity)
+    ticket = search(model, Blobs(), sparsity=0.75)
+    kept = sum(int(m.sum()) for m in ticket.masks.values())
+    largest = max(int(granularity.sizes(m.shape).max()) for m in ticket.masks.values())
+    assert 96 - largest < kept <= 96
+    for mask in ticket.masks.values():  # the mask is constant over each unit
+        share = granularity.gather(mask.long()) / granularity.sizes(mask.shape)
+        assert bool(((share == 0) | (share == 1)).all())
+        if isinstance(granularity, NM):
+            assert int(mask.unflatten(1, (-1, 4)).sum(-1).max()) <= 1
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
+@pytest.mark.parametrize("control", CONTROLS.values(), ids=list(CONTROLS))
+def test_every_objective_with_every_control(objective: Objective, control: type) -> None:
+    model = trained_mlp(1)
+    search = ConcreteSearch(epochs=2, objective=objective, control=control())
+    ticket = search(model, Blobs(), sparsity=0.8)
+    assert ticket.sparsity == pytest.approx(0.8, abs=0.01)
+    assert len(set(ticket.meta["objective_by_epoch"])) == 2  # it moves
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=list(OBJECTIVES))
+def test_objective_gradients_against_finite_differences(objective: Objective) -> None:
+    model = seeded(lambda: nn.Sequential(nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double())
+    net = gated_net(sc.sparsify_(model))
+    model.double()
+    x, y = randn(7, 5, dtype=torch.float64), torch.arange(7) % 3
+    logits = [g.pattern.logits for g in net.layers.values()]
+    noise = [0.2 + 0.6 * rand(*p.shape, seed=i, dtype=torch.float64) for i, p in enumerate(logits)]
+
+    class Fixed(nn.Module):
+        """A gate pattern with its noise held, so that the objective is a plain function."""
+
+        def __init__(self, gated: Gated, u: Tensor) -> None:
+            super().__init__()
+            self.gated, self.u = gated, u
+
+        def forward(self, weight: Tensor) -> Tensor:
+            g = self.gated
+            if g.open:
+                return weight
+            return sc.gated_weight(weight, g.logits, self.u, g.gate, g.granularity)
+
+    class FixedNet(Net):
+        @contextmanager
+        def opened(self) -> Iterator[None]:
+            for layer in self.layers.values():
+                layer.pattern.gated.open = True
+            yield
+            for layer in self.layers.values():
+                layer.pattern.gated.open = False
+
+    for layer, u in zip(net.layers.values(), noise, strict=True):
+        layer.pattern = Fixed(layer.pattern, u)
+    fixed = FixedNet(model)
+    grads = torch.autograd.grad(objective(fixed, (x, y)), logits)
+    step = 1e-5
+    for p, g in zip(logits, grads, strict=True):
+        values = []
+        for change in (step, -2 * step):
+            p.data[1, 2] += change
+            values.append(objective(fixed, (x, y)).item())
+        p.data[1, 2] += step
+        expected = (values[0] - values[1]) / (2 * step)
+        assert g[1, 2].item() == pytest.approx(expected, rel=1e-4, abs=1e-6)
+
+
+def test_reverse_kl_by_hand() -> None:
+    net = gated_net(trained_mlp(1))
+    x, y = next(Blobs().epoch(0))
+    p, q = net.sparse(x).softmax(-1), net.dense(x).softmax(-1)
+    expected = 100 * (p * (p / q).log()).sum(-1).mean()
+    torch.testing.assert_close(reverse_kl(net, (x, y)), expected, rtol=1e-4, atol=1e-4)
+    backward = 100 * (q * (q / p).log()).sum(-1).mean()
+    torch.testing.assert_close(
+        OBJECTIVES["forward-kl"](net, (x, y)), backward, rtol=1e-4, atol=1e-4
+    )
+
+
+def test_gradbalance_by_hand() -> None:
+    rule, zero = GradBalance(), torch.zeros(())
+    state = rule.init(torch.device("cpu"))
+
+    def reading(task_norm: float, sparsity_norm: float, excess: float) -> Reading:
+        return Reading(*(zero + v for v in (task_norm, sparsity_norm, excess)))
+
+    weight, state = rule.update(state, reading(6, 2, 5))
+    assert weight.item() == 3  # the first step takes the ratio itself
+    weight, state = rule.update(state, reading(6, 2, -5))
+    assert weight.item() == pytest.approx(0.99 * 3)
+    weight, state = rule.update(state, reading(8, 2, 1))
+    assert weight.item() == pytest.approx(0.99 * 0.99 * 3 + 0.01 * 4)
+    weight, _ = rule.update(state, reading(1, 0, 1))
+    assert math.isfinite(weight.item())
+    assert rule.target(0.01) == pytest.approx(0.011)
+
+
+def test_lagrangian_and_fixed_penalty_by_hand() -> None:
+    excess = Reading(torch.ones(()), torch.ones(()), torch.tensor(20.0))
+    rule = Lagrangian(lr=0.01)
+    weight, state = rule.update(rule.init(torch.device("cpu")), excess)
+    assert weight.item() == pytest.approx(0.2)
+    weight, _ = rule.update(state, excess._replace(excess=torch.tensor(-5.0)))
+    assert weight.item() == pytest.approx(0.15)
+    fixed = FixedPenalty(2.5)
+    assert fixed.update(fixed.init(torch.device("cpu")), excess)[0].item() == 2.5
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Block(5, 5), Channel()], ids=str)
+def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granularity) -> None:
+    model = sc.sparsify_(mlp())
+    search, patterns = ConcreteSearch(granularity=granularity), {}
+    for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
+        shape = layer.raw_weight.shape
+        layer.pattern = patterns[name] = Gated(
+            shape, search.gate, granularity, density=0.3, layer=i
+        )
+    step = _Step(search, model, patterns, 0.3)
+    with torch.no_grad():
+        for i, p in enumerate(step.logits):
+            p += randn(*p.shape, seed=i)
+    kept, pulls = step._sparsity()
+    expected_kept = torch.stack(
+        [
+            granularity.spread(torch.sigmoid(g.logits), layer.raw_weight.shape).sum()
+            for g, layer in zip(patterns.values(), step.net.layers.values(), strict=True)
+        ]
+    ).sum()
+    torch.testing.assert_close(kept, expected_kept.detach())
+    expected = torch.autograd.grad(100 * (expected_kept / step.target - 1), step.logits)
+    torch.testing.assert_close(pulls, list(expected))
+
+
+def test_gradbalance_holds_the_density_near_its_target() -> None:
+    model = trained_mlp()
+    patterns = {}
+    for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
+        shape = layer.raw_weight.shape
+        layer.pattern = patterns[name] = Gated(shape, Concrete(), density=0.1, layer=i)
+    step = _Step(ConcreteSearch(), model, patterns, 0.1)
+    with batch_statistics(model):
+        for g in patterns.values():
+            g.train()
+        for epoch in range(40):
+            for batch in Blobs().epoch(epoch):
+                step(batch)
+    kept, _ = step._sparsity()
+    assert 0.05 * 384 < kept.item() < 0.2 * 384
+
+
+def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
+    model, blobs = trained_mlp(), Blobs()
+    search, checkpoint = ConcreteSearch(epochs=6), tmp_path / "search.safetensors"
+    expected = search(model, blobs, sparsity=0.9)
+
+    class Killed(Blobs):
+        def epoch(self, index: int):
+            if index == 4:
+                raise KeyboardInterrupt
+            return super().epoch(index)
+
+    with pytest.raises(KeyboardInterrupt):
+        search(model, Killed(), sparsity=0.9, checkpoint=checkpoint)
+    assert checkpoint.exists()
+    with pytest.raises(SearchError, match="belongs to another search"):
+        search(model, blobs, sparsity=0.8, checkpoint=checkpoint)
+    ticket = search(model, blobs, sparsity=0.9, checkpoint=checkpoint)
+    assert ticket.hash == expected.hash
+    assert ticket.meta == expected.meta
+    assert not checkpoint.exists()
+
+
+def test_a_search_that_fails_gives_the_model_back() -> None:
+    model = trained_mlp(1)
+    before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
+    broken = Objective("broken", lambda net, batch: net.sparse(batch[0]).sum() * float("nan"))
+    with pytest.raises(SearchError, match="broken is not finite"):
+        ConcreteSearch(epochs=1, objective=broken)(model, Blobs(), sparsity=0.5)
+    assert [type(m) for m in model.modules()] == kinds
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_search_works_through_batchnorm_and_convolutions() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (3, 2, 2)),
+            nn.Conv2d(3, 8, 2),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(8, 4),
+        )
+    )
+    sc.sparsify_(model)
+    before = copy.deepcopy(model.state_dict())
+    ticket = ConcreteSearch(epochs=2, objective=task)(model, Blobs(), sparsity=0.5)
+    assert set(ticket.masks) == {"1", "5"}
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("score", SCORES.values(), ids=list(SCORES))
+def test_one_shot_keeps_exactly_the_best(score) -> None:
+    model, blobs = trained_mlp(), Blobs()
+    ticket = OneShot(score)(model, blobs, sparsity=0.7)
+    values = score(model, blobs, 0)
+    kept = torch.cat([values[n][m] for n, m in ticket.masks.items()])
+    dropped = torch.cat([values[n][~m] for n, m in ticket.masks.items()])
+    assert len(kept) == 115 and kept.min() >= dropped.max()
+
+
+def test_snip_is_the_derivative_in_a_mask() -> None:
+    model, blobs = trained_mlp(1), Blobs(batch=256)
+    values = snip(model, blobs, 0)
+    layer = sc.sparse_layers(model)["0"]
+    x, y = blobs.x.double(), blobs.y
+    model.double()
+    losses = []
+    for factor in (1 + 1e-4, 1 - 1e-4):
+        scaled = layer.raw_weight.detach().clone()
+        scaled[3, 2] *= factor
+        parameters = {"0.weight": scaled}
+        losses.append(F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y))
+    expected = abs(losses[0] - losses[1]).item() / 2e-4
+    assert values["0"][3, 2].item() == pytest.approx(expected, rel=1e-3)
+
+
+def test_scores_leave_the_model_alone() -> None:
+    model = trained_mlp(1)
+    before = copy.deepcopy(model.state_dict())
+    for score in (random, magnitude, snip):
+        score(model, Blobs(), 0)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None or p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan")])
+def test_sparsity_outside_the_unit_interval_is_refused(sparsity: float) -> None:
+    for search in (ConcreteSearch(epochs=1), OneShot(random)):
+        with pytest.raises(ValueError, match="expected 0 <= sparsity < 1"):
+            search(sc.sparsify_(mlp()), Blobs(), sparsity=sparsity)
+
+
+def test_bad_arguments_name_the_mend() -> None:
+    with pytest.raises(ValueError, match="sparsify_"):
+        OneShot(random)(mlp(), Blobs(), sparsity=0.5)
+    with pytest.raises(ValueError, match="0 < sparsity"):
+        ConcreteSearch()(sc.sparsify_(mlp()), Blobs(), sparsity=0)
+    with pytest.raises(ValueError, match="at least 1"):
+        ConcreteSearch(epochs=0)
+    with pytest.raises(ValueError, match="allows at most"):
+        OneShot(random, NM(1, 4))(sc.sparsify_(mlp()), Blobs(), sparsity=0.5)
+    model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 4))))
+    with pytest.raises(ValueError, match="no activation module"):
+        ConcreteSearch(epochs=1, objective=OBJECTIVES["features"])(model, Blobs(), sparsity=0.5)
