@@ -132,11 +132,12 @@ def _matching(sparse: list[Tensor], dense: list[Tensor]) -> Tensor:
 
 
 def _features(net: Net, batch: Batch) -> Tensor:
+    """Every activation, and the class scores, without which the last layer would see no gradient."""
     x, _ = batch
     with net.activations() as dense:
-        net.dense(x)
+        dense.append(net.dense(x))
     with net.activations() as sparse:
-        net.sparse(x)
+        sparse.append(net.sparse(x))
     return _matching(sparse, dense)
 
 

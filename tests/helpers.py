@@ -51,11 +51,9 @@ class Blobs:
 
 
 def mlp(features: int = 12, hidden: int = 24, classes: int = 4, seed: int = 0) -> nn.Module:
-    layers = [nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)]
-    return seeded(lambda: nn.Sequential(*[_fresh(layer) for layer in layers]), seed)
-
-
-def _fresh(layer: nn.Module) -> nn.Module:
-    if isinstance(layer, nn.Linear):
-        layer.reset_parameters()
-    return layer
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
+        ),
+        seed,
+    )

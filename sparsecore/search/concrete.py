@@ -188,7 +188,8 @@ class _Step:
         for g in self.gated.values():
             g.step += 1
         loss = self.search.objective(self.net, batch)
-        task = torch.autograd.grad(loss, self.logits)
+        # A layer the forward does not reach has no gradient: zeros.
+        task = torch.autograd.grad(loss, self.logits, allow_unused=True, materialize_grads=True)
         kept, pulls = self._sparsity()
         reading = Reading(
             torch.linalg.vector_norm(torch.stack(torch._foreach_norm(task))),
