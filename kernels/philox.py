@@ -18,6 +18,19 @@ _LOW = 0xFFFFFFFF
 _TO_UNIT = 4.6566127342e-10  # just below 2**-31, as in Triton, so that the largest word stays below 1
 
 
+def philox_ref(
+    c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, k0: Tensor, k1: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 of four counter and two key words: unsigned 32-bit values held in int64."""
+    for _ in range(10):
+        # int64 products wrap modulo 2**64; the masked shift recovers the unsigned high word.
+        a, b = c0 * _A, c2 * _B
+        c0, c2 = ((b >> 32) & _LOW) ^ c1 ^ k0, ((a >> 32) & _LOW) ^ c3 ^ k1
+        c1, c3 = b & _LOW, a & _LOW
+        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
+    return c0, c1, c2, c3
+
+
 def random_bits_ref(n: int, seed: Tensor, step: Tensor, layer: int, *, offset: int = 0) -> Tensor:
     """int64 [n] holding the unsigned 32-bit words of indices offset ... offset + n - 1.
 
@@ -25,18 +38,15 @@ def random_bits_ref(n: int, seed: Tensor, step: Tensor, layer: int, *, offset: i
     """
     index = torch.arange(offset, offset + n, dtype=torch.int64, device=seed.device)
     counter = index >> 2
-    c0, c1 = counter & _LOW, (counter >> 32) & _LOW
-    c2 = torch.full_like(counter, layer & _LOW)
-    c3 = (step & _LOW).expand_as(counter)
-    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
-    for _ in range(10):
-        # int64 products wrap modulo 2**64; the masked shift recovers the unsigned high word.
-        a, b = c0 * _A, c2 * _B
-        c0, c2 = ((b >> 32) & _LOW) ^ c1 ^ k0, ((a >> 32) & _LOW) ^ c3 ^ k1
-        c1, c3 = b & _LOW, a & _LOW
-        k0, k1 = (k0 + _KEY_A) & _LOW, (k1 + _KEY_B) & _LOW
-    words = torch.stack((c0, c1, c2, c3))
-    return words.gather(0, (index & 3)[None])[0]
+    words = philox_ref(
+        counter & _LOW,
+        (counter >> 32) & _LOW,
+        torch.full_like(counter, layer & _LOW),
+        (step & _LOW).expand_as(counter),
+        seed & _LOW,
+        (seed >> 32) & _LOW,
+    )
+    return torch.stack(words).gather(0, (index & 3)[None])[0]
 
 
 def uniform_ref(n: int, seed: Tensor, step: Tensor, layer: int, *, offset: int = 0) -> Tensor:

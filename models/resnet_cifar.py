@@ -23,9 +23,7 @@ class PadShortcut(nn.Module):
 class BasicBlock(nn.Module):
     """Two 3 x 3 convolutions and a shortcut."""
 
-    def __init__(
-        self, width_in: int, width: int, stride: int, shortcut: str, affine: bool
-    ) -> None:
+    def __init__(self, width_in: int, width: int, stride: int, shortcut: str, affine: bool) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(width_in, width, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width, affine=affine)
@@ -62,9 +60,14 @@ class ResNet(nn.Module):
         affine: bool,
     ) -> None:
         super().__init__()
-        for what, value, valid in (("shortcut", shortcut, SHORTCUTS), ("bn_init", bn_init, BN_INITS)):
+        for what, value, valid in (
+            ("shortcut", shortcut, SHORTCUTS),
+            ("bn_init", bn_init, BN_INITS),
+        ):
             if value not in valid:
-                raise ValueError(f"resnet {what}: expected one of {', '.join(valid)}, got {value!r}")
+                raise ValueError(
+                    f"resnet {what}: expected one of {', '.join(valid)}, got {value!r}"
+                )
         self.conv = nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16, affine=affine)
         self.relu = nn.ReLU()

@@ -1,0 +1,162 @@
+"""The command line as a user meets it."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from sparsecore.cli import main
+from sparsecore.tickets import Ticket
+
+SEARCH = [
+    "search", "--model", "lenet-300-100", "--data", "digits", "--rewind-epochs", "1",
+    "--search-epochs", "2", "--search-batch", "128", "--sparsity", "0.9", "--seed", "0",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def ticket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("cli") / "T.safetensors"
+    result = path.with_name("search.json")
+    assert main([*SEARCH, "--out", str(path), "--json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    assert found["sparsity"] == pytest.approx(0.9, abs=1e-4) and found["seconds"] > 0
+    assert sorted(p.name for p in path.parent.iterdir()) == ["T.safetensors", "search.json"]
+    return path
+
+
+def test_the_whole_command_line_of_the_paper(ticket: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.safetensors"
+    flags = ["--method", "cts", "--objective", "reverse-kl", "--control", "gradbalance"]
+    assert main([*SEARCH, *flags, "--granularity", "weight", "--out", str(out)]) == 0
+    assert out.read_bytes() == ticket.read_bytes()  # the defaults, and the same numbers again
+
+
+def test_train_reports_accuracy_sparsity_and_every_epoch(ticket: Path, tmp_path: Path) -> None:
+    result, metrics = tmp_path / "r.json", tmp_path / "m.jsonl"
+    options = ["--epochs", "3", "--json", str(result), "--metrics", str(metrics)]
+    assert main(["train", str(ticket), *options, "--save", str(tmp_path / "w")]) == 0
+    found = json.loads(result.read_text())
+    assert found["accuracy"] == found["epochs"][-1]["accuracy"] > 50
+    assert found["sparsity"] == pytest.approx(0.9, abs=1e-4) and found["seconds"] > 0
+    assert [e["epoch"] for e in found["epochs"]] == [2, 3, 4]
+    assert len(metrics.read_text().splitlines()) == 3
+    from safetensors.torch import load_file
+
+    trained, masks = load_file(tmp_path / "w"), Ticket.load(ticket).masks
+    for name, mask in masks.items():
+        assert bool((trained[f"{name}.weight"][~mask] == 0).all())
+
+
+@pytest.mark.parametrize("sanity", ["shuffle", "reinit", "invert"])
+def test_controls(ticket: Path, tmp_path: Path, sanity: str) -> None:
+    result = tmp_path / "r.json"
+    command = ["train", str(ticket), "--epochs", "1", "--sanity", sanity, "--json", str(result)]
+    assert main(command) == 0
+    assert json.loads(result.read_text())["sanity"] == sanity
+
+
+def test_info(ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = tmp_path / "i.json"
+    assert main(["info", str(ticket), "--json", str(result)]) == 0
+    shown, found = capsys.readouterr().out, json.loads(result.read_text())
+    assert "live rows" in shown and "reverse-kl" in shown and found["hash"] in shown
+    mask = Ticket.load(ticket).masks["1"]
+    first = found["layers"][0]
+    assert first["live_rows"] == int(mask.any(1).sum())
+    assert first["live_columns"] == int(mask.any(0).sum())
+
+
+def test_compare_resumes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "c"
+    command = [
+        "compare", "--data", "digits", "--methods", "cts,cts+shuffle,magnitude", "--seeds", "2",
+        "--sparsities", "0.8,0.9", "--epochs", "1", "--rewind-epochs", "1", "--search-epochs", "1",
+        "--out", str(out),
+    ]  # fmt: skip
+    assert main(command) == 0
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    assert len(rows) == 2 + 2 * 2 * 3
+    assert (out / "accuracy.png").read_bytes()[:4] == b"\x89PNG"
+    table = capsys.readouterr().out
+    assert "cts+shuffle" in table and "±" in table and "dense" in table
+
+    # Half of the last row is lost, as by a kill: only that cell runs again.
+    text = (out / "results.csv").read_text()
+    (out / "results.csv").write_text(text[:-20])
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "tickets").iterdir()}
+    assert main(command) == 0
+    again = list(csv.DictReader((out / "results.csv").open()))
+    assert [(r["method"], r["seed"], r["accuracy"]) for r in again] == [
+        (r["method"], r["seed"], r["accuracy"]) for r in rows
+    ]
+    assert before == {p.name: p.stat().st_mtime_ns for p in (out / "tickets").iterdir()}
+    assert main([*command, "--search-epochs", "2"]) == 2
+    assert "another setup (different: search_epochs)" in capsys.readouterr().err
+
+
+SMALL = ["--data", "digits", "--out", "x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["search", *SMALL, "--method", "luck"], "one of cts, random, magnitude, snip, got 'luck'"),
+        (["search", *SMALL, "--model", "lenet"], "one of lenet-300-100, conv-4"),
+        (["search", *SMALL, "--objective", "kl"], "reverse-kl"),
+        (["search", *SMALL, "--control", "pid"], "gradbalance, lagrangian, fixed"),
+        (["search", *SMALL, "--granularity", "rows"], "block:HxW"),
+        (["search", "--data", "imagenet", "--out", "x"], "digits, mnist, fashion-mnist"),
+        (["search", *SMALL, "--sparsity", "1"], "0 <= sparsity < 1, got 1"),
+        (["search", *SMALL, "--sparsity", "-0.2"], "got -0.2"),
+        (["search", *SMALL, "--sparsity", "nan"], "got nan"),
+        (["search", *SMALL, "--sparsity", "high"], "--sparsity"),
+        (["search", *SMALL, "--device", "tpu"], "auto, cpu, cuda"),
+        (["search", *SMALL, "--device", "cuda:77"], "usable GPUs"),
+        (["search", *SMALL, "--recipe", "speed=9"], "recipe field: expected one of accumulate"),
+        (["search", *SMALL, "--recipe", "lr"], "KEY=VALUE"),
+        (["search", *SMALL, "--recipe", "lr=-1"], "recipe lr"),
+        (["search", *SMALL, "--layers", "conv*"], "no layer matches"),
+        (["search", *SMALL, "--rewind-epochs", "-1"], "rewind epochs"),
+        (["search", "--data", "mnist", "--data-dir", "/nowhere", "--out", "x"], "found nothing there"),
+        (["search", *SMALL[:2], "--out", "/nowhere/x"], "its folder does not exist"),
+        (["train", "missing.safetensors"], "nothing there"),
+        (["train", "missing.safetensors", "--epochs", "0"], "at least 1"),
+        (["info", "missing.safetensors"], "nothing there"),
+        (["compare", "--methods", "cts+luck"], "shuffle, reinit, invert"),
+        (["compare", "--sparsities", "a,b"], "numbers with commas"),
+        (["compare", "--sparsities", "0.5,1.0"], "0 <= sparsity < 1"),
+        (["compare", "--methods", ""], "at least one"),
+        (["search"], "--out"),
+        (["find"], "No such command"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    command: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main(command) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+    assert message in captured.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_as_a_module_without_a_terminal() -> None:
+    command = [sys.executable, "-m", "sparsecore", "search", "--sparsity", "2", "--out", "x"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ, check=False)
+    assert done.returncode == 2 and done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+
+
+def test_fashion_mnist_from_a_folder(data_dir: Path, tmp_path: Path) -> None:
+    out = tmp_path / "t.safetensors"
+    command = ["search", "--data", "fashion-mnist", "--data-dir", str(data_dir), "--method"]
+    assert main([*command, "magnitude", "--rewind-epochs", "0", "--out", str(out)]) == 0
+    assert Ticket.load(out).sparsity == pytest.approx(0.99)

@@ -1,0 +1,244 @@
+"""The loop: schedules, exact resume after a kill, and what must stay as it was."""
+
+import json
+import math
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Blobs, mlp, rand, seeded
+from torch import Tensor, nn
+
+import sparsecore as sc
+from sparsecore.training import History, Recipe, TrainingError, evaluate, train
+
+RECIPE = Recipe(optimizer="adam", lr=1e-2, batch=64, epochs=4, milestones=(0.5,))
+
+
+def run(model: nn.Module, recipe: Recipe = RECIPE, **options) -> History:
+    return train(model, Blobs(), Blobs(), recipe, **options)
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    other = b.state_dict()
+    return all(torch.equal(v, other[k]) for k, v in a.state_dict().items())
+
+
+def test_it_learns_and_keeps_a_history() -> None:
+    model = mlp()
+    history = run(model)
+    assert history.accuracy > 95 and history.accuracy == evaluate(model, Blobs())
+    assert [e["epoch"] for e in history.epochs] == [1, 2, 3, 4]
+    assert history.epochs[0]["loss"] > history.epochs[-1]["loss"]
+    assert history.seconds > 0
+
+
+def test_schedules() -> None:
+    step = Recipe(lr=1.0, schedule="step", milestones=(0.5, 0.75), gamma=0.1)
+    assert [step.lr_at(e, 8) for e in (0, 3.9, 4, 6)] == pytest.approx([1, 1, 0.1, 0.01])
+    cosine = Recipe(lr=1.0, schedule="cosine", warmup_epochs=2)
+    assert [cosine.lr_at(e, 10) for e in (1, 2, 6, 10)] == pytest.approx([0.5, 1, 0.5, 0])
+    assert Recipe(lr=1.0, schedule="constant").lr_at(7, 8) == 1.0
+
+
+def test_the_schedule_is_indexed_by_the_absolute_epoch() -> None:
+    history = run(mlp(), start_epoch=1, stop_epoch=3, total_epochs=4)
+    assert [(e["epoch"], e["lr"]) for e in history.epochs] == [(2, 1e-2), (3, pytest.approx(1e-3))]
+
+
+def test_training_in_two_parts_differs_only_by_the_optimiser_state() -> None:
+    # Plain SGD has no state, so rewinding to a snapshot and going on gives the same weights.
+    recipe = Recipe(lr=0.05, momentum=0.0, batch=64, epochs=4)
+    whole, parts = mlp(), mlp(seed=1)
+    history = run(whole, recipe, snapshots=(0, 2))
+    assert torch.equal(history.snapshots[0]["0.weight"], mlp()[0].weight)
+    parts.load_state_dict(history.snapshots[2])
+    run(parts, recipe, start_epoch=2)
+    assert states_equal(whole, parts)
+
+
+def test_accumulation_gives_the_numbers_of_the_whole_batch() -> None:
+    whole, cut = mlp(), mlp()
+    run(whole, Recipe(lr=0.05, batch=64, epochs=2))
+    run(cut, Recipe(lr=0.05, batch=64, epochs=2, accumulate=3))
+    for a, b in zip(whole.parameters(), cut.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("extra", [{}, {"amp": "bf16"}, {"ema": 0.9}, {"clip_norm": 0.1}], ids=str)
+def test_pruned_weights_stay_exactly_zero(optimizer: str, extra: dict) -> None:
+    model = sc.sparsify_(mlp())
+    for i, layer in enumerate(sc.sparse_layers(model).values()):
+        layer.set_mask_(rand(*layer.weight.shape, seed=i) > 0.7)
+    before = sc.sparse_layers(model)["0"].raw_weight.detach().clone()
+    run(model, Recipe(optimizer=optimizer, lr=0.02, weight_decay=0.1, epochs=3, batch=64, **extra))
+    for layer in sc.sparse_layers(model).values():
+        pruned = layer.raw_weight.detach()[~layer.pattern.mask].view(torch.int32)
+        assert torch.equal(pruned, torch.zeros_like(pruned))  # not even a negative zero
+    assert not torch.equal(before, sc.sparse_layers(model)["0"].raw_weight)
+
+
+def test_label_smoothing_and_ema_change_the_run() -> None:
+    plain, smooth, averaged = mlp(), mlp(), mlp()
+    run(plain)
+    run(smooth, Recipe(**{**RECIPE.__dict__, "label_smoothing": 0.2}))
+    run(averaged, Recipe(**{**RECIPE.__dict__, "ema": 0.99}))
+    assert not states_equal(plain, smooth) and not states_equal(plain, averaged)
+
+
+def test_evaluate_puts_every_mode_back() -> None:
+    model = nn.Sequential(mlp(), nn.Dropout(0.5))
+    model.train()
+    model[0].eval()
+    evaluate(model, Blobs())
+    assert model.training and model[1].training and not model[0].training
+
+
+def test_dropout_is_seeded_without_the_global_generator() -> None:
+    def net() -> nn.Module:
+        return seeded(lambda: nn.Sequential(nn.Dropout(0.3), nn.Linear(12, 4)))
+
+    first, second, third = net(), net(), net()
+    run(first, seed=1)
+    run(second, seed=1)
+    run(third, seed=2)
+    assert states_equal(first, second) and not states_equal(first, third)
+
+
+def test_a_loss_that_blows_up_is_told() -> None:
+    with pytest.raises(TrainingError, match="lower lr"):
+        run(mlp(), Recipe(lr=1e30, momentum=0.9, epochs=3))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"optimizer": "lion"},
+        {"schedule": "linear"},
+        {"amp": "fp8"},
+        {"lr": 0},
+        {"lr": float("nan")},
+        {"momentum": 1.0},
+        {"weight_decay": -1},
+        {"batch": 0},
+        {"epochs": 0},
+        {"milestones": (1.2,)},
+        {"gamma": 0},
+        {"label_smoothing": 1.0},
+        {"accumulate": 0},
+        {"ema": 1.0},
+        {"clip_norm": 0.0},
+        {"warmup_epochs": -1},
+    ],
+    ids=str,
+)
+def test_bad_recipes_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match=f"recipe {next(iter(bad))}: expected"):
+        Recipe(**bad)
+
+
+def test_fp16_on_the_cpu_is_refused() -> None:
+    with pytest.raises(ValueError, match="use bf16"):
+        run(mlp(), Recipe(amp="fp16"))
+
+
+class Stops(Blobs):
+    """Batches of a run that is interrupted in the middle of its third epoch."""
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for i, batch in enumerate(super().epoch(index)):
+            if index == 2 and i == 2:
+                raise KeyboardInterrupt
+            yield batch
+
+
+@pytest.mark.parametrize("extra", [{}, {"ema": 0.9}, {"optimizer": "sgd"}], ids=str)
+def test_an_interrupted_run_resumes_to_the_same_numbers(extra: dict, tmp_path: Path) -> None:
+    recipe = Recipe(**{**RECIPE.__dict__, "lr": 0.01, **extra})
+    whole, resumed = mlp(), mlp()
+    expected = run(whole, recipe)
+    metrics, checkpoint = tmp_path / "m.jsonl", tmp_path / "c"
+    options = {"metrics": metrics, "checkpoint": checkpoint}
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, Stops(), Blobs(), recipe, **options)
+    resumed = mlp()
+    history = run(resumed, recipe, **options)
+    assert states_equal(whole, resumed)
+
+    def numbers(records: list[dict]) -> list[tuple]:
+        return [(r["epoch"], r["lr"], r["loss"], r["accuracy"]) for r in records]
+
+    assert numbers(history.epochs) == numbers(expected.epochs)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    assert numbers(lines) == numbers(expected.epochs)
+    # Once finished, running again trains nothing and gives the same.
+    again = mlp()
+    assert numbers(run(again, recipe, **options).epochs) == numbers(expected.epochs)
+    assert states_equal(whole, again)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c"
+    run(mlp(), checkpoint=checkpoint)
+    for other in (
+        lambda: run(mlp(), checkpoint=checkpoint, seed=1),
+        lambda: run(mlp(seed=1), checkpoint=checkpoint),
+        lambda: run(mlp(), Recipe(), checkpoint=checkpoint),
+    ):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            other()
+
+
+def test_metrics_a_kill_left_behind_are_cut(tmp_path: Path) -> None:
+    metrics = tmp_path / "m.jsonl"
+    metrics.write_text('{"epoch": 1, "loss": 9}\n{"epo')
+    run(mlp(), metrics=metrics)
+    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+
+
+def test_a_killed_process_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    script = textwrap.dedent(
+        """
+        import os, signal, sys
+        from pathlib import Path
+        import torch
+        from helpers import Blobs, mlp
+        from sparsecore.safefile import write
+        from sparsecore.training import Recipe, train
+
+        class Killed(Blobs):
+            def epoch(self, index):
+                for i, batch in enumerate(super().epoch(index)):
+                    if index == 2 and i == 1:
+                        os.kill(os.getpid(), signal.SIGKILL)
+                    yield batch
+
+        out, batches = Path(sys.argv[1]), Killed() if sys.argv[2] == "kill" else Blobs()
+        checkpoint = out / "checkpoint" if sys.argv[2] != "whole" else None
+        model = mlp()
+        recipe = Recipe(optimizer="adamw", lr=1e-2, weight_decay=0.1, epochs=4, batch=64)
+        train(model, batches, Blobs(), recipe, checkpoint=checkpoint)
+        write(out / sys.argv[2], model.state_dict(), {}, kind="weights")
+        """
+    )
+    tests = str(Path(__file__).parent)
+
+    def process(mode: str) -> int:
+        command = [sys.executable, "-c", script, str(tmp_path), mode]
+        return subprocess.run(command, cwd=tests, check=False).returncode
+
+    assert process("kill") == -9
+    assert process("resume") == 0 and process("whole") == 0
+    assert (tmp_path / "resume").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_warm_up_never_steps_by_zero() -> None:
+    model = mlp()
+    before = model[0].weight.detach().clone()
+    run(model, Recipe(lr=0.1, warmup_epochs=1, batch=64, epochs=1))
+    assert not torch.equal(before, model[0].weight) and math.isfinite(float(model[0].weight.sum()))
