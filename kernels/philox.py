@@ -15,7 +15,9 @@ from torch import Tensor
 _A, _B = 0xD2511F53, 0xCD9E8D57  # round multipliers
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
 _LOW = 0xFFFFFFFF
-_TO_UNIT = 4.6566127342e-10  # just below 2**-31, as in Triton, so that the largest word stays below 1
+_TO_UNIT = (
+    4.6566127342e-10  # just below 2**-31, as in Triton, so that the largest word stays below 1
+)
 
 
 def philox_ref(
@@ -81,9 +83,7 @@ def _launch_uniform(out: Tensor, seed: Tensor, step: Tensor, layer: int) -> Tens
     return out
 
 
-def uniform_(
-    out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool = False
-) -> Tensor:
+def uniform_(out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool = False) -> Tensor:
     """Fills `out` with u ~ U[0, 1) and returns it; no global generator is touched.
 
     On a GPU this is the Philox above.  On the CPU it is NumPy's SFC64 seeded from (seed, step,

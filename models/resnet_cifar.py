@@ -92,7 +92,7 @@ class ResNet(nn.Module):
         return self.fc(torch.flatten(F.adaptive_avg_pool2d(x, 1), 1))
 
 
-def _resnet(blocks: int):  # noqa: ANN202
+def _resnet(blocks: int):
     def build(
         shape: tuple[int, int, int],
         classes: int,

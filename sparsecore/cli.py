@@ -10,6 +10,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from safetensors.torch import save_file
 
 from . import data as datasets
 from .compare import Comparison, check_method
@@ -20,14 +21,15 @@ from .experiment import (
     apply_sanity,
     choose,
     find_ticket,
+    model_of,
     rewind_point,
     setup_of,
-    train_ticket,
+    train_on,
 )
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
-from .tickets import Ticket
+from .tickets import Ticket, dense_state
 
 app = typer.Typer(
     add_completion=False,
@@ -123,10 +125,6 @@ def check_folder(path: Path | None) -> None:
         raise ValueError(f"{path}: its folder does not exist; create {path.absolute().parent}")
 
 
-def load_data(name: str, data_dir: Path | None, image_size: int | None = None) -> datasets.Dataset:
-    return datasets.load(name, data_dir, image_size=image_size)
-
-
 @app.command()
 def search(
     out: Annotated[Path, typer.Option(help="The ticket file to write.")],
@@ -168,7 +166,7 @@ def search(
         granularity=granularity,
         sparse_layers=layers,
     )
-    dataset = load_data(data, data_dir, image_size)
+    dataset = datasets.load(data, data_dir, image_size=image_size)
     dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
     with Progress() as progress:
         start = rewind_point(setup, dataset, seed, target, progress, dense_part)
@@ -177,16 +175,8 @@ def search(
         )
     ticket.save(out)
     dense_part.unlink(missing_ok=True)
-    write_json(
-        json_file,
-        {
-            "ticket": str(out),
-            "method": method,
-            "sparsity": ticket.sparsity,
-            "seconds": seconds,
-            "hash": ticket.hash,
-        },
-    )
+    result = {"ticket": str(out), "method": method, "seconds": seconds}
+    write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
     console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
 
@@ -221,15 +211,16 @@ def train(
         raise ValueError(f"epochs: expected at least 1, got {epochs}")
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
-    dataset = load_data(data or setup.data, data_dir, image_size)
+    dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with Progress() as progress:
-        model, history = train_ticket(
-            loaded,
+        model = model_of(loaded, dataset, target)
+        history = train_on(
+            model,
+            setup,
             dataset,
             epochs,
-            target,
             recipe=recipe_with(setup.recipe, recipe),
             seed=seed,
             metrics=metrics,
@@ -237,10 +228,6 @@ def train(
             progress=progress,
         )
     if save is not None:
-        from safetensors.torch import save_file
-
-        from .tickets import dense_state
-
         save_file(dense_state(model), save)
     write_json(
         json_file,
@@ -363,7 +350,7 @@ def compare(
         granularity=granularity,
         sparse_layers=layers,
     )
-    dataset = load_data(data, data_dir, image_size)
+    dataset = datasets.load(data, data_dir, image_size=image_size)
     report(
         setup, dataset, chosen, wanted, range(seed, seed + seeds), epochs, out, target, json_file
     )
@@ -412,7 +399,7 @@ def demo(
         search_epochs=40,  # 23 steps each: the set is small
         search_batch=64,
     )
-    dataset = load_data("digits", None)
+    dataset = datasets.load("digits")
     methods = ["cts", "cts+shuffle", "snip", "magnitude", "random"]
     report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), 40, out, target, json_file)  # fmt: skip
     best = out / "tickets" / f"cts-0.99-{seed}.safetensors"

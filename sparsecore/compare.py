@@ -20,10 +20,10 @@ from .experiment import (
     apply_sanity,
     choose,
     find_ticket,
+    model_of,
     new_model,
     rewind_point,
-    train_dense,
-    train_ticket,
+    train_on,
 )
 from .progress import QUIET, Progress
 from .sparsities import check_sparsity
@@ -32,7 +32,7 @@ from .tickets import Ticket, dense_state
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
-FIELDS = (
+FIELDS: tuple[str, ...] = (
     "method",
     "sparsity",
     "seed",
@@ -118,17 +118,15 @@ class Comparison:
     ) -> dict[str, str]:
         if cell.method == "dense":
             model = self._start(cell.seed, dataset, device, progress)
-            history = train_dense(
-                self.setup, model, dataset, self.epochs, device, seed=cell.seed, progress=progress
-            )
             kept, search_seconds = sum(p.numel() for p in model.parameters() if p.ndim > 1), 0.0
         else:
             ticket = self._ticket(cell, dataset, device, progress)
-            _, history = train_ticket(
-                ticket, dataset, self.epochs, device, seed=cell.seed, progress=progress
-            )
+            model = model_of(ticket, dataset, device)
             kept = sum(int(mask.sum()) for mask in ticket.masks.values())
             search_seconds = ticket.meta["search_seconds"]
+        history = train_on(
+            model, self.setup, dataset, self.epochs, seed=cell.seed, progress=progress
+        )
         values = (
             cell.method,
             f"{cell.sparsity:g}",

@@ -142,8 +142,9 @@ def load(
         pixels = torch.as_tensor(raw.data)
         images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
         splits.append(Split(images, torch.as_tensor(raw.targets)))
-    _, *shape = splits[0].images.shape
-    return Dataset(name, *splits, len(raw.classes), tuple(shape), mean, std, flip_crop)
+    _, channels, height, width = images.shape
+    shape = (channels, height, width)
+    return Dataset(name, splits[0], splits[1], len(raw.classes), shape, mean, std, flip_crop)
 
 
 def _digits() -> Dataset:
@@ -159,13 +160,12 @@ def _digits() -> Dataset:
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
     mean, std = _moments(images[train])
-    shape = (1, *images.shape[2:])
     return Dataset(
         "digits",
         Split(images[train], labels[train]),
         Split(images[test], labels[test]),
         10,
-        shape,
+        (1, 8, 8),
         mean,
         std,
         flip_crop=False,
@@ -194,11 +194,18 @@ def _folder(name: str, root: Path, image_size: int | None) -> Dataset:
             image_size = min(first.size)
     if image_size < 1:
         raise DataError(f"image size: expected at least 1 pixel, got {image_size}")
-    splits = [_split(items, image_size) for items in (train, test)]
+    train_split, test_split = (_split(items, image_size) for items in (train, test))
     sample = torch.linspace(0, len(train) - 1, min(len(train), 2048)).long()
-    mean, std = _moments(splits[0].images[sample])
+    mean, std = _moments(train_split.images[sample])
     return Dataset(
-        name, *splits, len(classes), (3, image_size, image_size), mean, std, flip_crop=True
+        name,
+        train_split,
+        test_split,
+        len(classes),
+        (3, image_size, image_size),
+        mean,
+        std,
+        flip_crop=True,
     )
 
 

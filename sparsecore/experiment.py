@@ -1,7 +1,7 @@
 """From names to a trained ticket: the pipeline that the command line and `compare` run.
 
 `Setup` says what is searched; `rewind_point` trains densely up to it; `find_ticket` searches there;
-`train_ticket` trains what was found.  Everything a ticket's training needs is in its provenance.
+`train_on` trains what was found.  Everything a ticket's training needs is in its provenance.
 """
 
 from dataclasses import asdict, dataclass, field, replace
@@ -163,58 +163,27 @@ def setup_of(ticket: Ticket) -> Setup:
         ) from None
 
 
-def train_ticket(
-    ticket: Ticket,
+def train_on(
+    model: nn.Module,
+    setup: Setup,
     dataset: Dataset,
     epochs: int,
-    device: torch.device,
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
     metrics: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = QUIET,
-) -> tuple[nn.Module, History]:
-    """Trains a ticket for `epochs` more epochs from its rewind point, with a fresh optimiser.
+) -> History:
+    """Trains a model at its rewind point for `epochs` more epochs, with a fresh optimiser.
 
     The schedule is indexed by the absolute epoch: it spans rewind_epochs + epochs.
     """
-    setup = setup_of(ticket)
     recipe = recipe or setup.recipe
-    model = ticket.apply_(new_model(setup, dataset, seed)).to(device)
-    return model, _train_on(model, setup, dataset, epochs, device, recipe, seed, metrics, checkpoint, progress)  # fmt: skip
-
-
-def train_dense(
-    setup: Setup,
-    model: nn.Module,
-    dataset: Dataset,
-    epochs: int,
-    device: torch.device,
-    *,
-    seed: int = 0,
-    progress: Progress = QUIET,
-) -> History:
-    """The dense partner: the same model from the same rewind point for as many epochs."""
-    return _train_on(model, setup, dataset, epochs, device, setup.recipe, seed, None, None, progress)  # fmt: skip
-
-
-def _train_on(
-    model: nn.Module,
-    setup: Setup,
-    dataset: Dataset,
-    epochs: int,
-    device: torch.device,
-    recipe: Recipe,
-    seed: int,
-    metrics: Path | None,
-    checkpoint: Path | None,
-    progress: Progress,
-) -> History:
     end = setup.rewind_epochs + epochs
     return train(
         model,
-        *loaders(dataset, recipe, seed, device),
+        *loaders(dataset, recipe, seed, next(model.parameters()).device),
         recipe,
         start_epoch=setup.rewind_epochs,
         stop_epoch=end,
@@ -224,6 +193,11 @@ def _train_on(
         checkpoint=checkpoint,
         progress=progress,
     )
+
+
+def model_of(ticket: Ticket, dataset: Dataset, device: torch.device) -> nn.Module:
+    """The model a ticket was found in, at the ticket's start weights and under its masks."""
+    return ticket.apply_(new_model(setup_of(ticket), dataset, seed=0)).to(device)
 
 
 def apply_sanity(ticket: Ticket, sanity: str, dataset: Dataset, seed: int) -> Ticket:

@@ -1,7 +1,7 @@
 """Gates: distributions over masks, as frozen values.  Randomness and logits are arguments.
 
 Laws (tests/test_gates.py): `density(init(p)) == p`; `sample` lies in [0, 1] and grows with the logit;
-`slope(sample(s, u), s)` is d sample / d s; `density_slope` is d density / d s.
+`slope(sample(s, u), s)` is d sample / d s; `density_slope(s, density(s))` is d density / d s.
 """
 
 import math
@@ -34,15 +34,15 @@ class AbstractGate(ABC):
 
     @abstractmethod
     def slope(self, z: Tensor, logits: Tensor) -> Tensor:
-        """dz/dlogits at the sample z; zero where `project` or clipping made z zero."""
+        """dz/dlogits at the sample z, as a new tensor; zero where `project` or clipping made z zero."""
 
     @abstractmethod
     def density(self, logits: Tensor) -> Tensor:
         """P(z != 0), or the stand-in that the method's paper penalises, per unit."""
 
     @abstractmethod
-    def density_slope(self, logits: Tensor) -> Tensor:
-        """d density / d logits, per unit."""
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
+        """d density / d logits, per unit, as a new tensor; `density` is `density(logits)`."""
 
     @abstractmethod
     def mean(self, logits: Tensor) -> Tensor:
@@ -89,8 +89,8 @@ class Concrete(AbstractGate):
     def density(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits)
 
-    def density_slope(self, logits: Tensor) -> Tensor:
-        return kernels.concrete_slope_ref(torch.sigmoid(logits))
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
+        return kernels.concrete_slope_ref(density)
 
     def mean(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits)
@@ -127,8 +127,8 @@ class HardConcrete(AbstractGate):
     def density(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits - self._shift)
 
-    def density_slope(self, logits: Tensor) -> Tensor:
-        return kernels.concrete_slope_ref(self.density(logits))
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
+        return kernels.concrete_slope_ref(density)
 
     def mean(self, logits: Tensor) -> Tensor:
         return (torch.sigmoid(logits) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
@@ -155,7 +155,7 @@ class Gaussian(AbstractGate):
     def density(self, logits: Tensor) -> Tensor:
         return torch.special.ndtr(logits / self.sigma)
 
-    def density_slope(self, logits: Tensor) -> Tensor:
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
         return torch.exp(-0.5 * (logits / self.sigma) ** 2) / (self.sigma * math.sqrt(2 * math.pi))
 
     def mean(self, logits: Tensor) -> Tensor:
@@ -185,7 +185,7 @@ class TopK(AbstractGate):
     def density(self, logits: Tensor) -> Tensor:
         return torch.full_like(logits, kept_count(logits.numel(), self.sparsity) / logits.numel())
 
-    def density_slope(self, logits: Tensor) -> Tensor:
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
         return torch.zeros_like(logits)
 
     def mean(self, logits: Tensor) -> Tensor:

@@ -51,7 +51,10 @@ class Net:
 
     def weights(self) -> list[nn.Parameter]:
         """The frozen parameters of the gated layers, made differentiable."""
-        return [layer.raw_weight.requires_grad_() for layer in self.layers.values()]
+        weights = [layer.raw_weight for layer in self.layers.values()]
+        for w in weights:
+            w.requires_grad_()
+        return weights
 
     @contextmanager
     def activations(self) -> Iterator[list[Tensor]]:

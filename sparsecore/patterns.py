@@ -12,7 +12,7 @@ from .granularity import Granularity, Weight
 class _GatedWeight(torch.autograd.Function):
     """weight * sample(logits, noise).  Returns z too, so that a second backward can differentiate its slope.
 
-    Weight-sized temporaries: z and the product forward; one more in each of dz and its slope backward.
+    Weight-sized allocations with one gate per weight: z and the product forward, dlogits backward.
     """
 
     @staticmethod
@@ -37,14 +37,21 @@ class _GatedWeight(torch.autograd.Function):
         weight, logits, z = ctx.saved_tensors
         grad_product, grad_z = grads
         grad_weight = grad_logits = None
-        if grad_product is not None:
-            if ctx.needs_input_grad[0]:
-                grad_weight = ctx.granularity.apply(grad_product, z)
-            grad_logits = ctx.granularity.gather(grad_product * weight)
-        if grad_z is not None:
-            grad_logits = grad_z if grad_logits is None else grad_logits + grad_z
-        if grad_logits is not None:
-            grad_logits = grad_logits * ctx.gate.slope(z, logits)
+        if ctx.needs_input_grad[0] and grad_product is not None:
+            grad_weight = ctx.granularity.apply(grad_product, z)
+        if ctx.needs_input_grad[1]:
+            grad_logits = ctx.gate.slope(z, logits)  # a new tensor, turned into the gradient
+            if grad_z is not None:  # in a second backward only
+                grad_dz = grad_z
+                if grad_product is not None:
+                    grad_dz = grad_dz + ctx.granularity.gather(grad_product * weight)
+                grad_logits = grad_logits * grad_dz
+            elif grad_product is None:
+                grad_logits = None
+            elif z.shape == weight.shape:
+                grad_logits = grad_logits.mul_(grad_product).mul_(weight)
+            else:
+                grad_logits = grad_logits.mul_(ctx.granularity.gather(grad_product * weight))
         return grad_weight, grad_logits, None, None, None
 
 

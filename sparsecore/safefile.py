@@ -89,9 +89,11 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"\0{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy())
+        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
 def _what_is(path: Path) -> str:
-    return "a folder" if path.is_dir() else "nothing there" if not path.exists() else "no plain file"
+    return (
+        "a folder" if path.is_dir() else "nothing there" if not path.exists() else "no plain file"
+    )

@@ -52,8 +52,6 @@ class Blobs:
 
 def mlp(features: int = 12, hidden: int = 24, classes: int = 4, seed: int = 0) -> nn.Module:
     return seeded(
-        lambda: nn.Sequential(
-            nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)
-        ),
+        lambda: nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)),
         seed,
     )

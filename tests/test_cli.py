@@ -39,6 +39,7 @@ def test_the_whole_command_line_of_the_paper(ticket: Path, tmp_path: Path) -> No
 def test_train_reports_accuracy_sparsity_and_every_epoch(ticket: Path, tmp_path: Path) -> None:
     result, metrics = tmp_path / "r.json", tmp_path / "m.jsonl"
     options = ["--epochs", "3", "--json", str(result), "--metrics", str(metrics)]
+    options += ["--recipe", "lr=0.01"]
     assert main(["train", str(ticket), *options, "--save", str(tmp_path / "w")]) == 0
     found = json.loads(result.read_text())
     assert found["accuracy"] == found["epochs"][-1]["accuracy"] > 50
@@ -122,7 +123,10 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
         (["search", *SMALL, "--recipe", "lr=-1"], "recipe lr"),
         (["search", *SMALL, "--layers", "conv*"], "no layer matches"),
         (["search", *SMALL, "--rewind-epochs", "-1"], "rewind epochs"),
-        (["search", "--data", "mnist", "--data-dir", "/nowhere", "--out", "x"], "found nothing there"),
+        (
+            ["search", "--data", "mnist", "--data-dir", "/nowhere", "--out", "x"],
+            "found nothing there",
+        ),
         (["search", *SMALL[:2], "--out", "/nowhere/x"], "its folder does not exist"),
         (["train", "missing.safetensors"], "nothing there"),
         (["train", "missing.safetensors", "--epochs", "0"], "at least 1"),

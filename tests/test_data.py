@@ -21,7 +21,9 @@ def toy(n: int = 50, channels: int = 3, size: int = 8) -> Dataset:
     return Dataset("toy", split, split, n, (channels, size, size), *moments, True)
 
 
-def image_folder(root: Path, per_class: int = 6, size: int = 10, classes: tuple = ("a", "b")) -> Path:
+def image_folder(
+    root: Path, per_class: int = 6, size: int = 10, classes: tuple = ("a", "b")
+) -> Path:
     rng = np.random.default_rng(0)
     for label in classes:
         (root / label).mkdir(parents=True)

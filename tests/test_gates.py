@@ -67,7 +67,9 @@ def test_slopes_are_the_derivatives(gate: AbstractGate) -> None:
     (expected,) = torch.autograd.grad(z.sum(), logits)
     torch.testing.assert_close(gate.slope(z, logits), expected, rtol=1e-9, atol=1e-12)
     (expected,) = torch.autograd.grad(gate.density(logits).sum(), logits)
-    torch.testing.assert_close(gate.density_slope(logits), expected, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        gate.density_slope(logits, gate.density(logits)), expected, rtol=1e-9, atol=1e-12
+    )
 
 
 N = 200_000

@@ -52,7 +52,7 @@ def test_resnet_variants() -> None:
     shape = (3, 32, 32)
     uniform = build("resnet-20", shape, 10, bn_init="uniform")
     scales = torch.cat([m.weight for m in uniform.modules() if isinstance(m, nn.BatchNorm2d)])
-    assert 0.4 < scales.mean().item() < 0.6 and 0 <= scales.min() and scales.max() <= 1
+    assert 0.4 < scales.mean().item() < 0.6 and scales.min() >= 0 and scales.max() <= 1
     plain = build("resnet-20", shape, 10, affine=False)
     assert not any(m.affine for m in plain.modules() if isinstance(m, nn.BatchNorm2d))
     assert build("resnet-20", shape, 10, shortcut="B")(randn(2, *shape)).shape == (2, 10)

@@ -21,7 +21,8 @@ def test_links_and_package_map_agree() -> None:
         link = ROOT / "sparsecore" / name
         assert link.is_symlink() and link.readlink() == Path("..") / name
     on_disk = {
-        ".".join(p.parent.relative_to(ROOT).parts) for p in (ROOT / "sparsecore").rglob("__init__.py")
+        ".".join(p.parent.relative_to(ROOT).parts)
+        for p in (ROOT / "sparsecore").rglob("__init__.py")
     }
     on_disk |= {f"sparsecore.{name}" for name in LINKS}
     assert set(config["packages"]) == on_disk
@@ -51,7 +52,17 @@ def test_wheel_installs_and_imports_in_a_clean_environment(wheel: Path, tmp_path
     python = place / "bin" / "python"
     # The new environment gets the wheel alone; torch and the rest are seen on a path behind it.
     subprocess.run(
-        [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-deps", "--quiet", wheel],
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            str(python),
+            "install",
+            "--no-deps",
+            "--quiet",
+            wheel,
+        ],
         check=True,
     )
     site = subprocess.run(
@@ -77,7 +88,11 @@ def test_wheel_installs_and_imports_in_a_clean_environment(wheel: Path, tmp_path
     )
     subprocess.run([python, "-c", check], check=True, cwd=tmp_path)
     shown = subprocess.run(
-        [python, "-c", f"import sys; sys.path.append({here!r}); from sparsecore.cli import main; main(['--help'])"],
+        [
+            python,
+            "-c",
+            f"import sys; sys.path.append({here!r}); from sparsecore.cli import main; main(['--help'])",
+        ],
         capture_output=True,
         text=True,
         check=True,

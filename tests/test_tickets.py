@@ -21,10 +21,14 @@ from sparsecore.sparsities import kept_count
 from sparsecore.tickets import Ticket, TicketError, dense_state
 
 
-def ticket_of(model: nn.Module, sparsity: float = 0.7, granularity: Granularity | None = None) -> Ticket:
+def ticket_of(
+    model: nn.Module, sparsity: float = 0.7, granularity: Granularity | None = None
+) -> Ticket:
     layers = sc.sparse_layers(model)
     units = granularity.units if granularity else lambda shape: shape
-    scores = {n: rand(*units(m.raw_weight.shape), seed=i) for i, (n, m) in enumerate(layers.items())}
+    scores = {
+        n: rand(*units(m.raw_weight.shape), seed=i) for i, (n, m) in enumerate(layers.items())
+    }
     return Ticket.from_scores(scores, model, sparsity, granularity, meta={"method": "test"})
 
 
@@ -193,7 +197,7 @@ def good(path: Path) -> bytes:
 
 
 def test_every_truncation_is_told(good: bytes, path: Path) -> None:
-    for length in [*range(0, 64), *range(64, len(good), 97), len(good) - 1]:
+    for length in [*range(64), *range(64, len(good), 97), len(good) - 1]:
         path.write_bytes(good[:length])
         _load_fails(path)
 

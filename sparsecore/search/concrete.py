@@ -207,8 +207,12 @@ class _Step:
         """Expected number of kept weights, and the gradient of the excess in each layer's logits."""
         gate, kept, pulls = self.search.gate, [], []
         for logits, size in zip(self.logits, self.sizes, strict=True):
-            kept.append((gate.density(logits) * size).sum())
-            pulls.append(gate.density_slope(logits).mul_(size).mul_(100 / self.target))
+            density = gate.density(logits)
+            slope = gate.density_slope(logits, density)
+            # `density` and `slope` are this layer's only two temporaries.
+            pulls.append(slope.mul_(size * (100 / self.target)))
+            alike = isinstance(size, float)
+            kept.append(density.sum() * size if alike else density.mul_(size).sum())
         return torch.stack(kept).sum(), pulls
 
     def _size(self, name: str) -> Tensor | float:

@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m bench run --suite NAME`, `python -m bench table`."""
