@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.convert import batch_statistics
+from sparsecore.gates import Concrete
 from sparsecore.kernels import uniform_
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
@@ -47,7 +48,8 @@ class StepBench:
         self.y = torch.randint(0, 10, (case.batch,), generator=generator).to(device)
         self.dense = build(case.model, case.shape, 10).to(device).train()
         self.model = sc.sparsify_(build(case.model, case.shape, 10).to(device))
-        self.search = ConcreteSearch()
+        self.gate = Concrete(tau=1.0)
+        self.search = ConcreteSearch(gate=self.gate)
         self._scopes = [
             batch_statistics(self.model),
             self.search._gated(self.model, sc.sparse_layers(self.model), 0.01),
@@ -77,7 +79,8 @@ class StepBench:
         parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         masked: dict[str, Tensor] = {}
         for (name, layer), s in zip(sc.sparse_layers(self.model).items(), logits, strict=True):
-            z = torch.sigmoid(torch.logit(torch.rand_like(s), 1e-7) * 1.5 + s)
+            u = torch.rand(s.shape, generator=self.plain_noise, device=s.device)
+            z = torch.sigmoid(torch.logit(u, 1e-7) / self.gate.tau + s)
             masked[f"{name}.weight"] = layer.raw_weight * z
         with torch.no_grad(), self.step.net.opened():
             teacher = self.model(self.x).log_softmax(-1)
@@ -97,10 +100,11 @@ class StepBench:
 
     def prepare_plain(self) -> None:
         shapes = [w.shape for w in self.weights]
-        start = self.search.gate.init(0.01)
+        start = self.gate.init(0.01)
         self.plain_logits = [
             nn.Parameter(torch.full(shape, start, device=self.x.device)) for shape in shapes
         ]
+        self.plain_noise = torch.Generator(self.x.device).manual_seed(0)
         self.plain_adam = torch.optim.Adam(self.plain_logits, lr=0.1)
 
     def check(self) -> None:
@@ -111,7 +115,7 @@ class StepBench:
         masked: dict[str, Tensor] = {}
         for (name, layer), gate in zip(net.layers.items(), gates, strict=True):
             u = uniform_(torch.empty_like(gate.logits), gate.seed, gate.step, gate.layer)
-            z = torch.sigmoid(torch.logit(u, 2.0**-24) * 1.5 + gate.logits)  # tau = 2/3
+            z = torch.sigmoid(torch.logit(u, 2.0**-24) / self.gate.tau + gate.logits)
             masked[f"{name}.weight"] = layer.raw_weight * z
         teacher = net.dense(self.x).log_softmax(-1)
         with net.opened():

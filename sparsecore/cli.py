@@ -26,6 +26,31 @@ from .experiment import (
     setup_of,
     train_on,
 )
+from .options import (
+    BiasLr,
+    Control,
+    DataDir,
+    DataName,
+    Device,
+    GranularityName,
+    ImageSize,
+    Json,
+    LayersGlob,
+    ModelName,
+    ModelOption,
+    Objective,
+    RecipeOption,
+    RewindEpochs,
+    SearchBatch,
+    SearchEpochs,
+    SearchLr,
+    Seed,
+    Tau,
+    device_of,
+    numbers,
+    recipe_with,
+    setup_from,
+)
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
@@ -38,80 +63,6 @@ app = typer.Typer(
     help="Find a sparse ticket in a network and train it.",
 )
 console = Console()
-
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Of the initial weights, data order and gate noise.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file.")]
-ModelName = Annotated[str, typer.Option(help="A built-in model or torchvision:NAME.")]
-DataName = Annotated[
-    str, typer.Option(help="digits, mnist, fashion-mnist, cifar10, cifar100 or folder:PATH.")
-]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Where the data lies; without it, it is downloaded.")
-]
-ModelOption = Annotated[
-    list[str] | None,
-    typer.Option("--model-option", help="KEY=VALUE for the model, e.g. shortcut=3x3."),
-]
-RecipeOption = Annotated[
-    list[str] | None,
-    typer.Option("--recipe", help="KEY=VALUE over the model's training recipe, e.g. lr=0.05."),
-]
-Objective = Annotated[str, typer.Option(help="What CTS minimises.")]
-Control = Annotated[str, typer.Option(help="gradbalance, lagrangian or fixed.")]
-GranularityName = Annotated[
-    str, typer.Option("--granularity", help="weight, block:HxW, vector:V, channel or N:M.")
-]
-RewindEpochs = Annotated[int, typer.Option(help="Dense epochs before the search.")]
-SearchEpochs = Annotated[int, typer.Option(help="Passes over the data in a CTS search.")]
-SearchBatch = Annotated[int, typer.Option(help="Batch of a CTS search.")]
-LayersGlob = Annotated[
-    str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
-]
-ImageSize = Annotated[int | None, typer.Option(help="Side of folder images, in pixels.")]
-
-
-def device_of(name: str) -> torch.device:
-    """The device behind --device; ValueError if this machine lacks it."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    if device.type == "cuda" and (device.index or 0) >= count:
-        raise ValueError(
-            f"device: {name} asked for, this machine has {count} usable GPUs; use --device cpu"
-        )
-    return device
-
-
-def parse_options(pairs: list[str] | None, what: str) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON where it parses, else a string."""
-    options = {}
-    for pair in pairs or []:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{what}: expected KEY=VALUE, got {pair!r}")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
-    return options
-
-
-def recipe_with(recipe: Any, pairs: list[str] | None) -> Any:
-    """The recipe with --recipe's fields replaced."""
-    options = parse_options(pairs, "recipe")
-    fields = {f.name for f in dataclasses.fields(recipe)}
-    for key in options:
-        choose("recipe field", key, sorted(fields))
-    if "milestones" in options:
-        options["milestones"] = tuple(options["milestones"])
-    return dataclasses.replace(recipe, **options)
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -138,6 +89,9 @@ def search(
     rewind_epochs: RewindEpochs = 2,
     search_epochs: SearchEpochs = 10,
     search_batch: SearchBatch = 512,
+    search_lr: SearchLr = 0.1,
+    bias_lr: BiasLr = 0.003,
+    tau: Tau = 1.0,
     sparsity: Annotated[float, typer.Option(help="Fraction of weights removed, in [0, 1).")] = 0.99,
     layers: LayersGlob = None,
     model_option: ModelOption = None,
@@ -153,14 +107,17 @@ def search(
     check_sparsity(sparsity)
     check_folder(out)
     check_folder(json_file)
-    setup = Setup(
-        model=model,
+    setup = setup_from(
+        model,
+        recipe,
+        model_option,
         data=data,
-        recipe=recipe_with(recipe_for(model), recipe),
-        model_options=parse_options(model_option, "model option"),
         rewind_epochs=rewind_epochs,
         search_epochs=search_epochs,
         search_batch=search_batch,
+        search_lr=search_lr,
+        bias_lr=bias_lr,
+        tau=tau,
         objective=objective,
         control=control,
         granularity=granularity,
@@ -295,13 +252,6 @@ def info(
     )
 
 
-def _split(text: str, what: str, kind: type) -> list[Any]:
-    try:
-        return [kind(part.strip()) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise ValueError(f"{what}: expected numbers with commas between, got {text!r}") from None
-
-
 @app.command()
 def compare(
     methods: Annotated[
@@ -322,6 +272,9 @@ def compare(
     rewind_epochs: RewindEpochs = 2,
     search_epochs: SearchEpochs = 10,
     search_batch: SearchBatch = 512,
+    search_lr: SearchLr = 0.1,
+    bias_lr: BiasLr = 0.003,
+    tau: Tau = 1.0,
     layers: LayersGlob = None,
     model_option: ModelOption = None,
     recipe: RecipeOption = None,
@@ -334,17 +287,20 @@ def compare(
     target = device_of(device)
     check_folder(json_file)
     chosen = [check_method(m.strip()) for m in methods.split(",") if m.strip()]
-    wanted = [check_sparsity(s) for s in _split(sparsities, "sparsities", float)]
+    wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
     if not (chosen and wanted and seeds >= 1 and epochs >= 1):
         raise ValueError("compare: expected at least one method, sparsity, seed and epoch")
-    setup = Setup(
-        model=model,
+    setup = setup_from(
+        model,
+        recipe,
+        model_option,
         data=data,
-        recipe=recipe_with(recipe_for(model), recipe),
-        model_options=parse_options(model_option, "model option"),
         rewind_epochs=rewind_epochs,
         search_epochs=search_epochs,
         search_batch=search_batch,
+        search_lr=search_lr,
+        bias_lr=bias_lr,
+        tau=tau,
         objective=objective,
         control=control,
         granularity=granularity,

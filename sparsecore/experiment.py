@@ -15,6 +15,7 @@ from torch import nn
 from .control import CONTROLS
 from .convert import Filter, is_prunable, sparsify_
 from .data import Batches, Dataset
+from .gates import Concrete
 from .granularity import parse_granularity
 from .objectives import OBJECTIVES
 from .progress import QUIET, Progress
@@ -47,6 +48,9 @@ class Setup:
     rewind_epochs: int = 2
     search_epochs: int = 10
     search_batch: int = 512
+    search_lr: float = 0.1
+    bias_lr: float = 0.003
+    tau: float = 1.0
     objective: str = "reverse-kl"
     control: str = "gradbalance"
     granularity: str = "weight"
@@ -57,7 +61,8 @@ class Setup:
         choose("objective", self.objective, OBJECTIVES)
         choose("control", self.control, CONTROLS)
         parse_granularity(self.granularity)
-        for name, least in (("rewind_epochs", 0), ("search_epochs", 1), ("search_batch", 1)):
+        self.search("cts", seed=0)  # refuses its bad numbers
+        for name, least in (("rewind_epochs", 0), ("search_batch", 1)):
             if getattr(self, name) < least:
                 raise ValueError(
                     f"{name.replace('_', ' ')}: expected at least {least}, got {getattr(self, name)}"
@@ -75,7 +80,10 @@ class Setup:
                 epochs=self.search_epochs,
                 objective=OBJECTIVES[self.objective],
                 control=CONTROLS[self.control](),
+                gate=Concrete(self.tau),
                 granularity=granularity,
+                lr=self.search_lr,
+                bias_lr=self.bias_lr,
                 seed=seed,
             )
         return OneShot(SCORES[method], granularity, seed)

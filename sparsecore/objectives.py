@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from .convert import require_sparse_layers
@@ -27,6 +28,12 @@ class Net:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = require_sparse_layers(model)
+        # The sparse network's biases may move during the search; the teacher keeps those of its start.
+        self._biases = {
+            f"{name}.bias".removeprefix("."): layer.bias.detach().clone()
+            for name, layer in self.layers.items()
+            if isinstance(layer.bias, Tensor)
+        }
 
     def sparse(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the sampled sparse network."""
@@ -34,8 +41,13 @@ class Net:
 
     def dense(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the dense network, without gradient."""
-        with torch.no_grad(), self.opened():
-            return self.model(x)
+        with torch.no_grad():
+            return self.teach(x)
+
+    def teach(self, x: Tensor) -> Tensor:
+        """The dense network, differentiable in its weights."""
+        with self.opened():
+            return functional_call(self.model, self._biases, (x,))
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -147,8 +159,7 @@ def _features(net: Net, batch: Batch) -> Tensor:
 def _gradients(net: Net, batch: Batch) -> Tensor:
     x, y = batch
     weights = net.weights()
-    with net.opened():
-        dense = torch.autograd.grad(F.cross_entropy(net.model(x), y), weights)
+    dense = torch.autograd.grad(F.cross_entropy(net.teach(x), y), weights)
     loss = F.cross_entropy(net.sparse(x), y)
     sparse = torch.autograd.grad(loss, weights, create_graph=True)
     return _matching(list(sparse), list(dense))

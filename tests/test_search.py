@@ -18,7 +18,7 @@ from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, 
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
-from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
+from sparsecore.objectives import OBJECTIVES, Batch, Net, Objective, reverse_kl, task
 from sparsecore.patterns import Gated
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
@@ -262,6 +262,31 @@ def test_a_search_that_fails_gives_the_model_back() -> None:
         ConcreteSearch(epochs=1, objective=broken)(model, Blobs(), sparsity=0.5)
     assert [type(m) for m in model.modules()] == kinds
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_students_biases_move_and_are_put_back() -> None:
+    model = trained_mlp(1)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    before = copy.deepcopy(model.state_dict())
+    seen: list[Tensor] = []
+
+    def watch(net: Net, batch: Batch) -> Tensor:
+        teacher = net.dense(batch[0])
+        seen.append(net.layers["0"].bias.detach().clone())
+        assert torch.equal(teacher, dense(batch[0]))  # the teacher's stay
+        return reverse_kl(net, batch)
+
+    dense = sc.densify_(copy.deepcopy(model))
+    ConcreteSearch(epochs=1, objective=Objective("watched", watch))(model, Blobs(), sparsity=0.5)
+    assert not torch.equal(seen[0], seen[-1])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is not None and (p.grad == 1).all() for p in model.parameters())
+
+    seen.clear()
+    frozen = ConcreteSearch(epochs=1, objective=Objective("watched", watch), bias_lr=0)
+    frozen(model, Blobs(), sparsity=0.5)
+    assert torch.equal(seen[0], seen[-1])
 
 
 def test_search_works_through_batchnorm_and_convolutions() -> None:
