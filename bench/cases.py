@@ -12,6 +12,7 @@ import sparsecore as sc
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import Concrete
 from sparsecore.kernels import uniform_
+from sparsecore.objectives import TeacherMemory
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
 from sparsecore.search.concrete import _Step
@@ -56,13 +57,19 @@ class StepBench:
         ]
         self._scopes[0].__enter__()
         self.step = _Step(self.search, self.model, self._scopes[1].__enter__(), 0.01)
+        self.samples = torch.arange(case.batch, device=device)
+        self.memory = TeacherMemory(case.batch)
+        self.memory.rows = self.samples
+        self.memory.scores(self.x, self.step.net.dense)
         self.weights = [m.raw_weight for m in sc.sparse_layers(self.model).values()]
 
     def providers(self) -> dict[str, Callable[[], Any]]:
         """The search step, one dense forward and backward, and what published code does."""
+        later = {} if self.step.batchwise else {"search step, later epochs": self.later_step}
         return {
             "dense forward-backward": self.dense_step,
-            "sparsecore search step": self.search_step,
+            "search step": self.search_step,
+            **later,
             "plain autograd search step": self.plain_step,
         }
 
@@ -71,6 +78,14 @@ class StepBench:
         F.cross_entropy(self.dense(self.x), self.y).backward()
 
     def search_step(self) -> Tensor:
+        """A step of the first epoch, in which the teacher is asked."""
+        self.step.net.memory = None
+        return self.step((self.x, self.y))
+
+    def later_step(self) -> Tensor:
+        """A step of a later epoch, in which the teacher's scores are looked up."""
+        self.step.net.memory = self.memory
+        self.step.begin_epoch(self.samples)
         return self.step((self.x, self.y))
 
     def plain_step(self) -> Tensor:

@@ -14,7 +14,10 @@ EPS = 2.0**-24
 
 def concrete_ref(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
     """z = sigmoid(logit(u) / tau + s): binary Concrete (Maddison et al. 2017; CTS, arXiv 2512.07142)."""
-    return torch.logit(noise, eps=EPS).div_(tau).add_(logits).sigmoid_()
+    logistic = torch.logit(noise, eps=EPS)
+    if tau != 1:
+        logistic = logistic.div_(tau)
+    return logistic.add_(logits).sigmoid_()
 
 
 def concrete_slope_ref(z: Tensor) -> Tensor:

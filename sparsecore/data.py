@@ -286,14 +286,22 @@ class Batches:
         self._next += 1
         return self.epoch(self._next - 1)
 
-    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The batches of epoch `index`."""
+    def order(self, index: int) -> Tensor | None:
+        """int64 [N]: the samples of epoch `index` in turn; None if a sample may differ or be left out."""
+        left_out = self.drop_last and len(self.labels) % self.batch_size
+        return None if self.augment or left_out else self._shuffled(index)[0]
+
+    def _shuffled(self, index: int) -> tuple[Tensor, torch.Generator]:
         digest = hashlib.sha256(f"{self.seed}/{index}".encode()).digest()
         # Drawn on the CPU: the order is the same on every device.
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "little"))
-        order = torch.arange(len(self.labels))
         if self.shuffle:
-            order = torch.randperm(len(self.labels), generator=generator)
+            return torch.randperm(len(self.labels), generator=generator), generator
+        return torch.arange(len(self.labels)), generator
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The batches of epoch `index`."""
+        order, generator = self._shuffled(index)
         moved = order.to(self.device) if isinstance(self.images, Tensor) else order
         moves = self._draw(generator) if self.augment else None
         for i in range(len(self)):

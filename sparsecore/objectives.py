@@ -22,6 +22,29 @@ Batch = tuple[Tensor, Tensor]
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
 
 
+class TeacherMemory:
+    """The teacher's scores by sample.  Its weights are frozen: one epoch says all there is to know."""
+
+    LIMIT = 1 << 28  # bytes; beyond that nothing is remembered
+
+    def __init__(self, samples: int) -> None:
+        self.samples = samples
+        self.rows = torch.empty(0, dtype=torch.int64)  # the present batch's samples
+        self.table: Tensor | None = None  # [samples, classes]
+        self.complete = False  # after the first epoch
+
+    def scores(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
+        """[B, classes] for the batch x of the samples `rows`."""
+        if self.complete and self.table is not None:
+            return self.table.index_select(0, self.rows)
+        scores = dense(x)
+        if self.samples * scores[0].numel() * scores.element_size() <= self.LIMIT:
+            if self.table is None:
+                self.table = scores.new_empty(self.samples, *scores.shape[1:])
+            self.table.index_copy_(0, self.rows, scores)
+        return scores
+
+
 class Net:
     """A gated model seen as two functions of a batch: sparse (a sample) and dense (the teacher)."""
 
@@ -34,6 +57,7 @@ class Net:
             for name, layer in self.layers.items()
             if isinstance(layer.bias, Tensor)
         }
+        self.memory: TeacherMemory | None = None
 
     def sparse(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the sampled sparse network."""
@@ -43,6 +67,10 @@ class Net:
         """Class scores [B, classes] of the dense network, without gradient."""
         with torch.no_grad():
             return self.teach(x)
+
+    def teacher(self, x: Tensor) -> Tensor:
+        """What `dense` gives; looked up where the search remembers it."""
+        return self.dense(x) if self.memory is None else self.memory.scores(x, self.dense)
 
     def teach(self, x: Tensor) -> Tensor:
         """The dense network, differentiable in its weights."""
@@ -110,7 +138,7 @@ def _task(net: Net, batch: Batch) -> Tensor:
 
 def _loss_change(net: Net, batch: Batch) -> Tensor:
     x, y = batch
-    return (F.cross_entropy(net.sparse(x), y) / F.cross_entropy(net.dense(x), y) - 1).abs()
+    return (F.cross_entropy(net.sparse(x), y) / F.cross_entropy(net.teacher(x), y) - 1).abs()
 
 
 def _gradient_norm(net: Net, batch: Batch) -> Tensor:
@@ -127,13 +155,13 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 def _reverse_kl(net: Net, batch: Batch) -> Tensor:
     x, _ = batch
-    teacher = net.dense(x).log_softmax(-1)
+    teacher = net.teacher(x).log_softmax(-1)
     return _kl(net.sparse(x).log_softmax(-1), teacher)
 
 
 def _forward_kl(net: Net, batch: Batch) -> Tensor:
     x, _ = batch
-    teacher = net.dense(x).log_softmax(-1)
+    teacher = net.teacher(x).log_softmax(-1)
     return _kl(teacher, net.sparse(x).log_softmax(-1))
 
 

@@ -17,6 +17,7 @@ class _GatedWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(
+        ctx,
         weight: Tensor,
         logits: Tensor,
         noise: Tensor,
@@ -24,13 +25,10 @@ class _GatedWeight(torch.autograd.Function):
         granularity: Granularity,
     ) -> tuple[Tensor, Tensor]:
         z = gate.sample(logits, noise, granularity.project)
-        return granularity.apply(weight, z), z
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        weight, logits, _, ctx.gate, ctx.granularity = inputs
-        ctx.save_for_backward(weight, logits, output[1])
+        ctx.gate, ctx.granularity = gate, granularity
+        ctx.save_for_backward(weight, logits, z)
         ctx.set_materialize_grads(False)
+        return granularity.apply(weight, z), z
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):

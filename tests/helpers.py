@@ -41,9 +41,11 @@ class Blobs:
     def __len__(self) -> int:
         return -(-len(self.y) // self.batch)
 
+    def order(self, index: int) -> Tensor:
+        return torch.randperm(len(self.y), generator=generator(100 + index))
+
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(len(self.y), generator=generator(100 + index))
-        for part in order.split(self.batch):
+        for part in self.order(index).split(self.batch):
             yield self.x[part], self.y[part]
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -52,6 +52,16 @@ def test_every_sample_once_an_epoch_in_an_order_of_seed_and_epoch() -> None:
     assert len(dropping) == 3 == len(list(dropping.epoch(0)))
 
 
+def test_order_numbers_the_samples_of_the_batches() -> None:
+    dataset = toy()
+    batches = Batches(dataset, "train", 16, seed=1)
+    order = batches.order(3)
+    assert order is not None
+    assert torch.equal(all_of(batches, 3)[1], dataset.train.labels[order])
+    assert Batches(dataset, "train", 16, augment=True).order(3) is None
+    assert Batches(dataset, "train", 16, drop_last=True).order(3) is None  # 50 samples
+
+
 def test_normalisation() -> None:
     dataset = toy()
     x, _ = all_of(Batches(dataset, "train", 7, shuffle=False))

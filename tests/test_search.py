@@ -289,6 +289,36 @@ def test_the_students_biases_move_and_are_put_back() -> None:
     assert torch.equal(seen[0], seen[-1])
 
 
+def test_the_teacher_sees_a_sample_once_and_says_the_same_ever_after() -> None:
+    model, batches = trained_mlp(1), Blobs()
+    dense = sc.densify_(copy.deepcopy(model))
+    forwards = []
+
+    def watch(net: Net, batch: Batch) -> Tensor:
+        forwards.append(len(batch[1]))
+        torch.testing.assert_close(net.teacher(batch[0]), dense(batch[0]))
+        return reverse_kl(net, batch)
+
+    search = ConcreteSearch(epochs=3, objective=Objective("watched", watch))
+    model.register_forward_pre_hook(lambda module, args: forwards.append(-1))
+    search(model, batches, sparsity=0.5)
+    # In the first epoch: watched, dense, sparse, and dense again for the objective; then sparse alone.
+    assert len(forwards) == 4 * (1 + 3) + 8 * (1 + 1)
+
+    class Anonymous:
+        """Samples without numbers: nothing can be remembered."""
+
+        def __len__(self) -> int:
+            return len(batches)
+
+        def epoch(self, index: int) -> Iterator[Batch]:
+            return batches.epoch(index)
+
+    forwards.clear()
+    search(model, Anonymous(), sparsity=0.5)
+    assert len(forwards) == 12 * (1 + 3)
+
+
 def test_search_works_through_batchnorm_and_convolutions() -> None:
     model = seeded(
         lambda: nn.Sequential(
@@ -302,7 +332,13 @@ def test_search_works_through_batchnorm_and_convolutions() -> None:
     )
     sc.sparsify_(model)
     before = copy.deepcopy(model.state_dict())
-    ticket = ConcreteSearch(epochs=2, objective=task)(model, Blobs(), sparsity=0.5)
+
+    def watch(net: Net, batch: Batch) -> Tensor:
+        assert net.memory is None  # a sample's scores depend on its batch
+        return task(net, batch)
+
+    search = ConcreteSearch(epochs=2, objective=Objective("watched", watch))
+    ticket = search(model, Blobs(), sparsity=0.5)
     assert set(ticket.masks) == {"1", "5"}
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 

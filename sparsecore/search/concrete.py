@@ -5,10 +5,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoints
 from ..control import AbstractController, GradBalance, Reading, State
@@ -16,7 +17,7 @@ from ..convert import batch_statistics, require_sparse_layers
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
-from ..objectives import Batch, Net, Objective, reverse_kl
+from ..objectives import Batch, Net, Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity
@@ -28,10 +29,19 @@ class SearchError(ValueError):
 
 
 class EpochBatches(Protocol):
-    """Minibatches by epoch: the same epoch always yields the same batches (`data.Batches`)."""
+    """Minibatches by epoch: the same epoch always yields the same batches (`data.Batches`).
+
+    A method `order(epoch)`, where there is one, gives the epoch's samples as numbers, or None if a
+    sample does not always look the same; with it the teacher sees each sample only once.
+    """
 
     def __len__(self) -> int: ...
     def epoch(self, index: int) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class _Numbered(Protocol):
+    def order(self, index: int) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,7 @@ class ConcreteSearch:
                 advance()
             for epoch in range(done, self.epochs):
                 start, total = perf_counter(), step.zero()
+                step.begin_epoch(_order(batches, epoch))
                 for i, batch in enumerate(batches.epoch(epoch)):
                     if epoch * len(batches) + i == int(self.lr_drop_at * steps):
                         step.drop_lr(self.lr_drop)
@@ -181,6 +192,15 @@ class ConcreteSearch:
                     b.data.copy_(value)
 
 
+def _order(batches: EpochBatches, epoch: int) -> Tensor | None:
+    return batches.order(epoch) if isinstance(batches, _Numbered) else None
+
+
+def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The L2 norm of all of them together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
 def _biases(layers: Mapping[str, SparseLayer]) -> list[nn.Parameter]:
     biases = [layer.bias for layer in layers.values() if isinstance(layer.bias, nn.Parameter)]
     return list(dict.fromkeys(biases))  # two layers may share one
@@ -198,6 +218,8 @@ class _Step:
         self.logits = [g.logits for g in gated.values()]
         self.device = self.logits[0].device
         self.sizes = [self._size(name) for name in gated]
+        # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
+        self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
         d = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
         self.target = search.control.target(density) * d  # expected weights kept
         self.state: State = search.control.init(self.device)
@@ -210,8 +232,22 @@ class _Step:
         # One kernel for all logits where there is one; every step's update stays on the device.
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
+    def begin_epoch(self, order: Tensor | None) -> None:
+        """`order`: the samples [N] in the order of the epoch's batches, if the teacher may know them."""
+        if order is None or self.batchwise:
+            self.net.memory = None
+            return
+        if self.net.memory is None:
+            self.net.memory = TeacherMemory(len(order))
+        else:
+            self.net.memory.complete = True
+        self.order = order.to(self.device)
+
     def __call__(self, batch: Batch) -> Tensor:
         """Descends g_R + lambda g_S; returns the objective (detached, on the device)."""
+        if self.net.memory is not None:
+            size = len(batch[1])
+            self.net.memory.rows, self.order = self.order[:size], self.order[size:]
         for g in self.gated.values():
             g.step += 1
         loss = self.search.objective(self.net, batch)
@@ -221,11 +257,7 @@ class _Step:
         )
         task, follow = grads[: len(self.logits)], grads[len(self.logits) :]
         kept, pulls = self._sparsity()
-        reading = Reading(
-            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(task))),
-            torch.linalg.vector_norm(torch.stack(torch._foreach_norm(pulls))),
-            100 * (kept / self.target - 1),
-        )
+        reading = Reading(_norm(task), _norm(pulls), 100 * (kept / self.target - 1))
         weight, self.state = self.search.control.update(self.state, reading)
         for logits, g_task, g_sparsity in zip(self.logits, task, pulls, strict=True):
             logits.grad = g_sparsity.mul_(weight).add_(g_task)
@@ -268,6 +300,8 @@ class _Step:
         tensors |= {f"step/{name}": g.step for name, g in self.gated.items()}
         tensors |= {f"bias/{i}": b.detach() for i, b in enumerate(self.biases)}
         tensors |= {f"control/{name}": value for name, value in self.state.items()}
+        if self.net.memory is not None and self.net.memory.table is not None:
+            tensors["teacher"] = self.net.memory.table
         meta = {"optimizer": meta, "epoch": epoch, "losses": losses, "run": self.run}
         checkpoints.write(path, tensors, meta)
 
@@ -289,5 +323,8 @@ class _Step:
             for i, b in enumerate(self.biases):
                 b.copy_(tensors[f"bias/{i}"])
         self.state = {name: tensors[f"control/{name}"].to(self.device) for name in self.state}
+        if "teacher" in tensors:
+            self.net.memory = TeacherMemory(len(tensors["teacher"]))
+            self.net.memory.table = tensors["teacher"].to(self.device)
         checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
         return meta["epoch"], meta["losses"]
