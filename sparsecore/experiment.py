@@ -49,7 +49,7 @@ class Setup:
     search_epochs: int = 10
     search_batch: int = 512
     search_lr: float = 0.1
-    bias_lr: float = 0.003
+    gain_lr: float = 0.01
     tau: float = 1.0
     objective: str = "reverse-kl"
     control: str = "gradbalance"
@@ -83,7 +83,7 @@ class Setup:
                 gate=Concrete(self.tau),
                 granularity=granularity,
                 lr=self.search_lr,
-                bias_lr=self.bias_lr,
+                gain_lr=self.gain_lr,
                 seed=seed,
             )
         return OneShot(SCORES[method], granularity, seed)

@@ -11,13 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn import functional as F
 
+from .batches import Batch
 from .convert import require_sparse_layers
 from .patterns import Gated
-
-Batch = tuple[Tensor, Tensor]
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
 
@@ -51,12 +49,6 @@ class Net:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layers = require_sparse_layers(model)
-        # The sparse network's biases may move during the search; the teacher keeps those of its start.
-        self._biases = {
-            f"{name}.bias".removeprefix("."): layer.bias.detach().clone()
-            for name, layer in self.layers.items()
-            if isinstance(layer.bias, Tensor)
-        }
         self.memory: TeacherMemory | None = None
 
     def sparse(self, x: Tensor) -> Tensor:
@@ -65,17 +57,12 @@ class Net:
 
     def dense(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the dense network, without gradient."""
-        with torch.no_grad():
-            return self.teach(x)
+        with torch.no_grad(), self.opened():
+            return self.model(x)
 
     def teacher(self, x: Tensor) -> Tensor:
         """What `dense` gives; looked up where the search remembers it."""
         return self.dense(x) if self.memory is None else self.memory.scores(x, self.dense)
-
-    def teach(self, x: Tensor) -> Tensor:
-        """The dense network, differentiable in its weights."""
-        with self.opened():
-            return functional_call(self.model, self._biases, (x,))
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -187,7 +174,8 @@ def _features(net: Net, batch: Batch) -> Tensor:
 def _gradients(net: Net, batch: Batch) -> Tensor:
     x, y = batch
     weights = net.weights()
-    dense = torch.autograd.grad(F.cross_entropy(net.teach(x), y), weights)
+    with net.opened():
+        dense = torch.autograd.grad(F.cross_entropy(net.model(x), y), weights)
     loss = F.cross_entropy(net.sparse(x), y)
     sparse = torch.autograd.grad(loss, weights, create_graph=True)
     return _matching(list(sparse), list(dense))

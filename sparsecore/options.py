@@ -39,9 +39,9 @@ RewindEpochs = Annotated[int, typer.Option(help="Dense epochs before the search.
 SearchEpochs = Annotated[int, typer.Option(help="Passes over the data in a CTS search.")]
 SearchBatch = Annotated[int, typer.Option(help="Batch of a CTS search.")]
 SearchLr = Annotated[float, typer.Option(help="Of the gates' Adam; 0.4 for ImageNet.")]
-BiasLr = Annotated[
+GainLr = Annotated[
     float,
-    typer.Option(help="Of the biases that follow in a CTS search; 0, as in the paper: frozen."),
+    typer.Option(help="Of a gain per layer in a CTS search; 0, as in the paper: none."),
 ]
 Tau = Annotated[float, typer.Option(help="The gates' temperature; 0.6667 in the paper.")]
 LayersGlob = Annotated[

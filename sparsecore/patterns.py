@@ -10,7 +10,7 @@ from .granularity import Granularity, Weight
 
 
 class _GatedWeight(torch.autograd.Function):
-    """weight * sample(logits, noise).  Returns z too, so that a second backward can differentiate its slope.
+    """gain * weight * sample(logits, noise).  Returns z too, so that a second backward can differentiate its slope.
 
     Weight-sized allocations with one gate per weight: z and the product forward, dlogits backward.
     """
@@ -21,36 +21,66 @@ class _GatedWeight(torch.autograd.Function):
         weight: Tensor,
         logits: Tensor,
         noise: Tensor,
+        gain: Tensor | None,
         gate: AbstractGate,
         granularity: Granularity,
     ) -> tuple[Tensor, Tensor]:
         z = gate.sample(logits, noise, granularity.project)
+        product = granularity.apply(weight, z)
+        if gain is not None:
+            product = product.mul_(gain)
         ctx.gate, ctx.granularity = gate, granularity
-        ctx.save_for_backward(weight, logits, z)
+        ctx.save_for_backward(weight, logits, z, gain, None if gain is None else product)
         ctx.set_materialize_grads(False)
-        return granularity.apply(weight, z), z
+        return product, z
 
     @staticmethod
     def backward(ctx, *grads: Tensor | None):
-        weight, logits, z = ctx.saved_tensors
         grad_product, grad_z = grads
-        grad_weight = grad_logits = None
-        if ctx.needs_input_grad[0] and grad_product is not None:
-            grad_weight = ctx.granularity.apply(grad_product, z)
-        if ctx.needs_input_grad[1]:
-            grad_logits = ctx.gate.slope(z, logits)  # a new tensor, turned into the gradient
-            if grad_z is not None:  # in a second backward only
-                grad_dz = grad_z
-                if grad_product is not None:
-                    grad_dz = grad_dz + ctx.granularity.gather(grad_product * weight)
-                grad_logits = grad_logits * grad_dz
-            elif grad_product is None:
-                grad_logits = None
-            elif z.shape == weight.shape:
-                grad_logits = grad_logits.mul_(grad_product).mul_(weight)
-            else:
-                grad_logits = grad_logits.mul_(ctx.granularity.gather(grad_product * weight))
-        return grad_weight, grad_logits, None, None, None
+        if grad_product is None and grad_z is None:
+            return None, None, None, None, None, None
+        if grad_product is None or grad_z is not None or torch.is_grad_enabled():
+            weight, logits, gain = _differentiable(ctx, grad_product, grad_z)
+        else:
+            weight, logits, gain = _in_place(ctx, grad_product)
+        return weight, logits, None, gain, None, None
+
+
+def _in_place(ctx, grad_product: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of weight, logits and gain, with dlogits as the only new tensor of its size."""
+    weight, logits, z, gain, product = ctx.saved_tensors
+    wanted, granularity = ctx.needs_input_grad, ctx.granularity
+    grad_weight = grad_logits = grad_gain = None
+    if wanted[0]:
+        grad_weight = granularity.apply(grad_product, z)
+        grad_weight = grad_weight if gain is None else grad_weight.mul_(gain)
+    if wanted[1]:
+        grad_logits = ctx.gate.slope(z, logits)  # a new tensor, turned into the gradient
+        if z.shape == weight.shape:
+            grad_logits.mul_(grad_product).mul_(weight)
+        else:
+            grad_logits.mul_(granularity.gather(grad_product * weight))
+        grad_logits = grad_logits if gain is None else grad_logits.mul_(gain)
+    if gain is not None and wanted[3]:
+        grad_gain = torch.dot(grad_product.reshape(-1), product.reshape(-1)) / gain
+    return grad_weight, grad_logits, grad_gain
+
+
+def _differentiable(
+    ctx, grad_product: Tensor | None, grad_z: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """The same out of place, for or in a second backward."""
+    weight, logits, z, gain, _ = ctx.saved_tensors
+    grad_weight = grad_gain = None
+    if grad_product is not None:
+        scaled = grad_product
+        if gain is not None:
+            scaled = grad_product * gain
+            grad_gain = (grad_product * ctx.granularity.apply(weight, z)).sum()
+        grad_weight = ctx.granularity.apply(scaled, z)
+        through = ctx.granularity.gather(scaled * weight)
+        grad_z = through if grad_z is None else grad_z + through
+    return grad_weight, ctx.gate.slope(z, logits) * grad_z, grad_gain
 
 
 def gated_weight(
@@ -59,13 +89,15 @@ def gated_weight(
     noise: Float[Tensor, "..."],
     gate: AbstractGate,
     granularity: Granularity,
+    gain: Float[Tensor, ""] | None = None,
 ) -> Float[Tensor, "n k *taps"]:
-    """weight * z with z ~ gate(logits), one gate per unit of `granularity`.
+    """gain * weight * z with z ~ gate(logits), one gate per unit of `granularity`.
 
-    `logits` and `noise` (uniform in [0, 1)) have the shape `granularity.units(weight.shape)`.  Only z
-    is stored for the backward; differentiable twice in `weight` and `logits`.
+    `logits` and `noise` (uniform in [0, 1)) have the shape `granularity.units(weight.shape)`; `gain` is
+    one number for the layer, 1 if None.  Only z is stored for the backward beside the result;
+    differentiable twice in `weight`, `logits` and `gain`.
     """
-    return _GatedWeight.apply(weight, logits, noise, gate, granularity)[0]
+    return _GatedWeight.apply(weight, logits, noise, gain, gate, granularity)[0]
 
 
 class _MaskedWeight(torch.autograd.Function):
@@ -126,6 +158,8 @@ class Gated(nn.Module):
         shape: the weight's shape [n, k, *taps].
         density: initial expected share of kept units, 0 < density < 1.
         seed, layer: with the step, the address of this layer's noise; equal addresses draw equal noise.
+        gain: whether one trainable scale of the whole layer, exp(log_gain), makes up for what the
+            gates remove.  Only a search over frozen weights needs it.
 
     Errors: ValueError for a density out of range or beyond what an N:M pattern can hold.
     """
@@ -142,6 +176,7 @@ class Gated(nn.Module):
         density: float,
         seed: int = 0,
         layer: int = 0,
+        gain: bool = False,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
@@ -151,18 +186,20 @@ class Gated(nn.Module):
         self.open = False  # while True the layer computes with its dense weight
         units = self.granularity.units(shape)
         self.logits = nn.Parameter(torch.full(units, gate.init(density), device=device))
+        self.log_gain = nn.Parameter(torch.zeros((), device=device)) if gain else None
         self.register_buffer("seed", torch.tensor([seed], dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.open:
             return weight
+        gain = None if self.log_gain is None else self.log_gain.exp()
         if not self.training:
             z = self.granularity.project(self.gate.mean(self.logits))
-            return self.granularity.apply(weight, z)
+            return self.granularity.apply(weight, z if gain is None else z * gain)
         noise = torch.empty_like(self.logits, requires_grad=False)
         kernels.uniform_(noise, self.seed, self.step, self.layer)
-        return gated_weight(weight, self.logits, noise, self.gate, self.granularity)
+        return gated_weight(weight, self.logits, noise, self.gate, self.granularity, gain)
 
     def extra_repr(self) -> str:
         return f"{self.gate}, granularity={self.granularity}, layer={self.layer}"

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .batches import Batch
 from .convert import batch_statistics, require_sparse_layers
-from .objectives import Batch
 
 Score = Callable[[nn.Module, Iterable[Batch], int], dict[str, Tensor]]
 

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints
+from .batches import Batch, EpochBatches
 from .progress import QUIET, Progress
 
-Batch = tuple[Tensor, Tensor]
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 _SCHEDULES = ("constant", "step", "cosine")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,13 +25,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
-
-
-class EpochBatches(Protocol):
-    """Minibatches by epoch: the same epoch always yields the same batches (`data.Batches`)."""
-
-    def __len__(self) -> int: ...
-    def epoch(self, index: int) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)

@@ -136,12 +136,15 @@ def test_gradcheck_with_fixed_noise(
     logits = (0.4 + 0.3 * randn(*units, seed=1, dtype=torch.float64)).requires_grad_()
     noise = 0.1 + 0.8 * rand(*units, seed=2, dtype=torch.float64)
 
-    def f(w: torch.Tensor, s: torch.Tensor) -> torch.Tensor:
-        return gated_weight(w, s, noise, gate, granularity)
+    gain = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+
+    def f(w: torch.Tensor, s: torch.Tensor, *gain: torch.Tensor) -> torch.Tensor:
+        return gated_weight(w, s, noise, gate, granularity, *gain)
 
     with torch.random.fork_rng(devices=[]):  # gradgradcheck draws its directions
-        assert torch.autograd.gradcheck(f, (weight, logits))
-        assert torch.autograd.gradgradcheck(f, (weight, logits))
+        for inputs in ((weight, logits), (weight, logits, gain)):
+            assert torch.autograd.gradcheck(f, inputs)
+            assert torch.autograd.gradgradcheck(f, inputs)
 
 
 @by_granularity
@@ -152,14 +155,19 @@ def test_the_fused_backward_equals_the_plain_composition(
     weight, upstream = randn(6, 8).requires_grad_(), randn(6, 8, seed=3)
     units = granularity.units((6, 8))
     logits, noise = randn(*units, seed=1).requires_grad_(), rand(*units, seed=2)
-    fused = torch.autograd.grad(
-        (gated_weight(weight, logits, noise, gate, granularity) * upstream).sum(), (weight, logits)
-    )
+    gain = torch.tensor(0.6, requires_grad=True)
+    inputs = (weight, logits, gain)
+    loss = (gated_weight(weight, logits, noise, gate, granularity, gain) * upstream).sum()
+    fused = torch.autograd.grad(loss, inputs, retain_graph=True)  # in place
+    differentiable = torch.autograd.grad(loss, inputs, create_graph=True)  # out of place
     z = gate.sample(logits, noise, granularity.project).detach().requires_grad_()
-    product = granularity.apply(weight, z)
-    by_hand = torch.autograd.grad((product * upstream).sum(), (weight, z))
-    torch.testing.assert_close(fused[0], by_hand[0])
-    torch.testing.assert_close(fused[1], by_hand[1] * gate.slope(z.detach(), logits.detach()))
+    product = gain * granularity.apply(weight, z)
+    by_hand = torch.autograd.grad((product * upstream).sum(), (weight, z, gain))
+    slope = gate.slope(z.detach(), logits.detach())
+    for found in (fused, differentiable):
+        torch.testing.assert_close(found[0], by_hand[0])
+        torch.testing.assert_close(found[1], by_hand[1] * slope)
+        torch.testing.assert_close(found[2], by_hand[2])
 
 
 @by_gate

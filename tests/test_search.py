@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
+from sparsecore.batches import Batch
 from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, Reading
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
-from sparsecore.objectives import OBJECTIVES, Batch, Net, Objective, reverse_kl, task
+from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
 from sparsecore.patterns import Gated
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
@@ -264,29 +265,23 @@ def test_a_search_that_fails_gives_the_model_back() -> None:
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
-def test_the_students_biases_move_and_are_put_back() -> None:
+def test_gains_move_and_the_teacher_has_none() -> None:
     model = trained_mlp(1)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    before = copy.deepcopy(model.state_dict())
-    seen: list[Tensor] = []
+    dense, seen = sc.densify_(copy.deepcopy(model)), []
 
     def watch(net: Net, batch: Batch) -> Tensor:
-        teacher = net.dense(batch[0])
-        seen.append(net.layers["0"].bias.detach().clone())
-        assert torch.equal(teacher, dense(batch[0]))  # the teacher's stay
+        assert torch.equal(net.dense(batch[0]), dense(batch[0]))
+        seen.append([layer.pattern.log_gain for layer in net.layers.values()])
+        seen[-1] = [None if g is None else g.item() for g in seen[-1]]
         return reverse_kl(net, batch)
 
-    dense = sc.densify_(copy.deepcopy(model))
-    ConcreteSearch(epochs=1, objective=Objective("watched", watch))(model, Blobs(), sparsity=0.5)
-    assert not torch.equal(seen[0], seen[-1])
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert all(p.grad is not None and (p.grad == 1).all() for p in model.parameters())
-
+    watched = Objective("watched", watch)
+    ConcreteSearch(epochs=1, objective=watched)(model, Blobs(), sparsity=0.9)
+    assert seen[0] == [0, 0]
+    assert all(gain > 0 for gain in seen[-1])  # a tenth of the weights: the rest must speak up
     seen.clear()
-    frozen = ConcreteSearch(epochs=1, objective=Objective("watched", watch), bias_lr=0)
-    frozen(model, Blobs(), sparsity=0.5)
-    assert torch.equal(seen[0], seen[-1])
+    ConcreteSearch(epochs=1, objective=watched, gain_lr=0)(model, Blobs(), sparsity=0.9)
+    assert seen[-1] == [None, None]
 
 
 def test_the_teacher_sees_a_sample_once_and_says_the_same_ever_after() -> None:

@@ -1,23 +1,24 @@
 """Concrete Ticket Search: train one gate logit per unit on frozen weights (arXiv 2512.07142)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoints
+from ..batches import Batch, EpochBatches, Numbered
 from ..control import AbstractController, GradBalance, Reading, State
 from ..convert import batch_statistics, require_sparse_layers
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
-from ..objectives import Batch, Net, Objective, TeacherMemory, reverse_kl
+from ..objectives import Net, Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity
@@ -26,22 +27,6 @@ from ..tickets import Ticket
 
 class SearchError(ValueError):
     """A search that cannot go on; the message says what to change."""
-
-
-class EpochBatches(Protocol):
-    """Minibatches by epoch: the same epoch always yields the same batches (`data.Batches`).
-
-    A method `order(epoch)`, where there is one, gives the epoch's samples as numbers, or None if a
-    sample does not always look the same; with it the teacher sees each sample only once.
-    """
-
-    def __len__(self) -> int: ...
-    def epoch(self, index: int) -> Iterator[Batch]: ...
-
-
-@runtime_checkable
-class _Numbered(Protocol):
-    def order(self, index: int) -> Tensor | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,12 +41,13 @@ class ConcreteSearch:
         gate: the paper's is Concrete(tau=2/3), but there P(z > 1/2) is sigmoid(2s/3), many times the
             sigmoid(s) that the penalty counts: what is searched is denser than what is found.
         lr: Adam's, 0.1 for CIFAR-sized models, 0.4 for ImageNet; times `lr_drop` from `lr_drop_at`.
-        bias_lr: Adam's for the gated layers' biases, which have no gates and follow; they are put
-            back at the end.  0 freezes them, as in the paper: gates then also make up for biases
-            that only suit the dense network.  The README measures both changes.
+        gain_lr: Adam's for one gain per layer, log-scaled, which makes up for the signal that the removed
+            weights carried; training takes the gains' place, so they are dropped.  0 leaves them
+            out, as the paper does: then a ticket must match the teacher at the dense weights'
+            scale, and keeps large weights rather than the right ones.  The README measures it.
         seed: of the gates' noise.
 
-    Errors: ValueError for epochs below 1, lr not above 0 or bias_lr below 0.
+    Errors: ValueError for epochs below 1, lr not above 0 or gain_lr below 0.
     """
 
     epochs: int = 10
@@ -70,7 +56,7 @@ class ConcreteSearch:
     gate: AbstractGate = field(default_factory=lambda: Concrete(tau=1.0))
     granularity: Granularity = field(default_factory=Weight)
     lr: float = 0.1
-    bias_lr: float = 0.003
+    gain_lr: float = 0.01
     lr_drop: float = 0.1
     lr_drop_at: float = 0.88
     seed: int = 0
@@ -80,8 +66,8 @@ class ConcreteSearch:
             raise ValueError(f"search epochs: expected at least 1, got {self.epochs}")
         if not self.lr > 0:
             raise ValueError(f"search lr: expected a positive number, got {self.lr}")
-        if not self.bias_lr >= 0:
-            raise ValueError(f"bias_lr: expected 0 (frozen) or more, got {self.bias_lr}")
+        if not self.gain_lr >= 0:
+            raise ValueError(f"gain_lr: expected 0 (no gains) or more, got {self.gain_lr}")
 
     def __call__(
         self,
@@ -119,7 +105,7 @@ class ConcreteSearch:
             "seed": self.seed,
             "search_epochs": self.epochs,
             "search_lr": self.lr,
-            "bias_lr": self.bias_lr,
+            "gain_lr": self.gain_lr,
             "objective_by_epoch": losses,
         }
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
@@ -143,7 +129,7 @@ class ConcreteSearch:
                 advance()
             for epoch in range(done, self.epochs):
                 start, total = perf_counter(), step.zero()
-                step.begin_epoch(_order(batches, epoch))
+                step.begin_epoch(batches.order(epoch) if isinstance(batches, Numbered) else None)
                 for i, batch in enumerate(batches.epoch(epoch)):
                     if epoch * len(batches) + i == int(self.lr_drop_at * steps):
                         step.drop_lr(self.lr_drop)
@@ -163,10 +149,9 @@ class ConcreteSearch:
     def _gated(
         self, model: nn.Module, layers: dict[str, SparseLayer], density: float
     ) -> Iterator[dict[str, Gated]]:
-        """Gates in every sparse layer, all parameters frozen; undone on leaving, biases put back."""
+        """Gates in every sparse layer, all parameters frozen; undone on leaving."""
         patterns = {name: layer.pattern for name, layer in layers.items()}
         required = {p: p.requires_grad for p in model.parameters()}
-        biases = {b: (b.detach().clone(), b.grad) for b in _biases(layers)}
         gated = {}
         with batch_statistics(model):
             try:
@@ -180,6 +165,7 @@ class ConcreteSearch:
                         density=density,
                         seed=self.seed,
                         layer=index,
+                        gain=self.gain_lr > 0,
                         device=layer.raw_weight.device,
                     )
                 yield gated
@@ -188,22 +174,11 @@ class ConcreteSearch:
                     layer.pattern = patterns[name]
                 for p, flag in required.items():
                     p.requires_grad_(flag)
-                for b, (value, b.grad) in biases.items():
-                    b.data.copy_(value)
-
-
-def _order(batches: EpochBatches, epoch: int) -> Tensor | None:
-    return batches.order(epoch) if isinstance(batches, _Numbered) else None
 
 
 def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
     """The L2 norm of all of them together."""
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
-
-
-def _biases(layers: Mapping[str, SparseLayer]) -> list[nn.Parameter]:
-    biases = [layer.bias for layer in layers.values() if isinstance(layer.bias, nn.Parameter)]
-    return list(dict.fromkeys(biases))  # two layers may share one
 
 
 class _Step:
@@ -224,11 +199,9 @@ class _Step:
         self.target = search.control.target(density) * d  # expected weights kept
         self.state: State = search.control.init(self.device)
         groups: list[dict[str, Any]] = [{"params": self.logits, "lr": search.lr}]
-        self.biases = _biases(self.net.layers) if search.bias_lr else []
-        if self.biases:
-            groups.append({"params": self.biases, "lr": search.bias_lr})
-            for b in self.biases:
-                b.requires_grad_()
+        self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
+        if self.gains:
+            groups.append({"params": self.gains, "lr": search.gain_lr})
         # One kernel for all logits where there is one; every step's update stays on the device.
         self.optimizer = torch.optim.Adam(groups, fused=True)
 
@@ -253,7 +226,7 @@ class _Step:
         loss = self.search.objective(self.net, batch)
         # A layer the forward does not reach has no gradient: zeros.
         grads = torch.autograd.grad(
-            loss, [*self.logits, *self.biases], allow_unused=True, materialize_grads=True
+            loss, [*self.logits, *self.gains], allow_unused=True, materialize_grads=True
         )
         task, follow = grads[: len(self.logits)], grads[len(self.logits) :]
         kept, pulls = self._sparsity()
@@ -261,8 +234,8 @@ class _Step:
         weight, self.state = self.search.control.update(self.state, reading)
         for logits, g_task, g_sparsity in zip(self.logits, task, pulls, strict=True):
             logits.grad = g_sparsity.mul_(weight).add_(g_task)
-        for bias, grad in zip(self.biases, follow, strict=True):
-            bias.grad = grad
+        for gain, grad in zip(self.gains, follow, strict=True):
+            gain.grad = grad
         self.optimizer.step()
         return loss.detach()
 
@@ -298,7 +271,7 @@ class _Step:
         tensors, meta = checkpoints.pack_optimizer(self.optimizer)
         tensors |= {f"logits/{name}": g.logits.detach() for name, g in self.gated.items()}
         tensors |= {f"step/{name}": g.step for name, g in self.gated.items()}
-        tensors |= {f"bias/{i}": b.detach() for i, b in enumerate(self.biases)}
+        tensors |= {f"gain/{i}": g.detach() for i, g in enumerate(self.gains)}
         tensors |= {f"control/{name}": value for name, value in self.state.items()}
         if self.net.memory is not None and self.net.memory.table is not None:
             tensors["teacher"] = self.net.memory.table
@@ -320,8 +293,8 @@ class _Step:
             for name, g in self.gated.items():
                 g.logits.copy_(tensors[f"logits/{name}"])
                 g.step.copy_(tensors[f"step/{name}"])
-            for i, b in enumerate(self.biases):
-                b.copy_(tensors[f"bias/{i}"])
+            for i, gain in enumerate(self.gains):
+                gain.copy_(tensors[f"gain/{i}"])
         self.state = {name: tensors[f"control/{name}"].to(self.device) for name in self.state}
         if "teacher" in tensors:
             self.net.memory = TeacherMemory(len(tensors["teacher"]))

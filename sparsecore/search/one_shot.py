@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
+from ..batches import Batch
 from ..convert import require_sparse_layers
 from ..granularity import Granularity, Weight
-from ..objectives import Batch
 from ..scores import Score
 from ..tickets import Ticket
 

@@ -1,0 +1,23 @@
+"""What a search and a training loop ask of data: minibatches by epoch."""
+
+from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor
+
+Batch = tuple[Tensor, Tensor]  # x [B, ...], y int64 [B], on the model's device
+
+
+class EpochBatches(Protocol):
+    """The same epoch always yields the same batches (`data.Batches`)."""
+
+    def __len__(self) -> int: ...
+    def epoch(self, index: int) -> Iterator[Batch]: ...
+
+
+@runtime_checkable
+class Numbered(Protocol):
+    """Batches whose samples have numbers: a search may remember what it knows about each."""
+
+    def order(self, index: int) -> Tensor | None:
+        """int64 [N]: the samples of epoch `index` in turn; None if one may look different next time."""
