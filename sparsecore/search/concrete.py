@@ -230,10 +230,11 @@ class _Step:
         )
         task, follow = grads[: len(self.logits)], grads[len(self.logits) :]
         kept, pulls = self._sparsity()
-        reading = Reading(_norm(task), _norm(pulls), 100 * (kept / self.target - 1))
+        percent = 100 / self.target  # of excess per weight
+        reading = Reading(_norm(task), percent * _norm(pulls), percent * kept - 100)
         weight, self.state = self.search.control.update(self.state, reading)
-        for logits, g_task, g_sparsity in zip(self.logits, task, pulls, strict=True):
-            logits.grad = g_sparsity.mul_(weight).add_(g_task)
+        for logits, g_task, pull in zip(self.logits, task, pulls, strict=True):
+            logits.grad = g_task.addcmul_(pull, percent * weight)
         for gain, grad in zip(self.gains, follow, strict=True):
             gain.grad = grad
         self.optimizer.step()
@@ -241,22 +242,20 @@ class _Step:
 
     @torch.no_grad()
     def _sparsity(self) -> tuple[Tensor, list[Tensor]]:
-        """Expected number of kept weights, and the gradient of the excess in each layer's logits."""
+        """Expected number of kept weights, and its gradient in each layer's logits."""
         gate, kept, pulls = self.search.gate, [], []
         for logits, size in zip(self.logits, self.sizes, strict=True):
             density = gate.density(logits)
             slope = gate.density_slope(logits, density)
             # `density` and `slope` are this layer's only two temporaries.
-            pulls.append(slope.mul_(size * (100 / self.target)))
-            alike = isinstance(size, float)
-            kept.append(density.sum() * size if alike else density.mul_(size).sum())
+            pulls.append(slope if size is None else slope.mul_(size))
+            kept.append(density.sum() if size is None else density.mul_(size).sum())
         return torch.stack(kept).sum(), pulls
 
-    def _size(self, name: str) -> Tensor | float:
-        """Weights per unit: a number where all units are alike, else a tensor shaped like the logits."""
+    def _size(self, name: str) -> Tensor | None:
+        """Weights per unit, shaped like the logits; None where each has one."""
         sizes = self.search.granularity.sizes(self.net.layers[name].raw_weight.shape)
-        first = float(sizes.flatten()[0])
-        return first if bool((sizes == first).all()) else sizes.to(self.device, torch.float32)
+        return None if bool((sizes == 1).all()) else sizes.to(self.device, torch.float32)
 
     def zero(self) -> Tensor:
         return torch.zeros((), device=self.device)
