@@ -1,10 +1,11 @@
 """Checkpoints of running work: optimiser state as named tensors plus JSON, never pickle."""
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import safefile
 
@@ -36,6 +37,16 @@ def unpack_optimizer(
         index, slot = name.split("/")
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+
+
+def fingerprint(model: nn.Module, *facts: Any) -> str:
+    """Tells runs apart: the facts, and the names and values a run starts from (masks included)."""
+    digest = hashlib.sha256(repr(facts).encode())
+    for key, value in model.state_dict().items():
+        digest.update(key.encode())
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

@@ -153,7 +153,7 @@ def train(
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
     history = History()
-    fingerprint = _fingerprint(model, recipe, start_epoch, run.total, seed)
+    fingerprint = checkpoints.fingerprint(model, asdict(recipe), start_epoch, run.total, seed)
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
     if checkpoint is not None and checkpoint.exists():
@@ -300,18 +300,6 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 def _mix(seed: int, epoch: int) -> int:
     """A seed per (seed, epoch), far apart for neighbours."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")
-
-
-def _fingerprint(
-    model: nn.Module, recipe: Recipe, start_epoch: int, total: float, seed: int
-) -> str:
-    """Tells runs apart: recipe, schedule, seed, the start's names and values (masks included)."""
-    digest = hashlib.sha256(repr((asdict(recipe), start_epoch, total, seed)).encode())
-    for key, value in model.state_dict().items():
-        digest.update(key.encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _cut_metrics(path: Path, done: set[int]) -> None:

@@ -36,6 +36,31 @@ def test_the_whole_command_line_of_the_paper(ticket: Path, tmp_path: Path) -> No
     assert out.read_bytes() == ticket.read_bytes()  # the defaults, and the same numbers again
 
 
+KILLED = """
+import sys
+from sparsecore import data
+from sparsecore.cli import main
+order = data.Batches.order
+def killed(self, index):
+    if index == 1:
+        raise SystemExit("killed")
+    return order(self, index)
+data.Batches.order = killed
+main(sys.argv[1:])
+"""
+
+
+def test_a_search_killed_in_another_process_goes_on(ticket: Path, tmp_path: Path) -> None:
+    out = tmp_path / "T.safetensors"
+    command = [sys.executable, "-c", KILLED, *SEARCH, "--out", str(out)]
+    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert died.returncode == 1 and "killed" in died.stderr, died.stderr
+    assert (tmp_path / "T.safetensors.part").exists() and not out.exists()
+    assert main([*SEARCH, "--out", str(out)]) == 0
+    assert Ticket.load(out).hash == Ticket.load(ticket).hash
+    assert [p.name for p in tmp_path.iterdir()] == ["T.safetensors"]
+
+
 def test_train_reports_accuracy_sparsity_and_every_epoch(ticket: Path, tmp_path: Path) -> None:
     result, metrics = tmp_path / "r.json", tmp_path / "m.jsonl"
     options = ["--epochs", "3", "--json", str(result), "--metrics", str(metrics)]

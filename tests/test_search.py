@@ -249,6 +249,8 @@ def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
     assert checkpoint.exists()
     with pytest.raises(SearchError, match="belongs to another search"):
         search(model, blobs, sparsity=0.8, checkpoint=checkpoint)
+    with pytest.raises(SearchError, match="belongs to another search"):
+        search(trained_mlp(1), blobs, sparsity=0.9, checkpoint=checkpoint)  # other start weights
     ticket = search(model, blobs, sparsity=0.9, checkpoint=checkpoint)
     assert ticket.hash == expected.hash
     assert ticket.meta == expected.meta

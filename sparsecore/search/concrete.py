@@ -92,22 +92,23 @@ class ConcreteSearch:
         if sparsity == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         layers = require_sparse_layers(model)
-        with self._gated(model, layers, density) as gated:
-            step = _Step(self, model, gated, density)
-            losses = self._run(step, batches, sparsity, progress, checkpoint)
-            scores = {name: self.gate.score(g.logits.detach()) for name, g in gated.items()}
-        meta = {
+        meta: dict[str, Any] = {
             "method": "cts",
             "objective": self.objective.name,
-            "control": type(self.control).__name__.lower(),
+            "control": repr(self.control),
             "gate": repr(self.gate),
             "sparsity": sparsity,
             "seed": self.seed,
             "search_epochs": self.epochs,
             "search_lr": self.lr,
             "gain_lr": self.gain_lr,
-            "objective_by_epoch": losses,
         }
+        drop = (self.lr_drop, self.lr_drop_at, str(self.granularity))
+        run = checkpoints.fingerprint(model, meta, drop) if checkpoint is not None else ""
+        with self._gated(model, layers, density) as gated:
+            step = _Step(self, model, gated, density, run)
+            meta["objective_by_epoch"] = self._run(step, batches, progress, checkpoint)
+            scores = {name: self.gate.score(g.logits.detach()) for name, g in gated.items()}
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -117,16 +118,14 @@ class ConcreteSearch:
         self,
         step: "_Step",
         batches: EpochBatches,
-        sparsity: float,
         progress: Progress,
         checkpoint: Path | None,
     ) -> list[float]:
         """All epochs; the mean objective of each."""
         steps = self.epochs * len(batches)
-        done, losses = step.load(checkpoint, f"{self} sparsity={sparsity}")
+        done, losses = step.load(checkpoint)
         with progress.task("search", total=steps) as advance:
-            for _ in range(done * len(batches)):
-                advance()
+            advance(done * len(batches))
             for epoch in range(done, self.epochs):
                 start, total = perf_counter(), step.zero()
                 step.begin_epoch(batches.order(epoch) if isinstance(batches, Numbered) else None)
@@ -185,9 +184,14 @@ class _Step:
     """One search step and the state it carries: logits, Adam, the controller."""
 
     def __init__(
-        self, search: ConcreteSearch, model: nn.Module, gated: dict[str, Gated], density: float
+        self,
+        search: ConcreteSearch,
+        model: nn.Module,
+        gated: dict[str, Gated],
+        density: float,
+        run: str = "",
     ) -> None:
-        self.search = search
+        self.search, self.run = search, run
         self.net = Net(model)
         self.gated = gated
         self.logits = [g.logits for g in gated.values()]
@@ -277,16 +281,15 @@ class _Step:
         meta = {"optimizer": meta, "epoch": epoch, "losses": losses, "run": self.run}
         checkpoints.write(path, tensors, meta)
 
-    def load(self, path: Path | None, run: str) -> tuple[int, list[float]]:
-        """(epochs done, their losses) of an interrupted run; `run` tells runs apart."""
-        self.run = run
+    def load(self, path: Path | None) -> tuple[int, list[float]]:
+        """(epochs done, their losses) of an interrupted run."""
         if path is None or not path.exists():
             return 0, []
         tensors, meta = checkpoints.read(path)
-        if meta["run"] != run:
+        if meta["run"] != self.run:
             raise SearchError(
-                f"{path} belongs to another search: expected {run}, got {meta['run']}; "
-                "remove it or name another checkpoint"
+                f"{path} belongs to another search: expected the fingerprint {self.run[:12]} of this "
+                f"search and its start weights, got {meta['run'][:12]}; remove it or name another"
             )
         with torch.no_grad():
             for name, g in self.gated.items():
