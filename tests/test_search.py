@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import Batch
-from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, Reading
+from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, Reading, State
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
@@ -214,6 +214,34 @@ def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granulari
     torch.testing.assert_close(kept, expected_kept.detach())
     expected = torch.autograd.grad(expected_kept, step.logits)
     torch.testing.assert_close(pulls, list(expected))
+
+
+def test_a_controller_reads_both_norms_and_the_excess() -> None:
+    readings: list[Reading] = []
+
+    class Recording(GradBalance):
+        def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+            readings.append(reading)
+            return super().update(state, reading)
+
+    model, patterns = trained_mlp(), {}
+    for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
+        shape = layer.raw_weight.shape
+        layer.pattern = patterns[name] = Gated(shape, Concrete(), density=0.1, layer=i)
+    search = ConcreteSearch(control=Recording())
+    step, batch = _Step(search, model, patterns, 0.1), next(Blobs().epoch(0))
+    for gated in patterns.values():
+        gated.step += 1  # the draw of the first step
+    task = torch.autograd.grad(search.objective(step.net, batch), step.logits)
+    for gated in patterns.values():
+        gated.step -= 1
+    step(batch)
+    weights, target = 384, 1.1 * 0.1 * 384
+    assert readings[0].excess.item() == pytest.approx(100 * (0.1 * weights / target - 1), rel=1e-4)
+    norm = 100 / target * 0.1 * 0.9 * math.sqrt(weights)
+    assert readings[0].sparsity_norm.item() == pytest.approx(norm, rel=1e-4)
+    norm = torch.cat([g.flatten() for g in task]).norm().item()
+    assert readings[0].task_norm.item() == pytest.approx(norm, rel=1e-4)
 
 
 def test_gradbalance_holds_the_density_near_its_target() -> None:
