@@ -285,6 +285,20 @@ def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
     assert not checkpoint.exists()
 
 
+def test_the_rates_drop_once_and_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[list[float]] = []
+    step = _Step.__call__
+
+    def watched(self: _Step, batch: Batch) -> Tensor:
+        rates.append([group["lr"] for group in self.optimizer.param_groups])
+        return step(self, batch)
+
+    monkeypatch.setattr(_Step, "__call__", watched)
+    ConcreteSearch(epochs=4, lr_drop_at=0.6)(trained_mlp(), Blobs(), sparsity=0.9)  # 16 steps
+    assert rates[:9] == [[0.1, 0.01]] * 9
+    assert [r for pair in rates[9:] for r in pair] == pytest.approx([0.01, 0.001] * 7)
+
+
 def test_a_search_that_fails_gives_the_model_back() -> None:
     model = trained_mlp(1)
     before, kinds = copy.deepcopy(model.state_dict()), [type(m) for m in model.modules()]
