@@ -91,19 +91,12 @@ class StepBench:
     def plain_step(self) -> Tensor:
         """The same step as a user would write it: gates through autograd, penalty by backward."""
         logits = self.plain_logits
-        parameters: dict[str, Tensor] = dict(self.model.named_parameters())
         masked: dict[str, Tensor] = {}
         for (name, layer), s in zip(sc.sparse_layers(self.model).items(), logits, strict=True):
             u = torch.rand(s.shape, generator=self.plain_noise, device=s.device)
             z = torch.sigmoid(torch.logit(u, 1e-7) / self.gate.tau + s)
             masked[f"{name}.weight"] = layer.raw_weight * z
-        with torch.no_grad(), self.step.net.opened():
-            teacher = self.model(self.x).log_softmax(-1)
-        with self.step.net.opened():
-            student = torch.func.functional_call(self.model, parameters | masked, (self.x,))
-        loss = 100 * F.kl_div(
-            teacher, student.log_softmax(-1), reduction="batchmean", log_target=True
-        )
+        loss = self._plain_loss(masked)
         task = torch.autograd.grad(loss, logits)
         kept = torch.stack([torch.sigmoid(s).sum() for s in logits]).sum()
         pulls = torch.autograd.grad(100 * (kept / self.step.target - 1), logits)
@@ -112,6 +105,16 @@ class StepBench:
             s.grad = a + norms[0] / norms[1] * b
         self.plain_adam.step()
         return loss.detach()
+
+    def _plain_loss(self, masked: dict[str, Tensor]) -> Tensor:
+        """The reverse KL of the network with these weights to the dense one, by plain autograd."""
+        with self.step.net.opened():
+            with torch.no_grad():
+                teacher = self.model(self.x).log_softmax(-1)
+            parameters: dict[str, Tensor] = dict(self.model.named_parameters())
+            student = torch.func.functional_call(self.model, parameters | masked, (self.x,))
+        scores = student.log_softmax(-1)
+        return 100 * F.kl_div(teacher, scores, reduction="batchmean", log_target=True)
 
     def prepare_plain(self) -> None:
         shapes = [w.shape for w in self.weights]
@@ -132,13 +135,7 @@ class StepBench:
             u = uniform_(torch.empty_like(gate.logits), gate.seed, gate.step, gate.layer)
             z = torch.sigmoid(torch.logit(u, 2.0**-24) / self.gate.tau + gate.logits)
             masked[f"{name}.weight"] = layer.raw_weight * z
-        teacher = net.dense(self.x).log_softmax(-1)
-        with net.opened():
-            parameters: dict[str, Tensor] = dict(self.model.named_parameters())
-            student = torch.func.functional_call(self.model, parameters | masked, (self.x,))
-        loss = 100 * F.kl_div(
-            teacher, student.log_softmax(-1), reduction="batchmean", log_target=True
-        )
+        loss = self._plain_loss(masked)
         for a, b in zip(fused, torch.autograd.grad(loss, self.step.logits), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 

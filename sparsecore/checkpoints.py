@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from . import safefile
+from .batches import EpochBatches
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -39,9 +40,11 @@ def unpack_optimizer(
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
 
-def fingerprint(model: nn.Module, *facts: Any) -> str:
-    """Tells runs apart: the facts, and the names and values a run starts from (masks included)."""
-    digest = hashlib.sha256(repr(facts).encode())
+def fingerprint(model: nn.Module, batches: EpochBatches, *facts: Any) -> str:
+    """Tells runs apart: the facts, the first batch, and the values a run starts from (masks included)."""
+    x, y = next(iter(batches.epoch(0)))
+    data = (len(batches), y.tolist(), x.double().sum().item())
+    digest = hashlib.sha256(repr((facts, data)).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())
         flat = value.detach().cpu().contiguous().reshape(-1)

@@ -161,7 +161,7 @@ class Gated(nn.Module):
         gain: whether one trainable scale of the whole layer, exp(log_gain), makes up for what the
             gates remove.  Only a search over frozen weights needs it.
 
-    Errors: ValueError for a density out of range or beyond what an N:M pattern can hold.
+    Errors: ValueError for a density out of range.
     """
 
     seed: Int64[Tensor, "1"]

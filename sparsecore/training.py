@@ -153,7 +153,10 @@ def train(
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
     history = History()
-    fingerprint = checkpoints.fingerprint(model, asdict(recipe), start_epoch, run.total, seed)
+    fingerprint = ""
+    if checkpoint is not None:
+        facts = (asdict(recipe), start_epoch, run.total, seed)
+        fingerprint = checkpoints.fingerprint(model, train_batches, *facts)
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
     if checkpoint is not None and checkpoint.exists():

@@ -279,6 +279,8 @@ def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
         search(model, blobs, sparsity=0.8, checkpoint=checkpoint)
     with pytest.raises(SearchError, match="belongs to another search"):
         search(trained_mlp(1), blobs, sparsity=0.9, checkpoint=checkpoint)  # other start weights
+    with pytest.raises(SearchError, match="belongs to another search"):
+        search(model, Blobs(batch=32), sparsity=0.9, checkpoint=checkpoint)  # other batches
     ticket = search(model, blobs, sparsity=0.9, checkpoint=checkpoint)
     assert ticket.hash == expected.hash
     assert ticket.meta == expected.meta
@@ -297,6 +299,15 @@ def test_the_rates_drop_once_and_at_their_step(monkeypatch: pytest.MonkeyPatch) 
     ConcreteSearch(epochs=4, lr_drop_at=0.6)(trained_mlp(), Blobs(), sparsity=0.9)  # 16 steps
     assert rates[:9] == [[0.1, 0.01]] * 9
     assert [r for pair in rates[9:] for r in pair] == pytest.approx([0.01, 0.001] * 7)
+
+
+def test_a_pattern_too_small_for_the_ticket_is_told_before_the_search() -> None:
+    class Untouched(Blobs):
+        def epoch(self, index: int) -> Iterator[Batch]:
+            raise AssertionError("the search has begun")
+
+    with pytest.raises(ValueError, match="2:4 allows at most"):
+        ConcreteSearch(granularity=NM(2, 4))(trained_mlp(), Untouched(), sparsity=0.3)
 
 
 def test_a_search_that_fails_gives_the_model_back() -> None:

@@ -21,7 +21,7 @@ from ..nn import SparseLayer
 from ..objectives import Net, Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated
 from ..progress import QUIET, Progress
-from ..sparsities import check_sparsity
+from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
 
 
@@ -92,6 +92,10 @@ class ConcreteSearch:
         if sparsity == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         layers = require_sparse_layers(model)
+        # A pattern that cannot hold that many weights is told before the search, not after.
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
+        masks_from_scores(level, shapes, sparsity, self.granularity)
         meta: dict[str, Any] = {
             "method": "cts",
             "objective": self.objective.name,
@@ -104,7 +108,9 @@ class ConcreteSearch:
             "gain_lr": self.gain_lr,
         }
         drop = (self.lr_drop, self.lr_drop_at, str(self.granularity))
-        run = checkpoints.fingerprint(model, meta, drop) if checkpoint is not None else ""
+        run = ""
+        if checkpoint is not None:
+            run = checkpoints.fingerprint(model, batches, meta, drop)
         with self._gated(model, layers, density) as gated:
             step = _Step(self, model, gated, density, run)
             meta["objective_by_epoch"] = self._run(step, batches, progress, checkpoint)
@@ -289,7 +295,7 @@ class _Step:
         if meta["run"] != self.run:
             raise SearchError(
                 f"{path} belongs to another search: expected the fingerprint {self.run[:12]} of this "
-                f"search and its start weights, got {meta['run'][:12]}; remove it or name another"
+                f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
             )
         with torch.no_grad():
             for name, g in self.gated.items():
