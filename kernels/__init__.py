@@ -2,20 +2,43 @@
 
 from .philox import uniform_
 from .reference import (
+    BERNOULLI,
+    CONCRETE,
+    GAUSSIAN,
+    HARD_CONCRETE,
+    GateSpec,
     concrete_ref,
     concrete_slope_ref,
+    density_ref,
     gaussian_ref,
     gaussian_slope_ref,
     hard_concrete_ref,
     hard_concrete_slope_ref,
+    sample_ref,
+    slope_ref,
 )
+from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [
+    "BERNOULLI",
+    "CONCRETE",
+    "GAUSSIAN",
+    "HARD_CONCRETE",
+    "GateSpec",
+    "Unit",
+    "allowed_ref",
+    "apply_ref",
     "concrete_ref",
     "concrete_slope_ref",
+    "density_ref",
+    "gather_ref",
     "gaussian_ref",
     "gaussian_slope_ref",
     "hard_concrete_ref",
     "hard_concrete_slope_ref",
+    "project_ref",
+    "sample_ref",
+    "slope_ref",
     "uniform_",
+    "unit_shape",
 ]

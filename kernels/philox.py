@@ -60,18 +60,36 @@ def uniform_ref(n: int, seed: Tensor, step: Tensor, layer: int, *, offset: int =
 
 
 @triton.jit
+def uniform_words(counter, seed, step, layer):
+    """The four u of each int64 counter (of any shape): indices 4 counter ... 4 counter + 3."""
+    low = (counter & 0xFFFFFFFF).to(tl.uint32)
+    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
+    layers = tl.full(counter.shape, layer, tl.uint32)
+    steps = tl.full(counter.shape, step, tl.int64).to(tl.uint32)
+    a, b, c, d = tl.philox(seed, low, high, layers, steps)
+    return (
+        tl.uint_to_uniform_float(a),
+        tl.uint_to_uniform_float(b),
+        tl.uint_to_uniform_float(c),
+        tl.uint_to_uniform_float(d),
+    )
+
+
+@triton.jit
+def interleave4(a, b, c, d):
+    """[BLOCK] each -> [4 BLOCK]: a0 b0 c0 d0 a1 ..."""
+    # join puts the new axis last: (a, c), (b, d) pairs flatten to a b c d
+    pairs = tl.join(tl.join(a, b), tl.join(c, d))  # [BLOCK, 2, 2]
+    return tl.reshape(tl.permute(pairs, (0, 2, 1)), [4 * a.shape[0]])
+
+
+@triton.jit
 def _uniform_kernel(out_ptr, seed_ptr, step_ptr, layer, n, BLOCK: tl.constexpr):
     seed = tl.load(seed_ptr)
     step = tl.load(step_ptr)
     counter = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    zero = tl.zeros([BLOCK], dtype=tl.uint32)
-    low = (counter & 0xFFFFFFFF).to(tl.uint32)
-    high = ((counter >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a, b, c, d = tl.philox(seed, low, high, zero + layer.to(tl.uint32), zero + step.to(tl.uint32))
-    ab = tl.join(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))  # [BLOCK, 2]
-    cd = tl.join(tl.uint_to_uniform_float(c), tl.uint_to_uniform_float(d))
-    # join puts the new axis last: (a, c), (b, d) pairs flatten to a b c d
-    u = tl.reshape(tl.permute(tl.join(ab, cd), (0, 2, 1)), [4 * BLOCK])
+    a, b, c, d = uniform_words(counter, seed, step, layer)
+    u = interleave4(a, b, c, d)
     index = tl.program_id(0).to(tl.int64) * (4 * BLOCK) + tl.arange(0, 4 * BLOCK)
     tl.store(out_ptr + index, u, mask=index < n)
 

@@ -5,11 +5,70 @@ is the relaxed sample.  Each `*_slope_ref` gives dz/dlogits **from the sample al
 pass stores z and never the noise.  All functions are differentiable, twice, in any float dtype.
 """
 
+import math
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
+CONCRETE, HARD_CONCRETE, GAUSSIAN, BERNOULLI = range(4)
+
 # u is clamped to [EPS, 1 - EPS]: both ends are representable in float32, so logit(u) stays finite.
 EPS = 2.0**-24
+
+
+class GateSpec(NamedTuple):
+    """A gate as kernels see it: which formula, and its parameters.
+
+    CONCRETE: a = tau.  HARD_CONCRETE: a, b, c = beta, gamma, zeta.  GAUSSIAN: a = sigma.
+    BERNOULLI: z = 1[logit(u) + s > 0], gradient straight through sigmoid(s).
+    """
+
+    kind: int
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 1.0
+
+    @property
+    def shift(self) -> float:
+        """density = sigmoid(s - shift) of all but the Gaussian gate."""
+        return self.a * math.log(-self.b / self.c) if self.kind == HARD_CONCRETE else 0.0
+
+
+def sample_ref(spec: GateSpec, logits: Tensor, noise: Tensor) -> Tensor:
+    """z in [0, 1], of the shape of `logits` and `noise`."""
+    if spec.kind == CONCRETE:
+        return concrete_ref(logits, noise, spec.a)
+    if spec.kind == HARD_CONCRETE:
+        return hard_concrete_ref(logits, noise, spec.a, spec.b, spec.c)
+    if spec.kind == GAUSSIAN:
+        return gaussian_ref(logits, noise, spec.a)
+    return bernoulli_ref(logits, noise)
+
+
+def slope_ref(spec: GateSpec, z: Tensor, logits: Tensor) -> Tensor:
+    """dz/dlogits at the sample z, as a new tensor."""
+    if spec.kind == CONCRETE:
+        return concrete_slope_ref(z)
+    if spec.kind == HARD_CONCRETE:
+        return hard_concrete_slope_ref(z, spec.a, spec.b, spec.c)
+    if spec.kind == GAUSSIAN:
+        return gaussian_slope_ref(z)
+    return concrete_slope_ref(torch.sigmoid(logits))
+
+
+def density_ref(spec: GateSpec, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """P(z != 0), or what the method's paper penalises in its place, and its derivative in the logits."""
+    if spec.kind == GAUSSIAN:
+        t = logits / spec.a
+        return torch.special.ndtr(t), torch.exp(-0.5 * t * t) / (spec.a * math.sqrt(2 * math.pi))
+    density = torch.sigmoid(logits - spec.shift if spec.shift else logits)
+    return density, concrete_slope_ref(density)
+
+
+def bernoulli_ref(logits: Tensor, noise: Tensor) -> Tensor:
+    """z = 1[logit(u) + s > 0], so P(z = 1) = sigmoid(s) (Bengio, Leonard & Courville 2013)."""
+    return (torch.logit(noise, eps=EPS) + logits > 0).to(logits.dtype)
 
 
 def concrete_ref(logits: Tensor, noise: Tensor, tau: float) -> Tensor:
