@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run; see conftest
 GRANULARITIES: list[Granularity] = [Weight(), Block(2, 3), Block(4, 1), Channel(), NM(2, 4)]
 
 
