@@ -1,5 +1,8 @@
 """Triton kernels and their PyTorch references.  Imported as `sparsecore.kernels`; needs torch and triton only."""
 
+from .balance import Rule
+from .gate_bank import GateBank
+from .gate_operator import gated_weight
 from .philox import uniform_
 from .reference import (
     BERNOULLI,
@@ -10,6 +13,7 @@ from .reference import (
     concrete_ref,
     concrete_slope_ref,
     density_ref,
+    density_slope_ref,
     gaussian_ref,
     gaussian_slope_ref,
     hard_concrete_ref,
@@ -24,13 +28,17 @@ __all__ = [
     "CONCRETE",
     "GAUSSIAN",
     "HARD_CONCRETE",
+    "GateBank",
     "GateSpec",
+    "Rule",
     "Unit",
     "allowed_ref",
     "apply_ref",
     "concrete_ref",
     "concrete_slope_ref",
     "density_ref",
+    "density_slope_ref",
+    "gated_weight",
     "gather_ref",
     "gaussian_ref",
     "gaussian_slope_ref",

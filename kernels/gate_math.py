@@ -139,3 +139,20 @@ def gate_density(
         return density, tl.exp(-0.5 * t * t) * (_INV_SQRT_2PI / A)
     density = _sigmoid(s - SHIFT, FAST)
     return density, density * (1.0 - density)
+
+
+@triton.jit
+def load_block(ptr, index, numel, MASKED: tl.constexpr):
+    """float32; whole blocks go without a mask, which would break up 16-byte vectors."""
+    if MASKED:
+        return tl.load(ptr + index, mask=index < numel, other=0.0).to(tl.float32)
+    return tl.load(ptr + index).to(tl.float32)
+
+
+@triton.jit
+def store_block(ptr, index, value, numel, MASKED: tl.constexpr):
+    value = value.to(ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(ptr + index, value, mask=index < numel)
+    else:
+        tl.store(ptr + index, value)

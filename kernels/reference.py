@@ -57,13 +57,19 @@ def slope_ref(spec: GateSpec, z: Tensor, logits: Tensor) -> Tensor:
     return concrete_slope_ref(torch.sigmoid(logits))
 
 
-def density_ref(spec: GateSpec, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """P(z != 0), or what the method's paper penalises in its place, and its derivative in the logits."""
+def density_ref(spec: GateSpec, logits: Tensor) -> Tensor:
+    """P(z != 0), or what the method's paper penalises in its place."""
+    if spec.kind == GAUSSIAN:
+        return torch.special.ndtr(logits / spec.a)
+    return torch.sigmoid(logits - spec.shift if spec.shift else logits)
+
+
+def density_slope_ref(spec: GateSpec, logits: Tensor, density: Tensor) -> Tensor:
+    """d density / d logits as a new tensor; `density` is `density_ref(spec, logits)`."""
     if spec.kind == GAUSSIAN:
         t = logits / spec.a
-        return torch.special.ndtr(t), torch.exp(-0.5 * t * t) / (spec.a * math.sqrt(2 * math.pi))
-    density = torch.sigmoid(logits - spec.shift if spec.shift else logits)
-    return density, concrete_slope_ref(density)
+        return torch.exp(-0.5 * t * t) / (spec.a * math.sqrt(2 * math.pi))
+    return concrete_slope_ref(density)
 
 
 def bernoulli_ref(logits: Tensor, noise: Tensor) -> Tensor:

@@ -25,6 +25,11 @@ def _same(values: Tensor) -> Tensor:
 class AbstractGate(ABC):
     """A distribution over z in [0, 1] with one logit per unit; all tensors share the units' shape."""
 
+    @property
+    def spec(self) -> kernels.GateSpec | None:
+        """The gate as the fused kernels know it; None: PyTorch computes it."""
+        return None
+
     @abstractmethod
     def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
         """The relaxed sample z, given uniform noise in [0, 1).
@@ -57,6 +62,26 @@ class AbstractGate(ABC):
         return logits
 
 
+class _SpecifiedGate(AbstractGate):
+    """A gate whose formulas are the kernels' reference."""
+
+    @property
+    @abstractmethod
+    def spec(self) -> kernels.GateSpec: ...
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        return project(kernels.sample_ref(self.spec, logits, noise))
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return kernels.slope_ref(self.spec, z, logits)
+
+    def density(self, logits: Tensor) -> Tensor:
+        return kernels.density_ref(self.spec, logits)
+
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
+        return kernels.density_slope_ref(self.spec, logits, density)
+
+
 def _check_density(density: float) -> float:
     if not 0 < density < 1:
         raise ValueError(f"density: expected 0 < density < 1, got {density}")
@@ -69,7 +94,7 @@ def _positive(name: str, value: float) -> None:
 
 
 @dataclass(frozen=True)
-class Concrete(AbstractGate):
+class Concrete(_SpecifiedGate):
     """Binary Concrete, z = sigmoid(logit(u)/tau + s), never exactly 0 (Maddison 2017; CTS).
 
     Its density is sigmoid(s), what the CTS penalty uses; P(z > 1/2) is sigmoid(tau * s).
@@ -80,17 +105,9 @@ class Concrete(AbstractGate):
     def __post_init__(self) -> None:
         _positive("tau", self.tau)
 
-    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
-        return project(kernels.concrete_ref(logits, noise, self.tau))
-
-    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
-        return kernels.concrete_slope_ref(z)
-
-    def density(self, logits: Tensor) -> Tensor:
-        return torch.sigmoid(logits)
-
-    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
-        return kernels.concrete_slope_ref(density)
+    @property
+    def spec(self) -> kernels.GateSpec:
+        return kernels.GateSpec(kernels.CONCRETE, self.tau)
 
     def mean(self, logits: Tensor) -> Tensor:
         return torch.sigmoid(logits)
@@ -100,7 +117,7 @@ class Concrete(AbstractGate):
 
 
 @dataclass(frozen=True)
-class HardConcrete(AbstractGate):
+class HardConcrete(_SpecifiedGate):
     """Stretched and clipped Concrete with exact zeros and ones (Louizos, Welling & Kingma 2018)."""
 
     beta: float = 2 / 3
@@ -115,30 +132,18 @@ class HardConcrete(AbstractGate):
             )
 
     @property
-    def _shift(self) -> float:
-        return self.beta * math.log(-self.gamma / self.zeta)
-
-    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
-        return project(kernels.hard_concrete_ref(logits, noise, self.beta, self.gamma, self.zeta))
-
-    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
-        return kernels.hard_concrete_slope_ref(z, self.beta, self.gamma, self.zeta)
-
-    def density(self, logits: Tensor) -> Tensor:
-        return torch.sigmoid(logits - self._shift)
-
-    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
-        return kernels.concrete_slope_ref(density)
+    def spec(self) -> kernels.GateSpec:
+        return kernels.GateSpec(kernels.HARD_CONCRETE, self.beta, self.gamma, self.zeta)
 
     def mean(self, logits: Tensor) -> Tensor:
         return (torch.sigmoid(logits) * (self.zeta - self.gamma) + self.gamma).clamp(0, 1)
 
     def init(self, density: float) -> float:
-        return math.log(_check_density(density) / (1 - density)) + self._shift
+        return math.log(_check_density(density) / (1 - density)) + self.spec.shift
 
 
 @dataclass(frozen=True)
-class Gaussian(AbstractGate):
+class Gaussian(_SpecifiedGate):
     """Stochastic gate z = clip(mu + sigma * eps, 0, 1); the logit is mu (Yamada 2020; arXiv 2603.08914)."""
 
     sigma: float = 0.5
@@ -146,17 +151,9 @@ class Gaussian(AbstractGate):
     def __post_init__(self) -> None:
         _positive("sigma", self.sigma)
 
-    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
-        return project(kernels.gaussian_ref(logits, noise, self.sigma))
-
-    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
-        return kernels.gaussian_slope_ref(z)
-
-    def density(self, logits: Tensor) -> Tensor:
-        return torch.special.ndtr(logits / self.sigma)
-
-    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
-        return torch.exp(-0.5 * (logits / self.sigma) ** 2) / (self.sigma * math.sqrt(2 * math.pi))
+    @property
+    def spec(self) -> kernels.GateSpec:
+        return kernels.GateSpec(kernels.GAUSSIAN, self.sigma)
 
     def mean(self, logits: Tensor) -> Tensor:
         return logits.clamp(0, 1)
@@ -164,6 +161,24 @@ class Gaussian(AbstractGate):
     def init(self, density: float) -> float:
         p = torch.tensor(_check_density(density), dtype=torch.float64)
         return self.sigma * float(torch.special.ndtri(p))
+
+
+@dataclass(frozen=True)
+class Bernoulli(_SpecifiedGate):
+    """A hard gate, z = 1 with probability sigmoid(s); its gradient goes straight through sigmoid(s).
+
+    (Bengio, Leonard & Courville 2013.)  Under N:M open units tie, and a group keeps its first.
+    """
+
+    @property
+    def spec(self) -> kernels.GateSpec:
+        return kernels.GateSpec(kernels.BERNOULLI)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(logits)
+
+    def init(self, density: float) -> float:
+        return math.log(_check_density(density) / (1 - density))
 
 
 @dataclass(frozen=True)

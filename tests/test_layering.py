@@ -11,6 +11,9 @@ ALLOWED = {
     "kernels": {"torch", "triton", "numpy", "jaxtyping"},
     "models": {"torch"},
 }
+# What kernels share: no operation of their own.
+SHARED = {"reference", "philox", "gate_math", "units", "segments", "segment_math", "static", "conv_tiles"}
+COMPOSITIONS = {"__init__", "gates", "gate_operator", "gate_bank", "gated_layers"}
 FILES = [p for d in ("kernels", "models", "sparsecore") for p in sorted((ROOT / d).rglob("*.py"))]
 
 
@@ -21,7 +24,8 @@ def imports(path: Path) -> list[tuple[int, str]]:
         if isinstance(node, ast.Import):
             found += [(0, alias.name) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            found.append((node.level, node.module or ""))
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(node.level, name) for name in names]
     return found
 
 
@@ -38,9 +42,11 @@ def test_imports_point_downwards(path: Path) -> None:
                 assert top in ALLOWED[folder] | set(sys.stdlib_module_names), (level, module)
             else:
                 assert level == 1, f"{folder} imports from above itself"
-                # Kernels are leaves: an operation's file uses the shared ones, never another's.
-                if folder == "kernels" and path.name != "__init__.py":
-                    assert top in ("reference", "philox", "gate_math", "units"), module
+                # An operation (one file, or several of one first name) uses what is shared below it,
+                # never another operation; only what composes operations may name them.
+                if folder == "kernels" and path.stem not in COMPOSITIONS:
+                    family = path.stem.split("_")[0] + "_"
+                    assert top in SHARED or top.startswith(family), module
         else:
             # Only the public names of kernels: `from . import kernels` or `.kernels`, nothing inside.
             assert not module.startswith("kernels."), module

@@ -1,0 +1,351 @@
+"""All gates of a search and what a step changes in them, on the device: three launches a step.
+
+`sample_` (K1) draws every layer's gated weight, `backward_` (K2) turns dR/dw_eff into dR/dlogits where
+it lies, `step_` (K2b) balances and moves the logits.  Nothing synchronises with the host, and addresses
+stay put, so that a step can be captured as a CUDA graph.  On the CPU the same steps are plain PyTorch.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .balance import Rule, launch_balanced_step
+from .gate_operator import storage_noise
+from .gates import launch_backward, launch_sample
+from .reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
+from .segments import (
+    FIRST_CHUNK,
+    GROUP,
+    LAST_CHUNK,
+    Geometry,
+    Segments,
+    is_channels_last,
+    is_dense,
+    offsets_of,
+    plan,
+)
+from .units import Unit, apply_ref, gather_ref, project_ref, unit_shape
+
+_op = torch.library.custom_op
+
+
+@_op("sparsecore::sample_gates_", mutates_args=("out", "q", "log_gain", "step", "control"),
+     device_types="cpu")  # fmt: skip
+def _sample(
+    out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
+    weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
+    layers: list[int], gate: list[float], unit: list[int], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    spec, covers = _spec(gate), Unit(*unit)
+    step[1] = step[0] + 1
+    control[1] = control[0]
+    if log_gain.numel():
+        log_gain[1] = log_gain[0]
+    for i, (weight, s) in enumerate(zip(weights, logits, strict=True)):
+        noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
+        z = project_ref(sample_ref(spec, s, noise), covers)
+        if q:
+            torch.mul(slope_ref(spec, z, s), weight, out=q[i])
+        if covers.single and out[i].dtype == weight.dtype:
+            torch.mul(weight, z, out=out[i])
+        else:
+            out[i].copy_(apply_ref(weight, z, covers))
+        if log_gain.numel():
+            gain = log_gain[1, i].exp()
+            out[i].mul_(gain)
+            if q:
+                q[i].mul_(gain)
+
+
+@_sample.register_kernel("cuda")
+def launch_sample_gates(
+    out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
+    weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
+    layers: list[int], gate: list[float], unit: list[int], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    """K1 for all layers."""
+    launch_sample(
+        Segments(*plan, aligned), _spec(gate), Unit(*unit), weight=weights[0], logits=logits[0],
+        out=out[0], q=q[0] if q else None, log_gain=log_gain if log_gain.numel() else None,
+        seed=seeds, step=step, control=control, fast=fast,
+    )  # fmt: skip
+
+
+@_op("sparsecore::gates_backward_", mutates_args=("grads", "ds", "partials"), device_types="cpu")
+def _backward(
+    grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
+    weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
+    log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
+    gate: list[float], unit: list[int], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`."""
+    spec, covers = _spec(gate), Unit(*unit)
+    partials.zero_()
+    for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
+        flat = grad.to(torch.float32)
+        dot = torch.dot(_memory(flat), _memory(out[i]).to(torch.float32))
+        if q:
+            found = grad.mul_(q[i])
+        else:
+            noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
+            z = project_ref(sample_ref(spec, s, noise), covers)
+            found = slope_ref(spec, z, s).mul_(gather_ref(flat * weight, covers))
+            if log_gain.numel():
+                found.mul_(log_gain[1, i].exp())
+            found = (grads[i] if covers.single else ds[i]).copy_(found)
+        _sums(partials[int(plan[0][i, FIRST_CHUNK])], found, dot, s, weight.shape, spec, covers)
+
+
+def _sums(
+    row: Tensor, ds: Tensor, dot: Tensor, s: Tensor, shape: torch.Size, spec: GateSpec, unit: Unit
+) -> None:
+    density = density_ref(spec, s)
+    slope = density_slope_ref(spec, s, density)
+    if not unit.single:
+        sizes = gather_ref(torch.ones(shape, dtype=s.dtype), unit)
+        density, slope = density * sizes, slope * sizes
+    row[0] = torch.linalg.vector_norm(ds, dtype=torch.float32).square()
+    row[1] = density.sum()
+    row[2] = torch.linalg.vector_norm(slope).square()
+    row[3] = dot
+
+
+@_backward.register_kernel("cuda")
+def launch_gates_backward(
+    grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
+    weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
+    log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
+    gate: list[float], unit: list[int], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    """K2 for all layers."""
+    launch_backward(
+        Segments(*plan, aligned), _spec(gate), Unit(*unit), grad=grads[0],
+        grad_offsets=grad_offsets, weight=weights[0], logits=logits[0], out=out[0],
+        q=q[0] if q else None, log_gain=log_gain[1] if log_gain.numel() else None, seed=seeds,
+        step=step[1:], ds=ds[0] if ds else grads[0], dw=None, partials=partials, multi=True,
+        fast=fast,
+    )  # fmt: skip
+
+
+@_op("sparsecore::balanced_step_", mutates_args=("logits", "m", "v", "log_gain", "step", "control"),
+     device_types="cpu")  # fmt: skip
+def _step(
+    logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
+    control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
+    lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
+    rule: list[float], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    spec, covers, (keep, follow, ascend) = _spec(gate), Unit(*unit), rule
+    table, _, _, groups = plan
+    t = step[1]
+    pulls = []
+    for group, (first, last) in enumerate(groups.tolist()):
+        sums = partials[first:last].sum(0)
+        percent = 100 / targets[group]
+        excess = percent * sums[1] - 100
+        tiny = torch.finfo(torch.float32).tiny
+        ratio = sums[0].sqrt() / (percent * sums[2].sqrt()).clamp_min(tiny)
+        ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
+        weight = keep * control[1, group] + follow * ratio + ascend * excess
+        if follow > 0:
+            weight = torch.where(t == 1, ratio, weight)
+        control[0, group] = weight
+        pulls.append(weight * percent)
+    totals, at = [], 0
+    for i, (s, grad) in enumerate(zip(logits, grads, strict=True)):
+        slope = density_slope_ref(spec, s, density_ref(spec, s))
+        rank = 4 if s.ndim == 4 else 2
+        shape, at = shapes[at : at + rank], at + rank
+        if not covers.single:
+            slope = slope * gather_ref(torch.ones(shape, dtype=s.dtype), covers)
+        totals.append(slope.mul_(pulls[int(table[i, GROUP])]).add_(grad))
+    steps = t.to(torch.float32)
+    logit_lr, gain_lr = lr.tolist()
+    adam = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+    torch.ops.aten._fused_adam_(
+        logits, totals, m, v, [], [steps.clone() for _ in logits],
+        lr=logit_lr, **adam, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if log_gain.numel():
+        dots = [partials[row[FIRST_CHUNK] : row[LAST_CHUNK], 3].sum() for row in table.tolist()]
+        log_gain[0] = log_gain[1]
+        torch.ops.aten._fused_adam_(
+            [log_gain[0]], [torch.stack(dots)], [log_gain[2]], [log_gain[3]], [], [steps],
+            lr=gain_lr, **adam, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    step[0] = t
+
+
+@_step.register_kernel("cuda")
+def launch_bank_step(
+    logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
+    control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
+    lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
+    rule: list[float], aligned: bool, fast: bool,
+) -> None:  # fmt: skip
+    """K2b for all layers."""
+    launch_balanced_step(
+        Segments(*plan, aligned), _spec(gate), Unit(*unit), Rule(*rule), logits=logits[0],
+        grad=grads[0], grad_offsets=grad_offsets, m=m[0], v=v[0],
+        log_gain=log_gain if log_gain.numel() else None, partials=partials, step=step,
+        control=control, targets=targets, lr=lr, fast=fast,
+    )  # fmt: skip
+
+
+for _operator in (_sample, _backward, _step):
+    _operator.register_fake(lambda *args, **kwargs: None)
+
+
+def _spec(gate: list[float]) -> GateSpec:
+    return GateSpec(int(gate[0]), *gate[1:])
+
+
+def _memory(t: Tensor) -> Tensor:
+    """A dense tensor's elements in the order in which they lie."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+class GateBank:
+    """Logits, Adam's moments, gains and lambda of all layers, and the gated weights they give.
+
+    Args:
+        weights: float32, frozen, [n, k] or [n, k, r, s] each, on one device; contiguous or channels_last.
+        start: the logits' first value, one number a group.
+        seeds, layers: one number a weight: with the step, the address of its noise.
+        groups: for each weight the search it belongs to (several run side by side); ascending from 0.
+        targets: expected number of weights that each group aims at.
+        rule: how lambda moves; `weight` is its first value.
+        gain_lr: 0 leaves gains out.
+        dtype: of the gated weights.
+        out: where the gated weights go, of the weights' shapes, in place of tensors of its own.
+        store_factor: keep q for the backward instead of drawing the noise again (one gate per weight only).
+
+    Errors: ValueError for tensors of another kind.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], *, gate: GateSpec, unit: Unit, start: Sequence[float],
+        seeds: Sequence[int], layers: Sequence[int], groups: Sequence[int],
+        targets: Sequence[float], rule: Rule, weight: float = 0.0, lr: float = 0.1,
+        gain_lr: float = 0.01, dtype: torch.dtype = torch.float32, out: Sequence[Tensor] | None = None,
+        store_factor: bool = False, fast: bool = True,
+    ) -> None:  # fmt: skip
+        for w in weights:
+            if w.dtype != torch.float32 or not is_dense(w) or w.device != weights[0].device:
+                raise ValueError(
+                    f"gate bank: expected dense float32 weights on {weights[0].device}, got {w.dtype} "
+                    f"with strides {w.stride()} on {w.device}; use .float().contiguous()"
+                )
+        device = weights[0].device
+        self.gate, self.unit, self.rule, self.fast = gate, unit, rule, fast
+        self.weights, self.layers, self.groups = list(weights), list(layers), list(groups)
+        shapes = [unit_shape(w.shape, unit) for w in weights]
+        self.logits = [
+            _filled(w if unit.single else None, shape, start[group], device)
+            for w, shape, group in zip(weights, shapes, groups, strict=True)
+        ]
+        self.m = [torch.zeros_like(s) for s in self.logits]
+        self.v = [torch.zeros_like(s) for s in self.logits]
+        self.out = list(out or [torch.empty_like(w, dtype=dtype) for w in weights])
+        elementwise = unit.single and not unit.keep
+        stored = store_factor and (elementwise or (unit.single and device.type == "cpu"))
+        self.q = [torch.empty_like(o) for o in self.out] if stored else []
+        self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
+        count, sets = len(self.weights), max(groups) + 1
+        self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
+        self.step = torch.zeros(2, dtype=torch.int64, device=device)
+        self.control = torch.full((2, sets), weight, device=device)
+        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self.targets = torch.tensor(list(targets), dtype=torch.float32, device=device)
+        self.lr = torch.tensor([lr, gain_lr], device=device)
+        roles = (self.weights, self.logits, self.out, self.q or self.ds, self.m, self.v)
+        columns = [offsets_of(role) if role else [0] * count for role in roles]
+        geometries = [
+            Geometry(tuple(w.shape), is_channels_last(w), layer, group)
+            for w, layer, group in zip(weights, layers, groups, strict=True)
+        ]
+        self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
+        self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
+        self._offsets: dict[tuple[int, ...], Tensor] = {}
+        self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    @torch.no_grad()
+    def sample_(self) -> list[Tensor]:
+        """Begins a step: draws every layer's gated weight into `out`."""
+        *tables, aligned = self.plan
+        _sample(
+            self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
+            self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), aligned,
+            self.fast,
+        )  # fmt: skip
+        return self.out
+
+    @torch.no_grad()
+    def backward_(self, grads: Sequence[Tensor]) -> None:
+        """Takes dR/dw_eff of every layer, of w_eff's dtype; the tensors are overwritten."""
+        self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
+        if len({g.data_ptr() for g in self.grads}) < len(self.grads):
+            self.grads = [g.clone() for g in self.grads]  # autograd may hand out one tensor twice
+        *tables, aligned = self.plan
+        offsets = self._offsets_of(self.grads)
+        self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
+        _backward(
+            self.grads, self.ds, self.partials, offsets, self.weights, self.logits,
+            self.out, self.q, self.log_gain, self.seeds, self.step, tables,
+            self.layers, list(map(float, self.gate)), list(self.unit),
+            aligned and _vectors(self.grads), self.fast,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def step_(self, rule: Rule | None = None) -> None:
+        """Ends a step: lambda, logits and gains move on."""
+        *tables, aligned = self.plan
+        ds = self.grads if self.unit.single else self.ds
+        _step(
+            self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds,
+            self._ds_offsets, self.partials, self.targets, self.lr, tables,
+            [n for w in self.weights for n in w.shape], list(map(float, self.gate)),
+            list(self.unit), list(rule or self.rule), aligned and _vectors(ds), self.fast,
+        )  # fmt: skip
+
+    def _offsets_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Their offsets from the first, on the device.  A graph's addresses are its own: while one is being
+        captured nothing can be copied, so its offsets are filled in by `captured`."""
+        offsets = tuple(offsets_of(tensors))
+        device = self.step.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            made = torch.empty(len(offsets), dtype=torch.int64, device=device)
+            self._pending.append((made, offsets))
+            return made
+        if offsets not in self._offsets:
+            if len(self._offsets) > 256:  # addresses that never come back
+                self._offsets.clear()
+            self._offsets[offsets] = torch.tensor(offsets, dtype=torch.int64, device=device)
+        return self._offsets[offsets]
+
+    def captured(self) -> list[Tensor]:
+        """After a capture and before the first replay; keep what it returns as long as the graph."""
+        for made, offsets in self._pending:
+            made.copy_(torch.tensor(offsets, dtype=torch.int64))
+        kept = [made for made, _ in self._pending]
+        self._pending.clear()
+        return kept
+
+
+def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.device) -> Tensor:
+    if like is not None:
+        return torch.full_like(like, value)
+    return torch.full(shape, value, device=device)
+
+
+def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
+    """`grad` in the memory order and dtype of `out`."""
+    grad = grad.detach().to(out.dtype)
+    if grad.stride() != out.stride():
+        grad = torch.empty_like(out).copy_(grad)
+    return grad
+
+
+def _vectors(tensors: Sequence[Tensor]) -> bool:
+    return all(offset % 16 == 0 for offset in offsets_of(tensors))

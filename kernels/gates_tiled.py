@@ -1,0 +1,162 @@
+"""Sampling and its backward where weights share a gate (blocks, channels) or compete for one (N:M).
+
+The formulas are in `gates`, which launches these kernels.
+"""
+
+import triton
+import triton.language as tl
+
+from .gate_math import gate_density, gate_slope, sample_gate, uniform_at
+from .segment_math import (
+    COLUMN_UNITS,
+    COLUMNS,
+    FACTOR,
+    HEIGHT,
+    INPUTS,
+    LAYER,
+    LOGITS,
+    OUT,
+    ROWS,
+    STRIDE_K,
+    STRIDE_N,
+    STRIDE_TAP,
+    TAPS,
+    UNITS,
+    WEIGHT,
+    WIDTH,
+    advance,
+    gain_of,
+    store_sums,
+    tensor_of,
+)
+
+
+@triton.jit
+def _tile(row, unit, element):
+    """(offsets in the weight, which are real) of elements of units; int64, broadcast together."""
+    columns, taps = tl.load(row + COLUMN_UNITS), tl.load(row + TAPS)
+    height, width = tl.load(row + HEIGHT), tl.load(row + WIDTH)
+    tap = unit % taps
+    n = unit // (taps * columns) * height + element // width
+    k = unit // taps % columns * width + element % width
+    offset = n * tl.load(row + STRIDE_N) + k * tl.load(row + STRIDE_K)
+    real = (n < tl.load(row + ROWS)) & (k < tl.load(row + INPUTS)) & (element < height * width)
+    return offset + tap * tl.load(row + STRIDE_TAP), real
+
+
+@triton.jit
+def _project(z, real, KEEP: tl.constexpr):
+    """z [U, E] with all but the KEEP largest of each row set to 0; the lower index wins a tie."""
+    wide: tl.constexpr = z.shape[1]
+    lane = tl.arange(0, wide)
+    ranked = tl.where(real, z, -1.0)
+    mine, other = tl.expand_dims(ranked, 2), tl.expand_dims(ranked, 1)  # [U, E, 1], [U, 1, E]
+    before = tl.expand_dims(tl.expand_dims(lane, 0) < tl.expand_dims(lane, 1), 0)  # [1, E, E]
+    ahead = (other > mine) | ((other == mine) & before)
+    rank = tl.sum(ahead.to(tl.int32), axis=2)
+    return tl.where(rank < KEEP, z, 0.0)
+
+
+@triton.jit
+def sample_tiled_kernel(
+    w_ptr, s_ptr, out_ptr, gain_ptr, seed_ptr, step_ptr, control_ptr, table_ptr, chunk_ptr,
+    segments_count, groups_count,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
+    GAIN: tl.constexpr, ADVANCE: tl.constexpr, KEEP: tl.constexpr,
+    U: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Units of several weights, or N:M: w_eff, a tile of units [U] by their elements [E] at a time."""
+    chunk = chunk_ptr + 3 * tl.program_id(0)
+    segment = tl.load(chunk)
+    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
+    row = table_ptr + segment * COLUMNS
+    seed, step = tl.load(seed_ptr + (segment if ADVANCE else 0)), tl.load(step_ptr)
+    gain = gain_of(gain_ptr, segment, GAIN)
+    if ADVANCE:
+        step += 1
+        advance(step_ptr, control_ptr, gain_ptr, segment, start, segments_count, groups_count, GAIN)
+    layer, units = tl.load(row + LAYER), tl.load(row + UNITS)
+    elements = tl.load(row + HEIGHT) * tl.load(row + WIDTH)
+    w_ptr, s_ptr = tensor_of(w_ptr, row, WEIGHT, False), tensor_of(s_ptr, row, LOGITS, False)
+    out_ptr = tensor_of(out_ptr, row, OUT, False)
+    for block in range(start, stop):
+        unit = tl.expand_dims(block * U + tl.arange(0, U).to(tl.int64), 1)  # [U, 1]
+        if KEEP == 0:
+            s = tl.load(s_ptr + unit, mask=unit < units, other=0.0).to(tl.float32)
+            z = sample_gate(uniform_at(unit, seed, step, layer), s, KIND, A, B, C, FAST)
+        for e in range(0, elements, E):
+            element = tl.expand_dims(e + tl.arange(0, E).to(tl.int64), 0)  # [1, E]
+            offset, real = _tile(row, unit, element)
+            w = tl.load(w_ptr + offset, mask=real, other=0.0).to(tl.float32) * gain
+            if KEEP > 0:
+                s = tl.load(s_ptr + offset, mask=real, other=0.0).to(tl.float32)
+                z = sample_gate(uniform_at(offset, seed, step, layer), s, KIND, A, B, C, FAST)
+                z = _project(z, real, KEEP)
+            tl.store(out_ptr + offset, (w * z).to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def backward_tiled_kernel(
+    grad_ptr, grad_offset_ptr, w_ptr, s_ptr, gain_ptr, seed_ptr, step_ptr,
+    ds_ptr, dw_ptr, partial_ptr, table_ptr, chunk_ptr,
+    KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
+    FAST: tl.constexpr, GAIN: tl.constexpr, STORE_DW: tl.constexpr, MULTI: tl.constexpr,
+    KEEP: tl.constexpr, U: tl.constexpr, E: tl.constexpr,
+):  # fmt: skip
+    """Units of several weights, or N:M: ds [units] (in the logits' layout) and this program's sums."""
+    chunk = chunk_ptr + 3 * tl.program_id(0)
+    segment = tl.load(chunk)
+    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
+    row = table_ptr + segment * COLUMNS
+    seed, step = tl.load(seed_ptr + (segment if MULTI else 0)), tl.load(step_ptr)
+    gain = gain_of(gain_ptr, segment, GAIN)
+    layer, units = tl.load(row + LAYER), tl.load(row + UNITS)
+    elements = tl.load(row + HEIGHT) * tl.load(row + WIDTH)
+    grad_ptr += tl.load(grad_offset_ptr + segment)
+    w_ptr = tensor_of(w_ptr, row, WEIGHT, False)
+    # One gate per weight: ds may lie where grad lies.  Otherwise it is small and has its own place.
+    ds_ptr += tl.load(grad_offset_ptr + segment) if KEEP > 0 else tl.load(row + FACTOR)
+    s_ptr = tensor_of(s_ptr, row, LOGITS, False)
+    task = tl.zeros([U, 1], dtype=tl.float32)
+    kept = tl.zeros([U, 1], dtype=tl.float32)
+    pull = tl.zeros([U, 1], dtype=tl.float32)
+    dot = tl.zeros([U, 1], dtype=tl.float32)
+    for block in range(start, stop):
+        unit = tl.expand_dims(block * U + tl.arange(0, U).to(tl.int64), 1)  # [U, 1]
+        live = unit < units
+        if KEEP == 0:
+            s = tl.load(s_ptr + unit, mask=live, other=0.0).to(tl.float32)
+            z = sample_gate(uniform_at(unit, seed, step, layer), s, KIND, A, B, C, FAST)
+        through = tl.zeros([U, 1], dtype=tl.float32)  # sum of w dR/dw_eff over each unit
+        size = tl.zeros([U, 1], dtype=tl.float32)
+        for e in range(0, elements, E):
+            element = tl.expand_dims(e + tl.arange(0, E).to(tl.int64), 0)  # [1, E]
+            offset, real = _tile(row, unit, element)
+            grad = tl.load(grad_ptr + offset, mask=real, other=0.0).to(tl.float32)
+            w = tl.load(w_ptr + offset, mask=real, other=0.0).to(tl.float32) * gain
+            if KEEP > 0:
+                s = tl.load(s_ptr + offset, mask=real, other=0.0).to(tl.float32)
+                z = sample_gate(uniform_at(offset, seed, step, layer), s, KIND, A, B, C, FAST)
+                z = _project(z, real, KEEP)
+                ds = grad * w * gate_slope(z, s, KIND, A, B, C, FAST)
+                tl.store(ds_ptr + offset, ds.to(ds_ptr.dtype.element_ty), mask=real)
+                density, slope = gate_density(s, KIND, A, B, C, SHIFT, FAST)
+                task += tl.sum(ds * ds, axis=1, keep_dims=True)
+                kept += tl.sum(tl.where(real, density, 0.0), axis=1, keep_dims=True)
+                pull += tl.sum(tl.where(real, slope * slope, 0.0), axis=1, keep_dims=True)
+                dot += tl.sum(grad * w * z, axis=1, keep_dims=True)
+            else:
+                through += tl.sum(grad * w, axis=1, keep_dims=True)
+                size += tl.sum(real.to(tl.float32), axis=1, keep_dims=True)
+            if STORE_DW:
+                dw = (grad * gain * z).to(dw_ptr.dtype.element_ty)
+                tl.store(dw_ptr + offset, dw, mask=real)
+        if KEEP == 0:
+            ds = through * gate_slope(z, s, KIND, A, B, C, FAST)
+            tl.store(ds_ptr + unit, ds.to(ds_ptr.dtype.element_ty), mask=live)
+            density, slope = gate_density(s, KIND, A, B, C, SHIFT, FAST)
+            task += tl.where(live, ds * ds, 0.0)
+            kept += size * density
+            pull += size * size * slope * slope
+            dot += through * z
+    store_sums(partial_ptr, task, kept, pull, dot)
