@@ -15,7 +15,7 @@ from sparsecore.kernels import uniform_
 from sparsecore.objectives import TeacherMemory
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
-from sparsecore.search.concrete import _Step
+from sparsecore.search.steps import FusedStep
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class StepBench:
             self.search._gated(self.model, sc.sparse_layers(self.model), 0.01),
         ]
         self._scopes[0].__enter__()
-        self.step = _Step(self.search, self.model, self._scopes[1].__enter__(), 0.01)
+        self.step = FusedStep(self.search, self.model, self._scopes[1].__enter__(), 0.01)
         self.samples = torch.arange(case.batch, device=device)
         self.memory = TeacherMemory(case.batch)
         self.memory.rows = self.samples
@@ -77,16 +77,16 @@ class StepBench:
         self.dense.zero_grad()
         F.cross_entropy(self.dense(self.x), self.y).backward()
 
-    def search_step(self) -> Tensor:
+    def search_step(self) -> None:
         """A step of the first epoch, in which the teacher is asked."""
         self.step.net.memory = None
-        return self.step((self.x, self.y))
+        self.step((self.x, self.y))
 
-    def later_step(self) -> Tensor:
+    def later_step(self) -> None:
         """A step of a later epoch, in which the teacher's scores are looked up."""
         self.step.net.memory = self.memory
-        self.step.begin_epoch(self.samples)
-        return self.step((self.x, self.y))
+        self.memory.complete = True
+        self.step((self.x, self.y), self.samples)
 
     def plain_step(self) -> Tensor:
         """The same step as a user would write it: gates through autograd, penalty by backward."""
@@ -127,16 +127,19 @@ class StepBench:
 
     def check(self) -> None:
         """The gate before any time is taken: the fused step's gradient is autograd's."""
-        net, batch = self.step.net, (self.x, self.y)
-        fused = torch.autograd.grad(self.search.objective(net, batch), self.step.logits)
-        gates = self.step.gated.values()
+        bank, gates = self.step.bank, self.step.gated.values()
+        bank.sample_()
+        loss = self.step.objective((self.x, self.y))
+        bank.backward_(torch.autograd.grad(loss, self.step.leaves))
+        fused = [g.clone() for g in bank.grads]
         masked: dict[str, Tensor] = {}
-        for (name, layer), gate in zip(net.layers.items(), gates, strict=True):
-            u = uniform_(torch.empty_like(gate.logits), gate.seed, gate.step, gate.layer)
+        for (name, layer), gate in zip(self.step.net.layers.items(), gates, strict=True):
+            u = uniform_(torch.empty_like(gate.logits), bank.seeds[:1], bank.step[1:], gate.layer)
             z = torch.sigmoid(torch.logit(u, 2.0**-24) / self.gate.tau + gate.logits)
             masked[f"{name}.weight"] = layer.raw_weight * z
         loss = self._plain_loss(masked)
-        for a, b in zip(fused, torch.autograd.grad(loss, self.step.logits), strict=True):
+        logits = [gate.logits for gate in gates]
+        for a, b in zip(fused, torch.autograd.grad(loss, logits), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * float(b.abs().max()))
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .balance import Rule, launch_balanced_step
 from .gate_operator import storage_noise
 from .gates import launch_backward, launch_sample
+from .philox import uniform_
 from .reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
 from .segments import (
     FIRST_CHUNK,
@@ -27,12 +28,8 @@ from .segments import (
 )
 from .units import Unit, apply_ref, gather_ref, project_ref, unit_shape
 
-_op = torch.library.custom_op
 
-
-@_op("sparsecore::sample_gates_", mutates_args=("out", "q", "log_gain", "step", "control"),
-     device_types="cpu")  # fmt: skip
-def _sample(
+def sample_gates_ref_(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
     layers: list[int], gate: list[float], unit: list[int], aligned: bool, fast: bool,
@@ -43,11 +40,13 @@ def _sample(
     if log_gain.numel():
         log_gain[1] = log_gain[0]
     for i, (weight, s) in enumerate(zip(weights, logits, strict=True)):
-        noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
+        spare = covers.single and out[i].dtype == torch.float32  # to be written soon anyway
+        noise = out[i] if spare else torch.empty_like(s)
+        uniform_(_memory(noise), seeds[i : i + 1], step[1:], layers[i])
         z = project_ref(sample_ref(spec, s, noise), covers)
         if q:
             torch.mul(slope_ref(spec, z, s), weight, out=q[i])
-        if covers.single and out[i].dtype == weight.dtype:
+        if spare:
             torch.mul(weight, z, out=out[i])
         else:
             out[i].copy_(apply_ref(weight, z, covers))
@@ -58,7 +57,6 @@ def _sample(
                 q[i].mul_(gain)
 
 
-@_sample.register_kernel("cuda")
 def launch_sample_gates(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
@@ -72,8 +70,7 @@ def launch_sample_gates(
     )  # fmt: skip
 
 
-@_op("sparsecore::gates_backward_", mutates_args=("grads", "ds", "partials"), device_types="cpu")
-def _backward(
+def gates_backward_ref_(
     grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
     weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
@@ -111,7 +108,6 @@ def _sums(
     row[3] = dot
 
 
-@_backward.register_kernel("cuda")
 def launch_gates_backward(
     grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
     weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
@@ -128,9 +124,7 @@ def launch_gates_backward(
     )  # fmt: skip
 
 
-@_op("sparsecore::balanced_step_", mutates_args=("logits", "m", "v", "log_gain", "step", "control"),
-     device_types="cpu")  # fmt: skip
-def _step(
+def balanced_step_ref_(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
     control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
     lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
@@ -177,7 +171,6 @@ def _step(
     step[0] = t
 
 
-@_step.register_kernel("cuda")
 def launch_bank_step(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
     control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
@@ -193,7 +186,24 @@ def launch_bank_step(
     )  # fmt: skip
 
 
-for _operator in (_sample, _backward, _step):
+_sample = torch.library.custom_op(
+    "sparsecore::sample_gates_", sample_gates_ref_, device_types="cpu",
+    mutates_args=("out", "q", "log_gain", "step", "control"),
+)  # fmt: skip
+_backward = torch.library.custom_op(
+    "sparsecore::gates_backward_", gates_backward_ref_, device_types="cpu",
+    mutates_args=("grads", "ds", "partials"),
+)  # fmt: skip
+_step = torch.library.custom_op(
+    "sparsecore::balanced_step_", balanced_step_ref_, device_types="cpu",
+    mutates_args=("logits", "m", "v", "log_gain", "step", "control"),
+)  # fmt: skip
+for _operator, _launch in (
+    (_sample, launch_sample_gates),
+    (_backward, launch_gates_backward),
+    (_step, launch_bank_step),
+):
+    _operator.register_kernel("cuda")(_launch)
     _operator.register_fake(lambda *args, **kwargs: None)
 
 
@@ -309,6 +319,20 @@ class GateBank:
             list(self.unit), list(rule or self.rule), aligned and _vectors(ds), self.fast,
         )  # fmt: skip
 
+    def sums(self) -> Tensor:
+        """fp32 [groups, 3] of the present step: ||g||^2, expected weights kept, ||size d density/ds||^2."""
+        starts = self.partials[:, :3].cumsum(0, dtype=torch.float64)
+        first, last = self.plan.groups.long().unbind(1)
+        before = torch.where(first[:, None] > 0, starts[(first - 1).clamp_min(0)], 0.0)
+        return (starts[last - 1] - before).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that steps change, by name; rates aside."""
+        found = {"log_gain": self.log_gain, "step": self.step, "control": self.control}
+        for role, values in (("logits", self.logits), ("m", self.m), ("v", self.v)):
+            found |= {f"{role}/{i}": value for i, value in enumerate(values)}
+        return found
+
     def _offsets_of(self, tensors: Sequence[Tensor]) -> Tensor:
         """Their offsets from the first, on the device.  A graph's addresses are its own: while one is being
         captured nothing can be copied, so its offsets are filled in by `captured`."""
@@ -348,4 +372,4 @@ def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
 
 
 def _vectors(tensors: Sequence[Tensor]) -> bool:
-    return all(offset % 16 == 0 for offset in offsets_of(tensors))
+    return all(offset % 8 == 0 for offset in offsets_of(tensors))

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
+
 State = dict[str, Tensor]
 
 
@@ -36,6 +38,11 @@ class AbstractController(ABC):
     @abstractmethod
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
         """(lambda, next state)."""
+
+    @property
+    def rule(self) -> kernels.Rule | None:
+        """`update` as the fused step computes it, from state["weight"]; None: the step calls `update`."""
+        return None
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,10 @@ class GradBalance(AbstractController):
         weight = torch.where(state["started"], averaged, wanted)
         return weight, {"weight": weight, "started": torch.ones_like(state["started"])}
 
+    @property
+    def rule(self) -> kernels.Rule:
+        return kernels.Rule(self.momentum, 1 - self.momentum, 0.0)
+
 
 @dataclass(frozen=True)
 class Lagrangian(AbstractController):
@@ -82,6 +93,10 @@ class Lagrangian(AbstractController):
         weight = state["weight"] + self.lr * reading.excess
         return weight, {"weight": weight}
 
+    @property
+    def rule(self) -> kernels.Rule:
+        return kernels.Rule(1.0, 0.0, self.lr)
+
 
 @dataclass(frozen=True)
 class FixedPenalty(AbstractController):
@@ -97,6 +112,10 @@ class FixedPenalty(AbstractController):
 
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
         return state["weight"], state
+
+    @property
+    def rule(self) -> kernels.Rule:
+        return kernels.Rule(1.0, 0.0, 0.0)
 
 
 CONTROLS: dict[str, type[AbstractController]] = {

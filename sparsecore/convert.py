@@ -99,17 +99,18 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     On leaving, modes and all buffers (running statistics) are what they were.
     """
     modes = {module: module.training for module in model.modules()}
-    saved: dict[Tensor, Tensor] = {}
+    running: dict[nn.Module, dict[str, Tensor | None]] = {}
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.train()
-            saved.update({b: b.clone() for b in module.buffers(recurse=False)})
+            # Without running statistics BatchNorm uses its batch's, and has nothing to update.
+            running[module] = module._buffers.copy()
+            module._buffers.update(running_mean=None, running_var=None)
     try:
         yield
     finally:
-        for buffer, value in saved.items():
-            buffer.copy_(value)
+        for module, buffers in running.items():
+            module._buffers.update(buffers)
         for module, mode in modes.items():
             module.training = mode
 

@@ -1,7 +1,7 @@
 """Data sets as tensors on the device: no workers, augmentation where the data lies."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -301,19 +301,29 @@ class Batches:
 
     def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The batches of epoch `index`."""
-        order, generator = self._shuffled(index)
-        moved = order.to(self.device) if isinstance(self.images, Tensor) else order
-        moves = self._draw(generator) if self.augment else None
+        order, moves = self.plan(index)
+        moved = order.to(self.device)
         for i in range(len(self)):
             part = slice(i * self.batch_size, (i + 1) * self.batch_size)
-            if isinstance(self.images, Tensor):
-                images = self.images.index_select(0, moved[part])  # faster than [...] here
-            else:
-                images = self.images[moved[part]].to(self.device)
-            x = torch.addcmul(self._shift, images.float(), self._scale)
-            if moves is not None:
-                x = flip_crop(x, *(m[part] for m in moves))
-            yield x, self.labels[moved[part].to(self.device)]
+            rows = moved[part] if isinstance(self.images, Tensor) else order[part]
+            yield self.take(rows, None if moves is None else [m[part] for m in moves])
+
+    def plan(self, index: int) -> tuple[Tensor, Sequence[Tensor] | None]:
+        """The order of epoch `index`, int64 [N] on the CPU, and its augmentation: what `take` asks for."""
+        order, generator = self._shuffled(index)
+        return order, self._draw(generator) if self.augment else None
+
+    def take(self, rows: Tensor, moves: Sequence[Tensor] | None) -> tuple[Tensor, Tensor]:
+        """The batch of the samples `rows`; on the device alone if `rows` and the images are there."""
+        if isinstance(self.images, Tensor):
+            images = self.images.index_select(0, rows)  # faster than [...] here
+        else:
+            images = self.images[rows].to(self.device)
+        x = torch.addcmul(self._shift, images.float(), self._scale)
+        if moves is not None:
+            flip, down, right = moves
+            x = flip_crop(x, flip, down, right)
+        return x, self.labels.index_select(0, rows.to(self.device))
 
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Flips (bool [N]) and crop offsets (int64 [N], rows and columns) of a whole epoch."""

@@ -50,6 +50,7 @@ class Net:
         self.model = model
         self.layers = require_sparse_layers(model)
         self.memory: TeacherMemory | None = None
+        self.side: Any = None  # a CUDA stream for the teacher, beside the sparse network's
 
     def sparse(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the sampled sparse network."""
@@ -63,6 +64,19 @@ class Net:
     def teacher(self, x: Tensor) -> Tensor:
         """What `dense` gives; looked up where the search remembers it."""
         return self.dense(x) if self.memory is None else self.memory.scores(x, self.dense)
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(sparse, teacher), side by side where there is a stream for it."""
+        if self.side is None:
+            teacher = self.teacher(x)
+            return self.sparse(x), teacher
+        main = torch.cuda.current_stream()
+        self.side.wait_stream(main)
+        with torch.cuda.stream(self.side):
+            teacher = self.teacher(x)
+        sparse = self.sparse(x)
+        main.wait_stream(self.side)
+        return sparse, teacher
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -78,6 +92,12 @@ class Net:
 
     def weights(self) -> list[nn.Parameter]:
         """The frozen parameters of the gated layers, made differentiable."""
+        drawn = (getattr(layer.pattern, "drawn", None) for layer in self.layers.values())
+        if any(w is not None for w in drawn):
+            raise ValueError(
+                "an objective that differentiates in the weights: expected it to say so; give it "
+                "second_order=True"
+            )
         weights = [layer.raw_weight for layer in self.layers.values()]
         for w in weights:
             w.requires_grad_()
@@ -108,11 +128,16 @@ class Net:
 
 @dataclass(frozen=True)
 class Objective:
-    """A scalar to minimise.  `scale` is the paper's constant c in front of R."""
+    """A scalar to minimise.  `scale` is the paper's constant c in front of R.
+
+    `second_order`: it is made of gradients in the weights (`net.weights()`), so that descending it
+    differentiates twice.
+    """
 
     name: str
     loss: Callable[[Net, Batch], Tensor]
     scale: float = 100.0
+    second_order: bool = False
 
     def __call__(self, net: Net, batch: Batch) -> Tensor:
         return self.loss(net, batch) * self.scale
@@ -125,7 +150,8 @@ def _task(net: Net, batch: Batch) -> Tensor:
 
 def _loss_change(net: Net, batch: Batch) -> Tensor:
     x, y = batch
-    return (F.cross_entropy(net.sparse(x), y) / F.cross_entropy(net.teacher(x), y) - 1).abs()
+    sparse, teacher = net.both(x)
+    return (F.cross_entropy(sparse, y) / F.cross_entropy(teacher, y) - 1).abs()
 
 
 def _gradient_norm(net: Net, batch: Batch) -> Tensor:
@@ -141,15 +167,13 @@ def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _reverse_kl(net: Net, batch: Batch) -> Tensor:
-    x, _ = batch
-    teacher = net.teacher(x).log_softmax(-1)
-    return _kl(net.sparse(x).log_softmax(-1), teacher)
+    sparse, teacher = net.both(batch[0])
+    return _kl(sparse.log_softmax(-1), teacher.log_softmax(-1))
 
 
 def _forward_kl(net: Net, batch: Batch) -> Tensor:
-    x, _ = batch
-    teacher = net.teacher(x).log_softmax(-1)
-    return _kl(teacher, net.sparse(x).log_softmax(-1))
+    sparse, teacher = net.both(batch[0])
+    return _kl(teacher.log_softmax(-1), sparse.log_softmax(-1))
 
 
 def _standardised(values: Tensor) -> Tensor:
@@ -183,11 +207,11 @@ def _gradients(net: Net, batch: Batch) -> Tensor:
 
 task = Objective("task", _task)
 loss_change = Objective("loss-change", _loss_change)
-gradient_norm = Objective("gradient-norm", _gradient_norm)
+gradient_norm = Objective("gradient-norm", _gradient_norm, second_order=True)
 reverse_kl = Objective("reverse-kl", _reverse_kl)
 forward_kl = Objective("forward-kl", _forward_kl)
 features = Objective("features", _features)
-gradients = Objective("gradients", _gradients)
+gradients = Objective("gradients", _gradients, second_order=True)
 
 OBJECTIVES = {
     o.name: o

@@ -184,6 +184,9 @@ class Gated(nn.Module):
         self.granularity = granularity or Weight()
         self.layer = layer
         self.open = False  # while True the layer computes with its dense weight
+        # A search that draws all layers at once puts here what it drew, and the dense weight as it wants it.
+        self.drawn: Tensor | None = None
+        self.dense: Tensor | None = None
         units = self.granularity.units(shape)
         self.logits = nn.Parameter(torch.full(units, gate.init(density), device=device))
         self.log_gain = nn.Parameter(torch.zeros((), device=device)) if gain else None
@@ -192,7 +195,20 @@ class Gated(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.open:
-            return weight
+            return weight if self.dense is None else self.dense
+        if self.drawn is not None:
+            return self.drawn
+        if self.training and weight.is_cuda and self.gate.spec is not None:
+            return kernels.gated_weight(
+                weight,
+                self.logits,
+                self.log_gain,
+                gate=self.gate.spec,
+                unit=self.granularity.unit,
+                seed=self.seed,
+                step=self.step,
+                layer=self.layer,
+            )
         gain = None if self.log_gain is None else self.log_gain.exp()
         if not self.training:
             z = self.granularity.project(self.gate.mean(self.logits))

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -15,15 +15,23 @@ from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import Batch
-from sparsecore.control import CONTROLS, FixedPenalty, GradBalance, Lagrangian, Reading, State
+from sparsecore.control import (
+    CONTROLS,
+    AbstractController,
+    FixedPenalty,
+    GradBalance,
+    Lagrangian,
+    Reading,
+    State,
+)
 from sparsecore.convert import batch_statistics
-from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete
+from sparsecore.gates import AbstractGate, Bernoulli, Concrete, Gaussian, HardConcrete
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
 from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
 from sparsecore.patterns import Gated
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
-from sparsecore.search.concrete import _Step
+from sparsecore.search.steps import FusedStep, PlainStep, SearchStep
 
 
 def trained_mlp(epochs: int = 5) -> nn.Module:
@@ -200,11 +208,11 @@ def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granulari
         layer.pattern = patterns[name] = Gated(
             shape, search.gate, granularity, density=0.3, layer=i
         )
-    step = _Step(search, model, patterns, 0.3)
+    step = PlainStep(search, model, patterns, 0.3)
     with torch.no_grad():
-        for i, p in enumerate(step.logits):
+        for i, p in enumerate(step.params):
             p += randn(*p.shape, seed=i)
-    kept, pulls = step._sparsity()
+    kept, pulls = step.sparsity()
     expected_kept = torch.stack(
         [
             granularity.spread(torch.sigmoid(g.logits), layer.raw_weight.shape).sum()
@@ -212,53 +220,105 @@ def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granulari
         ]
     ).sum()
     torch.testing.assert_close(kept, expected_kept.detach())
-    expected = torch.autograd.grad(expected_kept, step.logits)
+    expected = torch.autograd.grad(expected_kept, step.params)
     torch.testing.assert_close(pulls, list(expected))
 
 
-def test_a_controller_reads_both_norms_and_the_excess() -> None:
-    readings: list[Reading] = []
+@dataclass(frozen=True)
+class Recording(AbstractController):
+    """Somebody's own controller: GradBalance that keeps what it reads."""
 
-    class Recording(GradBalance):
-        def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
-            readings.append(reading)
-            return super().update(state, reading)
+    readings: list[Reading] = field(default_factory=list)
 
-    model, patterns = trained_mlp(), {}
+    def target(self, density: float) -> float:
+        return GradBalance().target(density)
+
+    def init(self, device: torch.device) -> State:
+        return GradBalance().init(device)
+
+    def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
+        self.readings.append(Reading(*(t.clone() for t in reading)))
+        return GradBalance().update(state, reading)
+
+
+def gates_for(
+    model: nn.Module, density: float, gate: AbstractGate | None = None, gain: bool = False
+):
+    """Patterns by layer name, as a search puts them in."""
+    patterns = {}
     for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
         shape = layer.raw_weight.shape
-        layer.pattern = patterns[name] = Gated(shape, Concrete(), density=0.1, layer=i)
-    search = ConcreteSearch(control=Recording())
-    step, batch = _Step(search, model, patterns, 0.1), next(Blobs().epoch(0))
+        layer.pattern = patterns[name] = Gated(
+            shape, gate or Concrete(), density=density, layer=i, gain=gain
+        )
+    return patterns
+
+
+@pytest.mark.parametrize("kind", [PlainStep, FusedStep])
+def test_a_controller_reads_both_norms_and_the_excess(kind: type[SearchStep]) -> None:
+    model, control = trained_mlp(), Recording()
+    patterns = gates_for(model, 0.1)
+    search, batch = ConcreteSearch(control=control, gate=Concrete()), next(Blobs().epoch(0))
     for gated in patterns.values():
         gated.step += 1  # the draw of the first step
-    task = torch.autograd.grad(search.objective(step.net, batch), step.logits)
+    logits = [g.logits for g in patterns.values()]
+    found = torch.autograd.grad(search.objective(Net(model), batch), logits)
     for gated in patterns.values():
         gated.step -= 1
-    step(batch)
+    kind(search, model, patterns, 0.1)(batch)
     weights, target = 384, 1.1 * 0.1 * 384
-    assert readings[0].excess.item() == pytest.approx(100 * (0.1 * weights / target - 1), rel=1e-4)
+    reading = control.readings[0]
+    assert reading.excess.item() == pytest.approx(100 * (0.1 * weights / target - 1), rel=1e-4)
     norm = 100 / target * 0.1 * 0.9 * math.sqrt(weights)
-    assert readings[0].sparsity_norm.item() == pytest.approx(norm, rel=1e-4)
-    norm = torch.cat([g.flatten() for g in task]).norm().item()
-    assert readings[0].task_norm.item() == pytest.approx(norm, rel=1e-4)
+    assert reading.sparsity_norm.item() == pytest.approx(norm, rel=1e-4)
+    norm = torch.cat([g.flatten() for g in found]).norm().item()
+    assert reading.task_norm.item() == pytest.approx(norm, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "control", [GradBalance(), Lagrangian(), FixedPenalty(2.0), Recording()], ids=lambda c: type(c).__name__
+)  # fmt: skip
+@pytest.mark.parametrize("granularity", [Weight(), Block(5, 5), NM(2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "gate", [Concrete(), HardConcrete(), Bernoulli()], ids=lambda g: type(g).__name__
+)
+def test_the_fused_step_is_the_plain_one(
+    gate: AbstractGate, granularity: Granularity, control: AbstractController
+) -> None:
+    """The same logits, gains and objective after ten steps of either."""
+    search = ConcreteSearch(control=control, gate=gate, granularity=granularity)
+    results = []
+    for kind in (PlainStep, FusedStep):
+        model = trained_mlp(1)
+        patterns = {}
+        for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
+            layer.pattern = patterns[name] = Gated(
+                layer.raw_weight.shape, gate, granularity, density=0.4, layer=i, gain=True
+            )
+        step = kind(search, model, patterns, 0.4)
+        with torch.no_grad():  # away from the target, where the penalty's sign would be rounding's
+            for i, gated in enumerate(patterns.values()):
+                gated.logits += 0.5 + 0.3 * randn(*gated.logits.shape, seed=i)
+        for epoch in range(3):
+            step.begin_epoch(None)
+            for batch in Blobs().epoch(epoch):
+                step(batch)
+        gains = [g.log_gain.detach() for g in patterns.values()]
+        results.append([*step.logits().values(), *gains, step.total])
+    for fused, plain in zip(*results, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-4)
 
 
 def test_gradbalance_holds_the_density_near_its_target() -> None:
     model = trained_mlp()
-    patterns = {}
-    for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
-        shape = layer.raw_weight.shape
-        layer.pattern = patterns[name] = Gated(shape, Concrete(), density=0.1, layer=i)
-    step = _Step(ConcreteSearch(), model, patterns, 0.1)
+    patterns = gates_for(model, 0.1)
+    step = FusedStep(ConcreteSearch(gate=Concrete()), model, patterns, 0.1)
     with batch_statistics(model):
-        for g in patterns.values():
-            g.train()
         for epoch in range(40):
             for batch in Blobs().epoch(epoch):
                 step(batch)
-    kept, _ = step._sparsity()
-    assert 0.05 * 384 < kept.item() < 0.2 * 384
+    kept = step.bank.sums()[0, 1].item()
+    assert 0.05 * 384 < kept < 0.2 * 384
 
 
 def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
@@ -289,15 +349,15 @@ def test_a_killed_search_goes_on_to_the_same_ticket(tmp_path: Path) -> None:
 
 def test_the_rates_drop_once_and_at_their_step(monkeypatch: pytest.MonkeyPatch) -> None:
     rates: list[list[float]] = []
-    step = _Step.__call__
+    descend = FusedStep.descend
 
-    def watched(self: _Step, batch: Batch) -> Tensor:
-        rates.append([group["lr"] for group in self.optimizer.param_groups])
-        return step(self, batch)
+    def watched(self: FusedStep, batch: Batch) -> Tensor:
+        rates.append(self.bank.lr.tolist())
+        return descend(self, batch)
 
-    monkeypatch.setattr(_Step, "__call__", watched)
+    monkeypatch.setattr(FusedStep, "descend", watched)
     ConcreteSearch(epochs=4, lr_drop_at=0.6)(trained_mlp(), Blobs(), sparsity=0.9)  # 16 steps
-    assert rates[:9] == [[0.1, 0.01]] * 9
+    assert [r for pair in rates[:9] for r in pair] == pytest.approx([0.1, 0.01] * 9)
     assert [r for pair in rates[9:] for r in pair] == pytest.approx([0.01, 0.001] * 7)
 
 

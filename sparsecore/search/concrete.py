@@ -1,5 +1,6 @@
 """Concrete Ticket Search: train one gate logit per unit on frozen weights (arXiv 2512.07142)."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -8,21 +9,22 @@ from time import perf_counter
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
 from .. import checkpoints
-from ..batches import Batch, EpochBatches, Numbered
-from ..control import AbstractController, GradBalance, Reading, State
+from ..batches import EpochBatches
+from ..control import AbstractController, GradBalance
 from ..convert import batch_statistics, require_sparse_layers
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
-from ..objectives import Net, Objective, TeacherMemory, reverse_kl
+from ..objectives import Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
+from .graph import Feed
+from .steps import FusedStep, PlainStep, SearchStep
 
 
 class SearchError(ValueError):
@@ -46,8 +48,11 @@ class ConcreteSearch:
             out, as the paper does: then a ticket must match the teacher at the dense weights'
             scale, and keeps large weights rather than the right ones.  The README measures it.
         seed: of the gates' noise.
+        dtype: in which the networks compute; float32, bfloat16 or float16 (by autocast).
+        channels_last: whether convolutions compute in that memory format.
+        graph: whether a step is one CUDA graph, where the data lies on a GPU.
 
-    Errors: ValueError for epochs below 1, lr not above 0 or gain_lr below 0.
+    Errors: ValueError for epochs below 1, lr not above 0, gain_lr below 0 or another dtype.
     """
 
     epochs: int = 10
@@ -60,6 +65,9 @@ class ConcreteSearch:
     lr_drop: float = 0.1
     lr_drop_at: float = 0.88
     seed: int = 0
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    graph: bool = True
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -68,6 +76,8 @@ class ConcreteSearch:
             raise ValueError(f"search lr: expected a positive number, got {self.lr}")
         if not self.gain_lr >= 0:
             raise ValueError(f"gain_lr: expected 0 (no gains) or more, got {self.gain_lr}")
+        if self.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype: expected float32, bfloat16 or float16, got {self.dtype}")
 
     def __call__(
         self,
@@ -106,47 +116,62 @@ class ConcreteSearch:
             "search_epochs": self.epochs,
             "search_lr": self.lr,
             "gain_lr": self.gain_lr,
+            "dtype": str(self.dtype).removeprefix("torch."),
         }
         drop = (self.lr_drop, self.lr_drop_at, str(self.granularity))
         run = ""
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, meta, drop)
         with self._gated(model, layers, density) as gated:
-            step = _Step(self, model, gated, density, run)
-            meta["objective_by_epoch"] = self._run(step, batches, progress, checkpoint)
-            scores = {name: self.gate.score(g.logits.detach()) for name, g in gated.items()}
+            step = self._step(model, gated, density)
+            meta["objective_by_epoch"] = self._run(step, batches, run, progress, checkpoint)
+            scores = {name: self.gate.score(s.detach()) for name, s in step.logits().items()}
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         return ticket
 
+    def _step(self, model: nn.Module, gated: dict[str, Gated], density: float) -> SearchStep:
+        fused = self.gate.spec is not None and not self.objective.second_order
+        if not fused and (self.dtype != torch.float32 or self.channels_last):
+            raise ValueError(
+                f"search dtype and channels_last: expected float32 and False for the objective "
+                f"{self.objective.name} with {self.gate}, which the fused step does not know"
+            )
+        return (FusedStep if fused else PlainStep)(self, model, gated, density)
+
     def _run(
         self,
-        step: "_Step",
+        step: SearchStep,
         batches: EpochBatches,
+        run: str,
         progress: Progress,
         checkpoint: Path | None,
     ) -> list[float]:
         """All epochs; the mean objective of each."""
-        steps = self.epochs * len(batches)
-        done, losses = step.load(checkpoint)
+        steps, length = self.epochs * len(batches), len(batches)
+        drop_at = int(self.lr_drop_at * steps)
+        done, losses = _load(step, checkpoint, run)
+        if done * length > drop_at:
+            step.drop_lr(self.lr_drop)
+        feed = Feed(step, batches, self.graph)
         with progress.task("search", total=steps) as advance:
-            advance(done * len(batches))
+            advance(done * length)
             for epoch in range(done, self.epochs):
-                start, total = perf_counter(), step.zero()
-                step.begin_epoch(batches.order(epoch) if isinstance(batches, Numbered) else None)
-                for i, batch in enumerate(batches.epoch(epoch)):
-                    if epoch * len(batches) + i == int(self.lr_drop_at * steps):
+                start = perf_counter()
+                feed.begin(epoch)
+                for i in range(length):
+                    if epoch * length + i == drop_at:
                         step.drop_lr(self.lr_drop)
-                    total += step(batch)
+                    feed()
                     advance()
-                losses.append(float(total) / len(batches))  # the epoch's only host sync
-                if not torch.isfinite(total):
+                losses.append(float(step.total) / length)  # the epoch's only host sync
+                if not math.isfinite(losses[-1]):
                     raise SearchError(
                         f"search epoch {epoch + 1}: the objective {self.objective.name} is not finite; "
                         "check the data and the start weights, or lower lr"
                     )
-                step.save(checkpoint, epoch + 1, losses)
+                _save(step, checkpoint, run, epoch + 1, losses)
                 advance.describe(objective=losses[-1], seconds=perf_counter() - start)
         return losses
 
@@ -181,131 +206,29 @@ class ConcreteSearch:
                     p.requires_grad_(flag)
 
 
-def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """The L2 norm of all of them together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+def _save(step: SearchStep, path: Path | None, run: str, epoch: int, losses: list[float]) -> None:
+    if path is None:
+        return
+    tensors = {name: value.contiguous() for name, value in step.tensors().items()}
+    if step.net.memory is not None and step.net.memory.table is not None:
+        tensors["teacher"] = step.net.memory.table
+    checkpoints.write(path, tensors, {"epoch": epoch, "losses": losses, "run": run})
 
 
-class _Step:
-    """One search step and the state it carries: logits, Adam, the controller."""
-
-    def __init__(
-        self,
-        search: ConcreteSearch,
-        model: nn.Module,
-        gated: dict[str, Gated],
-        density: float,
-        run: str = "",
-    ) -> None:
-        self.search, self.run = search, run
-        self.net = Net(model)
-        self.gated = gated
-        self.logits = [g.logits for g in gated.values()]
-        self.device = self.logits[0].device
-        self.sizes = [self._size(name) for name in gated]
-        # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
-        self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
-        d = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
-        self.target = search.control.target(density) * d  # expected weights kept
-        self.state: State = search.control.init(self.device)
-        groups: list[dict[str, Any]] = [{"params": self.logits, "lr": search.lr}]
-        self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
-        if self.gains:
-            groups.append({"params": self.gains, "lr": search.gain_lr})
-        # One kernel for all logits where there is one; every step's update stays on the device.
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-
-    def begin_epoch(self, order: Tensor | None) -> None:
-        """`order`: the samples [N] in the order of the epoch's batches, if the teacher may know them."""
-        if order is None or self.batchwise:
-            self.net.memory = None
-            return
-        if self.net.memory is None:
-            self.net.memory = TeacherMemory(len(order))
-        else:
-            self.net.memory.complete = True
-        self.order = order.to(self.device)
-
-    def __call__(self, batch: Batch) -> Tensor:
-        """Descends g_R + lambda g_S; returns the objective (detached, on the device)."""
-        if self.net.memory is not None:
-            size = len(batch[1])
-            self.net.memory.rows, self.order = self.order[:size], self.order[size:]
-        for g in self.gated.values():
-            g.step += 1
-        loss = self.search.objective(self.net, batch)
-        # A layer the forward does not reach has no gradient: zeros.
-        grads = torch.autograd.grad(
-            loss, [*self.logits, *self.gains], allow_unused=True, materialize_grads=True
+def _load(step: SearchStep, path: Path | None, run: str) -> tuple[int, list[float]]:
+    """(epochs done, their losses) of an interrupted run."""
+    if path is None or not path.exists():
+        return 0, []
+    tensors, meta = checkpoints.read(path)
+    if meta["run"] != run:
+        raise SearchError(
+            f"{path} belongs to another search: expected the fingerprint {run[:12]} of this "
+            f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
         )
-        task, follow = grads[: len(self.logits)], grads[len(self.logits) :]
-        kept, pulls = self._sparsity()
-        percent = 100 / self.target  # of excess per weight
-        reading = Reading(_norm(task), percent * _norm(pulls), percent * kept - 100)
-        weight, self.state = self.search.control.update(self.state, reading)
-        for logits, g_task, pull in zip(self.logits, task, pulls, strict=True):
-            logits.grad = g_task.addcmul_(pull, percent * weight)
-        for gain, grad in zip(self.gains, follow, strict=True):
-            gain.grad = grad
-        self.optimizer.step()
-        return loss.detach()
-
-    @torch.no_grad()
-    def _sparsity(self) -> tuple[Tensor, list[Tensor]]:
-        """Expected number of kept weights, and its gradient in each layer's logits."""
-        gate, kept, pulls = self.search.gate, [], []
-        for logits, size in zip(self.logits, self.sizes, strict=True):
-            density = gate.density(logits)
-            slope = gate.density_slope(logits, density)
-            # `density` and `slope` are this layer's only two temporaries.
-            pulls.append(slope if size is None else slope.mul_(size))
-            kept.append(density.sum() if size is None else density.mul_(size).sum())
-        return torch.stack(kept).sum(), pulls
-
-    def _size(self, name: str) -> Tensor | None:
-        """Weights per unit, shaped like the logits; None where each has one."""
-        sizes = self.search.granularity.sizes(self.net.layers[name].raw_weight.shape)
-        return None if bool((sizes == 1).all()) else sizes.to(self.device, torch.float32)
-
-    def zero(self) -> Tensor:
-        return torch.zeros((), device=self.device)
-
-    def drop_lr(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-
-    def save(self, path: Path | None, epoch: int, losses: list[float]) -> None:
-        if path is None:
-            return
-        tensors, meta = checkpoints.pack_optimizer(self.optimizer)
-        tensors |= {f"logits/{name}": g.logits.detach() for name, g in self.gated.items()}
-        tensors |= {f"step/{name}": g.step for name, g in self.gated.items()}
-        tensors |= {f"gain/{i}": g.detach() for i, g in enumerate(self.gains)}
-        tensors |= {f"control/{name}": value for name, value in self.state.items()}
-        if self.net.memory is not None and self.net.memory.table is not None:
-            tensors["teacher"] = self.net.memory.table
-        meta = {"optimizer": meta, "epoch": epoch, "losses": losses, "run": self.run}
-        checkpoints.write(path, tensors, meta)
-
-    def load(self, path: Path | None) -> tuple[int, list[float]]:
-        """(epochs done, their losses) of an interrupted run."""
-        if path is None or not path.exists():
-            return 0, []
-        tensors, meta = checkpoints.read(path)
-        if meta["run"] != self.run:
-            raise SearchError(
-                f"{path} belongs to another search: expected the fingerprint {self.run[:12]} of this "
-                f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
-            )
-        with torch.no_grad():
-            for name, g in self.gated.items():
-                g.logits.copy_(tensors[f"logits/{name}"])
-                g.step.copy_(tensors[f"step/{name}"])
-            for i, gain in enumerate(self.gains):
-                gain.copy_(tensors[f"gain/{i}"])
-        self.state = {name: tensors[f"control/{name}"].to(self.device) for name in self.state}
-        if "teacher" in tensors:
-            self.net.memory = TeacherMemory(len(tensors["teacher"]))
-            self.net.memory.table = tensors["teacher"].to(self.device)
-        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
-        return meta["epoch"], meta["losses"]
+    with torch.no_grad():
+        for name, value in step.tensors().items():
+            value.copy_(tensors[name])
+    if "teacher" in tensors:
+        step.net.memory = TeacherMemory(len(tensors["teacher"]))
+        step.net.memory.table = tensors["teacher"].to(step.device)
+    return meta["epoch"], meta["losses"]

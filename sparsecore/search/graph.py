@@ -1,0 +1,140 @@
+"""The batches of a search, and its steps as one CUDA graph each: captured once, replayed ever after.
+
+On a GPU, with data that lies there, a step is one launch: which samples come next, their pixels, the
+gated weights, both networks, the backward, balance and Adam are all in the graph.  Elsewhere the same
+functions run one by one, with the same numbers.
+"""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..batches import Batch, EpochBatches, Numbered
+from ..data import Batches
+from .steps import FusedStep, SearchStep
+
+
+class Feed:
+    """Gives a step its batches, one call a step.
+
+    Args:
+        graph: whether steps may be captured; it takes a fused step, a GPU and `data.Batches` there.
+    """
+
+    def __init__(self, step: SearchStep, batches: EpochBatches, graph: bool) -> None:
+        self.step, self.batches = step, batches
+        self.resident: Resident | None = None
+        if isinstance(batches, Batches) and isinstance(batches.images, Tensor):
+            self.resident = Resident(batches) if isinstance(step, FusedStep) else None
+        self.graph = graph and self.resident is not None and step.device.type == "cuda"
+        self.captured: dict[bool, _Graph] = {}  # by whether the teacher is remembered by now
+
+    def begin(self, epoch: int) -> None:
+        """Epoch `epoch` from its first batch."""
+        order = self.batches.order(epoch) if isinstance(self.batches, Numbered) else None
+        self.step.begin_epoch(None if order is None else len(order))
+        self.done = 0
+        if self.resident is not None:
+            self.resident.begin(epoch)
+        else:
+            self.iterator = self._numbered(epoch, order)
+
+    def _numbered(self, epoch: int, order: Tensor | None) -> Iterator[tuple[Batch, Tensor | None]]:
+        start = 0
+        for batch in self.batches.epoch(epoch):
+            stop = start + len(batch[1])
+            yield batch, None if order is None else order[start:stop].to(self.step.device)
+            start = stop
+
+    def __call__(self) -> None:
+        """One step on the next batch."""
+        resident = self.resident
+        if resident is None:
+            self.step(*next(self.iterator))
+        elif self.done == resident.full:
+            self.step(*resident.rest())
+        elif self.graph:
+            self._replay(resident)
+        else:
+            self._next(resident)
+        self.done += 1
+
+    def _next(self, resident: "Resident") -> None:
+        self.step(*resident.next_())
+
+    def _replay(self, resident: "Resident") -> None:
+        assert isinstance(self.step, FusedStep)
+        memory = self.step.net.memory
+        known = memory is not None and memory.complete
+        if known not in self.captured:
+            self.step.net.side = torch.cuda.Stream()
+            state = [*self.step.tensors().values(), self.step.total, resident.cursor]
+            run = lambda: self._next(resident)  # noqa: E731
+            self.captured[known] = _Graph(run, state, self.step.bank.captured)
+        self.captured[known].replay()
+
+
+class Resident:
+    """An epoch whose batches the device makes alone: the order lies there, and a cursor moves over it."""
+
+    def __init__(self, batches: Batches) -> None:
+        self.batches = batches
+        count, device = len(batches.labels), batches.device
+        self.full = count // batches.batch_size  # batches of full size
+        self.order = torch.zeros(count, dtype=torch.int64, device=device)
+        self.cursor = torch.zeros(1, dtype=torch.int64, device=device)
+        self.lanes = torch.arange(batches.batch_size, device=device)
+        self.moves: list[Tensor] | None = None
+
+    def begin(self, epoch: int) -> None:
+        """The epoch's order and augmentation, into the same memory as the last one's."""
+        order, moves = self.batches.plan(epoch)
+        self.order.copy_(order)
+        self.cursor.zero_()
+        if moves is None:
+            return
+        if self.moves is None:
+            self.moves = [m.to(self.order.device).clone() for m in moves]
+        for mine, m in zip(self.moves, moves, strict=True):
+            mine.copy_(m)
+
+    def next_(self) -> tuple[Batch, Tensor]:
+        """The next full batch and its samples' numbers; moves the cursor."""
+        # Modulo: a graph is tried out a few times before it is captured.
+        at = (self.cursor + self.lanes) % len(self.order)
+        rows = self.order.index_select(0, at)
+        self.cursor += len(self.lanes)
+        moves = None if self.moves is None else [m.index_select(0, at) for m in self.moves]
+        return self.batches.take(rows, moves), rows
+
+    def rest(self) -> tuple[Batch, Tensor]:
+        """The last, smaller batch."""
+        start = self.full * self.batches.batch_size
+        rows = self.order[start:]
+        moves = None if self.moves is None else [m[start:] for m in self.moves]
+        return self.batches.take(rows, moves), rows
+
+
+class _Graph:
+    """`run` as a graph.  It is run a few times before, so that everything it needs is compiled, chosen and
+    allocated; `state` is put back afterwards."""
+
+    def __init__(
+        self, run: Callable[[], None], state: list[Tensor], finish: Callable[[], list[Tensor]]
+    ) -> None:
+        before = [t.clone() for t in state]
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(3):
+                run()
+        torch.cuda.current_stream().wait_stream(aside)
+        for t, value in zip(state, before, strict=True):
+            t.copy_(value)
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            run()
+        self.kept = finish()
+        self.replay = self.graph.replay

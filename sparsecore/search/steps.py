@@ -1,0 +1,240 @@
+"""One search step: descend g_R + lambda g_S in the logits of all gates, and let the gains follow.
+
+`FusedStep` leaves the gates to `kernels.GateBank` (three launches on a GPU).  `PlainStep` is the same in
+autograd, for what the bank does not know: gates without a `spec`, objectives that differentiate twice.
+"""
+
+from abc import ABC, abstractmethod
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import kernels
+from ..batches import Batch
+from ..control import Reading, State
+from ..objectives import Net, TeacherMemory
+from ..patterns import Gated
+
+if TYPE_CHECKING:
+    from .concrete import ConcreteSearch
+
+
+class SearchStep(ABC):
+    """A step and the state it carries; `total` sums the objective over the steps of an epoch."""
+
+    def __init__(
+        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+    ) -> None:
+        self.search, self.gated = search, gated
+        self.net = Net(model)
+        self.device = next(iter(gated.values())).logits.device
+        # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
+        self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
+        weights = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
+        self.target = search.control.target(density) * weights  # expected weights kept
+        self.total = torch.zeros((), device=self.device)
+
+    def begin_epoch(self, samples: int | None) -> None:
+        """`samples`: how many the data has, if each looks the same in every epoch."""
+        self.total.zero_()
+        if samples is None or self.batchwise:
+            self.net.memory = None
+        elif self.net.memory is None:
+            self.net.memory = TeacherMemory(samples)
+        else:
+            self.net.memory.complete = True
+
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
+        """One step on a batch (x, y) of the samples `rows`; no host sync."""
+        if self.net.memory is not None:
+            assert rows is not None
+            self.net.memory.rows = rows
+        self.total += self.descend(batch)
+
+    @abstractmethod
+    def descend(self, batch: Batch) -> Tensor:
+        """Moves logits, gains and lambda; the objective (detached, on the device)."""
+
+    @abstractmethod
+    def drop_lr(self, factor: float) -> None: ...
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All that a step changes, to be saved, and to be put back in place."""
+
+    @abstractmethod
+    def logits(self) -> dict[str, Tensor]:
+        """Each layer's logits, contiguous."""
+
+
+class FusedStep(SearchStep):
+    """A step whose gates are a `GateBank`: the model computes with weights drawn beforehand."""
+
+    def __init__(
+        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+    ) -> None:
+        super().__init__(search, model, gated, density)
+        spec, rule = search.gate.spec, search.control.rule
+        assert spec is not None
+        weights = [self._memory(layer.raw_weight.detach()) for layer in self.net.layers.values()]
+        self.state: State = search.control.init(self.device)
+        self.bank = kernels.GateBank(
+            weights,
+            gate=spec,
+            unit=search.granularity.unit,
+            start=[search.gate.init(density)],
+            seeds=[search.seed] * len(weights),
+            layers=range(len(weights)),
+            groups=[0] * len(weights),
+            targets=[self.target],
+            # A controller of another kind is asked in every step and its answer held.
+            rule=rule or kernels.Rule(1.0, 0.0, 0.0),
+            weight=float(self.state["weight"]) if rule else 0.0,
+            lr=search.lr,
+            gain_lr=search.gain_lr,
+            dtype=search.dtype,
+            store_factor=self.device.type == "cpu",
+        )
+        self.leaves = [out.detach().requires_grad_() for out in self.bank.out]
+        for i, pattern in enumerate(gated.values()):
+            pattern.drawn = self.leaves[i]
+            pattern.logits.data = self.bank.logits[i]
+            if pattern.log_gain is not None:
+                pattern.log_gain.data = self.bank.log_gain[0, i]
+            if search.dtype != torch.float32 or search.channels_last:
+                pattern.dense = weights[i].to(search.dtype)
+
+    def _memory(self, weight: Tensor) -> Tensor:
+        if self.search.channels_last and weight.ndim == 4:
+            return weight.contiguous(memory_format=torch.channels_last)
+        return weight.contiguous()
+
+    def objective(self, batch: Batch) -> Tensor:
+        """The objective in the search's dtype and memory format."""
+        x, y = batch
+        if self.search.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        lower = self.search.dtype != torch.float32
+        scope = torch.autocast(self.device.type, self.search.dtype) if lower else nullcontext()
+        with scope:
+            return self.search.objective(self.net, (x, y))
+
+    def descend(self, batch: Batch) -> Tensor:
+        self.bank.sample_()
+        loss = self.objective(batch)
+        # A layer the forward does not reach has no gradient: zeros.
+        grads = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
+        self.bank.backward_(grads)
+        if self.search.control.rule is None:
+            weight, state = self.search.control.update(self.state, self.readings()[0])
+            for name, value in state.items():  # in place: a graph knows no other address
+                self.state[name].copy_(value)
+            self.bank.control[1].copy_(weight)
+        self.bank.step_()
+        return loss.detach()
+
+    def readings(self) -> list[Reading]:
+        """What a controller may know about the present step, a reading a group."""
+        found = []
+        for sums, target in zip(self.bank.sums(), self.bank.targets, strict=True):
+            percent = 100 / target
+            found.append(Reading(sums[0].sqrt(), percent * sums[2].sqrt(), percent * sums[1] - 100))
+        return found
+
+    def drop_lr(self, factor: float) -> None:
+        self.bank.lr *= factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = self.bank.tensors()
+        return found | {f"state/{name}": value for name, value in self.state.items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        return {n: s.contiguous() for n, s in zip(self.gated, self.bank.logits, strict=True)}
+
+
+class PlainStep(SearchStep):
+    """The same in autograd, one gate pattern at a time, with PyTorch's Adam."""
+
+    def __init__(
+        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+    ) -> None:
+        super().__init__(search, model, gated, density)
+        self.params = [g.logits for g in gated.values()]
+        self.sizes = [self._size(name) for name in gated]
+        self.state: State = search.control.init(self.device)
+        groups: list[dict[str, Any]] = [{"params": self.params, "lr": search.lr}]
+        self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
+        if self.gains:
+            groups.append({"params": self.gains, "lr": search.gain_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        for p in (
+            *self.params,
+            *self.gains,
+        ):  # the moments exist from the start: they can be loaded
+            p.grad = torch.zeros_like(p)
+            slots = {"step": torch.zeros((), device=self.device)}
+            slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = slots
+
+    def descend(self, batch: Batch) -> Tensor:
+        for g in self.gated.values():
+            g.step += 1
+        loss = self.search.objective(self.net, batch)
+        grads = torch.autograd.grad(
+            loss, [*self.params, *self.gains], allow_unused=True, materialize_grads=True
+        )
+        found, follow = grads[: len(self.params)], grads[len(self.params) :]
+        kept, pulls = self.sparsity()
+        percent = 100 / self.target  # of excess per weight
+        reading = Reading(_norm(found), percent * _norm(pulls), percent * kept - 100)
+        weight, self.state = self.search.control.update(self.state, reading)
+        for p, g_task, pull in zip(self.params, found, pulls, strict=True):
+            p.grad = torch.addcmul(g_task, pull, percent * weight)
+        for p, grad in zip(self.gains, follow, strict=True):
+            p.grad = grad
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def sparsity(self) -> tuple[Tensor, list[Tensor]]:
+        """Expected number of kept weights, and its gradient in each layer's logits."""
+        gate = self.search.gate
+        kept, pulls = torch.zeros((), device=self.device), []
+        for logits, size in zip(self.params, self.sizes, strict=True):
+            density = gate.density(logits)
+            pull = gate.density_slope(logits, density)
+            if size is not None:
+                density, pull = density.mul_(size), pull.mul_(size)
+            kept = kept + density.sum()
+            pulls.append(pull)
+        return kept, pulls
+
+    def _size(self, name: str) -> Tensor | None:
+        """Weights in each unit of a layer; None where each unit is one weight."""
+        shape = self.net.layers[name].raw_weight.shape
+        if self.search.granularity.units(shape) == shape:
+            return None
+        sizes = self.search.granularity.sizes(shape)
+        return sizes.to(self.device, self.gated[name].logits.dtype)
+
+    def drop_lr(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"step/{name}": g.step for name, g in self.gated.items()}
+        for i, p in enumerate((*self.params, *self.gains)):
+            found[f"value/{i}"] = p.detach()
+            found |= {f"{slot}/{i}": v for slot, v in self.optimizer.state[p].items()}
+        return found | {f"state/{name}": value for name, value in self.state.items()}
+
+    def logits(self) -> dict[str, Tensor]:
+        return {name: g.logits.detach() for name, g in self.gated.items()}
+
+
+def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """The L2 norm of all of them together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
