@@ -29,6 +29,7 @@ from sparsecore.gates import AbstractGate, Bernoulli, Concrete, Gaussian, HardCo
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
 from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
 from sparsecore.patterns import Gated
+from sparsecore.recipes import build
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
 from sparsecore.search.steps import FusedStep, PlainStep, SearchStep
@@ -304,9 +305,40 @@ def test_the_fused_step_is_the_plain_one(
             for batch in Blobs().epoch(epoch):
                 step(batch)
         gains = [g.log_gain.detach() for g in patterns.values()]
-        results.append([*step.logits().values(), *gains, step.total])
+        results.append([*step.logits()[0].values(), *gains, step.total])
     for fused, plain in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-4)
+
+
+def test_many_searches_at_once_are_as_many_one_by_one() -> None:
+    model, blobs = trained_mlp(1), Blobs()
+    search = ConcreteSearch(epochs=3)
+    sparsities, seeds = [0.5, 0.9, 0.9], [0, 0, 7]
+    tickets = search.many(model, blobs, sparsities=sparsities, seeds=seeds)
+    for ticket, sparsity, seed in zip(tickets, sparsities, seeds, strict=True):
+        alone = replace(search, seed=seed)(model, blobs, sparsity=sparsity)
+        assert ticket.meta["sparsity"] == sparsity and ticket.meta["seed"] == seed
+        assert ticket.meta["objective_by_epoch"] == pytest.approx(
+            alone.meta["objective_by_epoch"], rel=1e-3
+        )
+        same = [(ticket.masks[n] == alone.masks[n]).double().mean() for n in alone.masks]
+        assert min(same) > 0.98
+    assert tickets[1].hash != tickets[2].hash
+    with pytest.raises(ValueError, match="as many seeds as sparsities"):
+        search.many(model, blobs, sparsities=[0.5], seeds=[1, 2])
+    with pytest.raises(ValueError, match="search one by one"):
+        replace(search, objective=OBJECTIVES["features"]).many(model, blobs, sparsities=[0.5, 0.6])
+
+
+def test_many_searches_go_through_convolutions_and_batchnorm() -> None:
+    data = sc.load("digits")
+    model = sc.sparsify_(build("resnet-20", data.shape, data.classes))
+    batches = sc.Batches(data, "train", 500)
+    search = ConcreteSearch(epochs=1, objective=task)
+    for ticket in search.many(model, batches, sparsities=[0.5, 0.8]):
+        alone = search(model, batches, sparsity=ticket.meta["sparsity"])
+        same = torch.cat([(ticket.masks[n] == alone.masks[n]).flatten() for n in alone.masks])
+        assert same.double().mean() > 0.97
 
 
 def test_gradbalance_holds_the_density_near_its_target() -> None:

@@ -1,7 +1,7 @@
 """Concrete Ticket Search: train one gate logit per unit on frozen weights (arXiv 2512.07142)."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +24,7 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .graph import Feed
-from .steps import FusedStep, PlainStep, SearchStep
+from .steps import FusedStep, ManyStep, PlainStep, SearchStep
 
 
 class SearchError(ValueError):
@@ -98,47 +98,107 @@ class ConcreteSearch:
 
         Errors: ValueError for bad arguments; SearchError if the objective is not finite.
         """
-        density = 1 - check_sparsity(sparsity)
-        if sparsity == 0:
-            raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
+        members = [(sparsity, self.seed)]
+        return self._find(model, batches, members, progress, checkpoint)[0]
+
+    def many(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsities: Sequence[float],
+        seeds: Sequence[int] | None = None,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+    ) -> list[Ticket]:
+        """Several searches at once, sparsities[i] with the gates' noise from seeds[i]: for small models.
+
+        Each ticket is what a search of its own would find, to rounding; the networks are computed
+        side by side (`torch.vmap`) on the same batches, so that their launches are one model's.
+
+        Args:
+            seeds: by default `self.seed` for all.
+
+        Errors: as `__call__`; ValueError for lengths that differ, channels_last, or an objective that
+        needs more than class scores.
+        """
+        seeds = [self.seed] * len(sparsities) if seeds is None else seeds
+        if len(seeds) != len(sparsities) or not sparsities:
+            raise ValueError(
+                f"many: expected as many seeds as sparsities, at least one of each, got {len(seeds)} "
+                f"and {len(sparsities)}"
+            )
+        members = list(zip(sparsities, seeds, strict=True))
+        return self._find(model, batches, members, progress, checkpoint)
+
+    def _find(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        members: list[tuple[float, int]],
+        progress: Progress,
+        checkpoint: Path | None,
+    ) -> list[Ticket]:
+        """The ticket of each (sparsity, seed)."""
         layers = require_sparse_layers(model)
-        # A pattern that cannot hold that many weights is told before the search, not after.
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
-        masks_from_scores(level, shapes, sparsity, self.granularity)
-        meta: dict[str, Any] = {
+        for sparsity, _ in members:
+            if check_sparsity(sparsity) == 0:
+                raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
+            # A pattern that cannot hold that many weights is told before the search, not after.
+            level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
+            masks_from_scores(level, shapes, sparsity, self.granularity)
+        metas = [self._meta(sparsity, seed) for sparsity, seed in members]
+        drop = (self.lr_drop, self.lr_drop_at, str(self.granularity))
+        run = ""
+        if checkpoint is not None:
+            run = checkpoints.fingerprint(model, batches, *metas, drop)
+        densities = [(1 - sparsity, seed) for sparsity, seed in members]
+        with self._gated(model, layers, densities[0][0]) as gated:
+            step = self._step(model, gated, densities)
+            losses = self._run(step, batches, run, progress, checkpoint)
+            found = [
+                {name: self.gate.score(s.detach()) for name, s in logits.items()}
+                for logits in step.logits()
+            ]
+        tickets = []
+        for i, (scores, meta) in enumerate(zip(found, metas, strict=True)):
+            meta["objective_by_epoch"] = [loss[i] for loss in losses]
+            ticket = Ticket.from_scores(
+                scores, model, meta["sparsity"], self.granularity, meta=meta
+            )
+            tickets.append(ticket)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return tickets
+
+    def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
+        return {
             "method": "cts",
             "objective": self.objective.name,
             "control": repr(self.control),
             "gate": repr(self.gate),
             "sparsity": sparsity,
-            "seed": self.seed,
+            "seed": seed,
             "search_epochs": self.epochs,
             "search_lr": self.lr,
             "gain_lr": self.gain_lr,
             "dtype": str(self.dtype).removeprefix("torch."),
         }
-        drop = (self.lr_drop, self.lr_drop_at, str(self.granularity))
-        run = ""
-        if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, meta, drop)
-        with self._gated(model, layers, density) as gated:
-            step = self._step(model, gated, density)
-            meta["objective_by_epoch"] = self._run(step, batches, run, progress, checkpoint)
-            scores = {name: self.gate.score(s.detach()) for name, s in step.logits().items()}
-        ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return ticket
 
-    def _step(self, model: nn.Module, gated: dict[str, Gated], density: float) -> SearchStep:
+    def _step(
+        self, model: nn.Module, gated: dict[str, Gated], members: list[tuple[float, int]]
+    ) -> SearchStep:
         fused = self.gate.spec is not None and not self.objective.second_order
-        if not fused and (self.dtype != torch.float32 or self.channels_last):
+        plain = self.dtype == torch.float32 and not self.channels_last and len(members) == 1
+        if not fused and not plain:
             raise ValueError(
-                f"search dtype and channels_last: expected float32 and False for the objective "
-                f"{self.objective.name} with {self.gate}, which the fused step does not know"
+                "search dtype, channels_last and many: expected float32, False and one search for the "
+                f"objective {self.objective.name} with {self.gate}, which the fused step does not know"
             )
-        return (FusedStep if fused else PlainStep)(self, model, gated, density)
+        if len(members) > 1:
+            return ManyStep(self, model, gated, members)
+        return (FusedStep if fused else PlainStep)(self, model, gated, members[0][0])
 
     def _run(
         self,
@@ -147,8 +207,8 @@ class ConcreteSearch:
         run: str,
         progress: Progress,
         checkpoint: Path | None,
-    ) -> list[float]:
-        """All epochs; the mean objective of each."""
+    ) -> list[list[float]]:
+        """All epochs; the mean objective of each, a number a ticket."""
         steps, length = self.epochs * len(batches), len(batches)
         drop_at = int(self.lr_drop_at * steps)
         done, losses = _load(step, checkpoint, run)
@@ -165,14 +225,15 @@ class ConcreteSearch:
                         step.drop_lr(self.lr_drop)
                     feed()
                     advance()
-                losses.append(float(step.total) / length)  # the epoch's only host sync
-                if not math.isfinite(losses[-1]):
+                mean = (step.total / length).tolist()  # the epoch's only host sync
+                losses.append(mean)
+                if not all(map(math.isfinite, mean)):
                     raise SearchError(
                         f"search epoch {epoch + 1}: the objective {self.objective.name} is not finite; "
                         "check the data and the start weights, or lower lr"
                     )
                 _save(step, checkpoint, run, epoch + 1, losses)
-                advance.describe(objective=losses[-1], seconds=perf_counter() - start)
+                advance.describe(objective=sum(mean) / len(mean), seconds=perf_counter() - start)
         return losses
 
     @contextmanager
@@ -206,7 +267,9 @@ class ConcreteSearch:
                     p.requires_grad_(flag)
 
 
-def _save(step: SearchStep, path: Path | None, run: str, epoch: int, losses: list[float]) -> None:
+def _save(
+    step: SearchStep, path: Path | None, run: str, epoch: int, losses: list[list[float]]
+) -> None:
     if path is None:
         return
     tensors = {name: value.contiguous() for name, value in step.tensors().items()}
@@ -215,7 +278,7 @@ def _save(step: SearchStep, path: Path | None, run: str, epoch: int, losses: lis
     checkpoints.write(path, tensors, {"epoch": epoch, "losses": losses, "run": run})
 
 
-def _load(step: SearchStep, path: Path | None, run: str) -> tuple[int, list[float]]:
+def _load(step: SearchStep, path: Path | None, run: str) -> tuple[int, list[list[float]]]:
     """(epochs done, their losses) of an interrupted run."""
     if path is None or not path.exists():
         return 0, []

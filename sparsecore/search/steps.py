@@ -5,8 +5,9 @@ autograd, for what the bank does not know: gates without a `spec`, objectives th
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class SearchStep(ABC):
-    """A step and the state it carries; `total` sums the objective over the steps of an epoch."""
+    """A step and the state it carries; `total` [tickets] sums the objective over the steps of an epoch."""
 
     def __init__(
         self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
@@ -33,9 +34,9 @@ class SearchStep(ABC):
         self.device = next(iter(gated.values())).logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
         self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
-        weights = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
-        self.target = search.control.target(density) * weights  # expected weights kept
-        self.total = torch.zeros((), device=self.device)
+        self.count = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
+        self.target = search.control.target(density) * self.count  # expected weights kept
+        self.total = torch.zeros(1, device=self.device)
 
     def begin_epoch(self, samples: int | None) -> None:
         """`samples`: how many the data has, if each looks the same in every epoch."""
@@ -56,7 +57,7 @@ class SearchStep(ABC):
 
     @abstractmethod
     def descend(self, batch: Batch) -> Tensor:
-        """Moves logits, gains and lambda; the objective (detached, on the device)."""
+        """Moves logits, gains and lambda; the objective of each ticket (detached, on the device)."""
 
     @abstractmethod
     def drop_lr(self, factor: float) -> None: ...
@@ -66,8 +67,8 @@ class SearchStep(ABC):
         """All that a step changes, to be saved, and to be put back in place."""
 
     @abstractmethod
-    def logits(self) -> dict[str, Tensor]:
-        """Each layer's logits, contiguous."""
+    def logits(self) -> list[dict[str, Tensor]]:
+        """Each ticket's logits by layer, contiguous."""
 
 
 class FusedStep(SearchStep):
@@ -77,35 +78,43 @@ class FusedStep(SearchStep):
         self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
     ) -> None:
         super().__init__(search, model, gated, density)
-        spec, rule = search.gate.spec, search.control.rule
-        assert spec is not None
-        weights = [self._memory(layer.raw_weight.detach()) for layer in self.net.layers.values()]
-        self.state: State = search.control.init(self.device)
-        self.bank = kernels.GateBank(
-            weights,
-            gate=spec,
-            unit=search.granularity.unit,
-            start=[search.gate.init(density)],
-            seeds=[search.seed] * len(weights),
-            layers=range(len(weights)),
-            groups=[0] * len(weights),
-            targets=[self.target],
-            # A controller of another kind is asked in every step and its answer held.
-            rule=rule or kernels.Rule(1.0, 0.0, 0.0),
-            weight=float(self.state["weight"]) if rule else 0.0,
-            lr=search.lr,
-            gain_lr=search.gain_lr,
-            dtype=search.dtype,
-            store_factor=self.device.type == "cpu",
-        )
+        self._build([(density, search.seed)])
         self.leaves = [out.detach().requires_grad_() for out in self.bank.out]
         for i, pattern in enumerate(gated.values()):
             pattern.drawn = self.leaves[i]
             pattern.logits.data = self.bank.logits[i]
             if pattern.log_gain is not None:
                 pattern.log_gain.data = self.bank.log_gain[0, i]
-            if search.dtype != torch.float32 or search.channels_last:
-                pattern.dense = weights[i].to(search.dtype)
+
+    def _build(self, members: Sequence[tuple[float, int]], out: list[Tensor] | None = None) -> None:
+        """The bank of some (density, seed), one after the other, and the teacher's weights."""
+        search = self.search
+        spec, rule = search.gate.spec, search.control.rule
+        assert spec is not None
+        self.members = members
+        weights = [self._memory(layer.raw_weight.detach()) for layer in self.net.layers.values()]
+        self.state: State = search.control.init(self.device)
+        self.bank = kernels.GateBank(
+            weights * len(members),
+            gate=spec,
+            unit=search.granularity.unit,
+            start=[search.gate.init(density) for density, _ in members],
+            seeds=[seed for _, seed in members for _ in weights],
+            layers=[*range(len(weights))] * len(members),
+            groups=[i for i in range(len(members)) for _ in weights],
+            targets=[search.control.target(density) * self.count for density, _ in members],
+            # A controller of another kind is asked in every step and its answer held.
+            rule=rule or kernels.Rule(1.0, 0.0, 0.0),
+            weight=float(self.state["weight"]) if rule else 0.0,
+            lr=search.lr,
+            gain_lr=search.gain_lr,
+            dtype=search.dtype,
+            out=out,
+            store_factor=self.device.type == "cpu",
+        )
+        if search.dtype != torch.float32 or search.channels_last:
+            for pattern, weight in zip(self.gated.values(), weights, strict=True):
+                pattern.dense = weight.to(search.dtype)
 
     def _memory(self, weight: Tensor) -> Tensor:
         if self.search.channels_last and weight.ndim == 4:
@@ -120,14 +129,20 @@ class FusedStep(SearchStep):
         lower = self.search.dtype != torch.float32
         scope = torch.autocast(self.device.type, self.search.dtype) if lower else nullcontext()
         with scope:
-            return self.search.objective(self.net, (x, y))
+            return self._objective((x, y))
+
+    def _objective(self, batch: Batch) -> Tensor:
+        return self.search.objective(self.net, batch)
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor]:
+        """dR/dw_eff in the bank's order."""
+        # A layer the forward does not reach has no gradient: zeros.
+        return torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
     def descend(self, batch: Batch) -> Tensor:
         self.bank.sample_()
         loss = self.objective(batch)
-        # A layer the forward does not reach has no gradient: zeros.
-        grads = torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
-        self.bank.backward_(grads)
+        self.bank.backward_(self.gradients(loss))
         if self.search.control.rule is None:
             weight, state = self.search.control.update(self.state, self.readings()[0])
             for name, value in state.items():  # in place: a graph knows no other address
@@ -151,8 +166,85 @@ class FusedStep(SearchStep):
         found = self.bank.tensors()
         return found | {f"state/{name}": value for name, value in self.state.items()}
 
-    def logits(self) -> dict[str, Tensor]:
-        return {n: s.contiguous() for n, s in zip(self.gated, self.bank.logits, strict=True)}
+    def logits(self) -> list[dict[str, Tensor]]:
+        layers = len(self.gated)
+        parts = [self.bank.logits[i : i + layers] for i in range(0, len(self.bank.logits), layers)]
+        return [{n: s.contiguous() for n, s in zip(self.gated, p, strict=True)} for p in parts]
+
+
+class ManyStep(FusedStep):
+    """Several tickets' steps side by side: one bank, and one model mapped over stacks of weights."""
+
+    def __init__(
+        self,
+        search: "ConcreteSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Sequence[tuple[float, int]],
+    ) -> None:
+        SearchStep.__init__(self, search, model, gated, members[0][0])
+        if search.channels_last or search.control.rule is None:
+            raise ValueError(
+                "many searches at once: expected channels_last=False and a controller with a rule, "
+                f"got {search.channels_last} and {search.control}"
+            )
+        shapes = [layer.raw_weight.shape for layer in self.net.layers.values()]
+        count, made = len(members), {"dtype": search.dtype, "device": self.device}
+        stacks = [torch.empty(count, *shape, **made) for shape in shapes]
+        self.total = torch.zeros(count, device=self.device)
+        self._build(members, [stack[i] for i in range(count) for stack in stacks])
+        self.leaves = [stack.requires_grad_() for stack in stacks]
+
+    def _objective(self, batch: Batch) -> Tensor:
+        def forward(*weights: Tensor) -> Tensor:
+            for pattern, weight in zip(self.gated.values(), weights, strict=True):
+                pattern.drawn = weight
+            return self.net.model(batch[0])
+
+        try:
+            scores = torch.vmap(forward)(*self.leaves)  # [tickets, B, classes]
+        finally:
+            for pattern in self.gated.values():
+                pattern.drawn = None
+        shared = _Shared(self.net)
+        return torch.stack([self.search.objective(_Member(shared, s), batch) for s in scores])
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor]:
+        stacks = super().gradients(loss.sum())
+        return [stack[i] for i in range(len(self.members)) for stack in stacks]
+
+
+class _Shared:
+    """The one teacher of several tickets, asked once a batch."""
+
+    def __init__(self, net: Net) -> None:
+        self.net = net
+        self.scores: Tensor | None = None
+
+
+class _Member(Net):
+    """One ticket's view: its own sparse scores, the teacher of all."""
+
+    def __init__(self, shared: _Shared, scores: Tensor) -> None:
+        self.__dict__ |= shared.net.__dict__
+        self.shared, self.scores = shared, scores
+
+    def sparse(self, x: Tensor) -> Tensor:
+        return self.scores
+
+    def teacher(self, x: Tensor) -> Tensor:
+        if self.shared.scores is None:
+            self.shared.scores = super().teacher(x)
+        return self.shared.scores
+
+    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.scores, self.teacher(x)
+
+    def activations(self) -> NoReturn:
+        raise ValueError(
+            "many searches at once: expected an objective of class scores, got one of activations; "
+            "search one by one"
+        )
 
 
 class PlainStep(SearchStep):
@@ -231,8 +323,8 @@ class PlainStep(SearchStep):
             found |= {f"{slot}/{i}": v for slot, v in self.optimizer.state[p].items()}
         return found | {f"state/{name}": value for name, value in self.state.items()}
 
-    def logits(self) -> dict[str, Tensor]:
-        return {name: g.logits.detach() for name, g in self.gated.items()}
+    def logits(self) -> list[dict[str, Tensor]]:
+        return [{name: g.logits.detach() for name, g in self.gated.items()}]
 
 
 def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
