@@ -150,8 +150,8 @@ def _balanced_step_kernel(
     s_offset, g_offset = tl.load(row + LOGITS), tl.load(g_offset_ptr + segment)
     m_offset, v_offset = tl.load(row + FIRST_MOMENT), tl.load(row + SECOND_MOMENT)
     if ALIGNED:
-        s_offset, g_offset = tl.multiple_of(s_offset, 16), tl.multiple_of(g_offset, 16)
-        m_offset, v_offset = tl.multiple_of(m_offset, 16), tl.multiple_of(v_offset, 16)
+        s_offset, g_offset = tl.multiple_of(s_offset, 8), tl.multiple_of(g_offset, 8)
+        m_offset, v_offset = tl.multiple_of(m_offset, 8), tl.multiple_of(v_offset, 8)
     s_ptr, g_ptr, m_ptr, v_ptr = (
         s_ptr + s_offset,
         g_ptr + g_offset,
@@ -187,7 +187,7 @@ def launch_balanced_step(
         control, targets, lr, plan.table, plan.unit_chunks, plan.groups, len(plan.table),
         len(plan.groups), KIND=spec.kind, A=spec.a, B=spec.b, C=spec.c, SHIFT=spec.shift, FAST=fast,
         KEEP=rule.keep, FOLLOW=rule.follow, ASCEND=rule.ascend, GAIN=log_gain is not None,
-        SIZED=not unit.single, ALIGNED=plan.aligned, num_warps=4,
+        SIZED=not unit.single, ALIGNED=plan.hints.aligned, num_warps=4,
     )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from .segments import (
     GROUP,
     LAST_CHUNK,
     Geometry,
+    Hints,
     Segments,
     is_channels_last,
     is_dense,
@@ -32,7 +33,7 @@ from .units import Unit, apply_ref, gather_ref, project_ref, unit_shape
 def sample_gates_ref_(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
-    layers: list[int], gate: list[float], unit: list[int], aligned: bool, fast: bool,
+    layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     spec, covers = _spec(gate), Unit(*unit)
     step[1] = step[0] + 1
@@ -60,11 +61,11 @@ def sample_gates_ref_(
 def launch_sample_gates(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
-    layers: list[int], gate: list[float], unit: list[int], aligned: bool, fast: bool,
+    layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """K1 for all layers."""
     launch_sample(
-        Segments(*plan, aligned), _spec(gate), Unit(*unit), weight=weights[0], logits=logits[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), weight=weights[0], logits=logits[0],
         out=out[0], q=q[0] if q else None, log_gain=log_gain if log_gain.numel() else None,
         seed=seeds, step=step, control=control, fast=fast,
     )  # fmt: skip
@@ -74,7 +75,7 @@ def gates_backward_ref_(
     grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
     weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
-    gate: list[float], unit: list[int], aligned: bool, fast: bool,
+    gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`."""
     spec, covers = _spec(gate), Unit(*unit)
@@ -112,11 +113,11 @@ def launch_gates_backward(
     grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
     weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
-    gate: list[float], unit: list[int], aligned: bool, fast: bool,
+    gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """K2 for all layers."""
     launch_backward(
-        Segments(*plan, aligned), _spec(gate), Unit(*unit), grad=grads[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), grad=grads[0],
         grad_offsets=grad_offsets, weight=weights[0], logits=logits[0], out=out[0],
         q=q[0] if q else None, log_gain=log_gain[1] if log_gain.numel() else None, seed=seeds,
         step=step[1:], ds=ds[0] if ds else grads[0], dw=None, partials=partials, multi=True,
@@ -128,7 +129,7 @@ def balanced_step_ref_(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
     control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
     lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
-    rule: list[float], aligned: bool, fast: bool,
+    rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     spec, covers, (keep, follow, ascend) = _spec(gate), Unit(*unit), rule
     table, _, _, groups = plan
@@ -175,11 +176,11 @@ def launch_bank_step(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
     control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
     lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
-    rule: list[float], aligned: bool, fast: bool,
+    rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """K2b for all layers."""
     launch_balanced_step(
-        Segments(*plan, aligned), _spec(gate), Unit(*unit), Rule(*rule), logits=logits[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), Rule(*rule), logits=logits[0],
         grad=grads[0], grad_offsets=grad_offsets, m=m[0], v=v[0],
         log_gain=log_gain if log_gain.numel() else None, partials=partials, step=step,
         control=control, targets=targets, lr=lr, fast=fast,
@@ -283,10 +284,10 @@ class GateBank:
     @torch.no_grad()
     def sample_(self) -> list[Tensor]:
         """Begins a step: draws every layer's gated weight into `out`."""
-        *tables, aligned = self.plan
+        *tables, hints = self.plan
         _sample(
             self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
-            self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), aligned,
+            self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
             self.fast,
         )  # fmt: skip
         return self.out
@@ -297,26 +298,26 @@ class GateBank:
         self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
         if len({g.data_ptr() for g in self.grads}) < len(self.grads):
             self.grads = [g.clone() for g in self.grads]  # autograd may hand out one tensor twice
-        *tables, aligned = self.plan
+        *tables, hints = self.plan
         offsets = self._offsets_of(self.grads)
         self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
         _backward(
             self.grads, self.ds, self.partials, offsets, self.weights, self.logits,
             self.out, self.q, self.log_gain, self.seeds, self.step, tables,
             self.layers, list(map(float, self.gate)), list(self.unit),
-            aligned and _vectors(self.grads), self.fast,
+            _hints(hints, self.grads), self.fast,
         )  # fmt: skip
 
     @torch.no_grad()
     def step_(self, rule: Rule | None = None) -> None:
         """Ends a step: lambda, logits and gains move on."""
-        *tables, aligned = self.plan
+        *tables, hints = self.plan
         ds = self.grads if self.unit.single else self.ds
         _step(
             self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds,
             self._ds_offsets, self.partials, self.targets, self.lr, tables,
             [n for w in self.weights for n in w.shape], list(map(float, self.gate)),
-            list(self.unit), list(rule or self.rule), aligned and _vectors(ds), self.fast,
+            list(self.unit), list(rule or self.rule), _hints(hints, ds), self.fast,
         )  # fmt: skip
 
     def sums(self) -> Tensor:
@@ -371,5 +372,7 @@ def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
     return grad
 
 
-def _vectors(tensors: Sequence[Tensor]) -> bool:
-    return all(offset % 8 == 0 for offset in offsets_of(tensors))
+def _hints(hints: Hints, tensors: Sequence[Tensor]) -> list[int]:
+    """What still holds beside tensors that came from elsewhere."""
+    aligned = all(offset % 8 == 0 for offset in offsets_of(tensors))
+    return list(hints if aligned else Hints())

@@ -39,12 +39,21 @@ def launch_sample(
     if unit.single and not unit.keep:
         sample_flat_kernel[grid](
             *head, out if q is None else q, *tail, **gate, **mode,
-            STORE_Q=q is not None, ALIGNED=plan.aligned, num_warps=4,
+            STORE_Q=q is not None, ALIGNED=plan.hints.aligned, num_warps=4,
         )  # fmt: skip
     else:
         units, elements = tile_of(unit)
         sample_tiled_kernel[grid](
-            *head, *tail, **gate, **mode, KEEP=unit.keep, U=units, E=elements, num_warps=4
+            *head,
+            *tail,
+            **gate,
+            **mode,
+            KEEP=unit.keep,
+            U=units,
+            E=elements,
+            WIDE=unit.w,
+            VECTOR=plan.hints.vector,
+            num_warps=4,
         )
 
 
@@ -73,13 +82,14 @@ def launch_backward(
     if unit.single and not unit.keep:
         backward_flat_kernel[grid](
             grad, grad_offsets, weight, logits, out, out if q is None else q, *state, *results,
-            **gate, **mode, LOAD_Q=q is not None, ALIGNED=plan.aligned, num_warps=4,
+            **gate, **mode, LOAD_Q=q is not None, ALIGNED=plan.hints.aligned, num_warps=4,
         )  # fmt: skip
     else:
         units, elements = tile_of(unit)
         backward_tiled_kernel[grid](
             grad, grad_offsets, weight, logits, *state, *results,
-            **gate, **mode, KEEP=unit.keep, U=units, E=elements, num_warps=4,
+            **gate, **mode, KEEP=unit.keep, U=units, E=elements, WIDE=unit.w,
+            VECTOR=plan.hints.vector, num_warps=4,
         )  # fmt: skip
 
 
@@ -132,7 +142,8 @@ def static_cases() -> list[StaticCase]:
         "2:4": Unit(1, 4, 2),
     }.items():
         units, elements = tile_of(unit)
-        tile = gate | {"KEEP": unit.keep, "U": units, "E": elements}
+        tile = gate | {"KEEP": unit.keep, "U": units, "E": elements, "WIDE": unit.w}
+        tile["VECTOR"] = 4 if unit.keep else 8
         types = {k: v for k, v in sample.items() if k != "q_ptr"}
         cases.append(static_case(sample_tiled_kernel, label, types, tile | {"ADVANCE": True}))
         mode = {"SHIFT": spec.shift, "STORE_DW": False, "MULTI": True}

@@ -131,7 +131,7 @@ def backward_flat_kernel(
     layer, numel = tl.load(row + LAYER), tl.load(row + NUMEL)
     grad_offset = tl.load(grad_offset_ptr + segment)
     if ALIGNED:
-        grad_offset = tl.multiple_of(grad_offset, 16)
+        grad_offset = tl.multiple_of(grad_offset, 8)
     grad_ptr, ds_ptr = grad_ptr + grad_offset, ds_ptr + grad_offset
     w_ptr, s_ptr = tensor_of(w_ptr, row, WEIGHT, ALIGNED), tensor_of(s_ptr, row, LOGITS, ALIGNED)
     out_ptr = tensor_of(out_ptr, row, OUT, ALIGNED)

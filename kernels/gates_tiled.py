@@ -32,16 +32,35 @@ from .segment_math import (
 
 
 @triton.jit
-def _tile(row, unit, element):
-    """(offsets in the weight, which are real) of elements of units; int64, broadcast together."""
-    columns, taps = tl.load(row + COLUMN_UNITS), tl.load(row + TAPS)
-    height, width = tl.load(row + HEIGHT), tl.load(row + WIDTH)
+def _tile(row, unit, element, WIDE: tl.constexpr, VECTOR: tl.constexpr):
+    """(offsets in the weight, which are real) of elements [1, E] of units [U, 1]; int64.
+
+    WIDE: the units' width where it is the same in all layers, else 0.  VECTOR > 1: inputs lie side by side,
+    and every row, width and tap is a multiple of so many: memory moves in vectors.
+    """
+    columns, taps = tl.load(row + COLUMN_UNITS).to(tl.int32), tl.load(row + TAPS).to(tl.int32)
+    height, inputs = tl.load(row + HEIGHT).to(tl.int32), tl.load(row + INPUTS).to(tl.int32)
+    stride_n, stride_k = tl.load(row + STRIDE_N), tl.load(row + STRIDE_K)
+    stride_tap = tl.load(row + STRIDE_TAP)
+    if WIDE > 0:
+        width: tl.constexpr = WIDE
+        down, across = element // width, element % width
+        in_unit = down < height
+    else:  # whole rows
+        width = inputs
+        down, across = 0, element
+        in_unit = element < inputs
     tap = unit % taps
-    n = unit // (taps * columns) * height + element // width
-    k = unit // taps % columns * width + element % width
-    offset = n * tl.load(row + STRIDE_N) + k * tl.load(row + STRIDE_K)
-    real = (n < tl.load(row + ROWS)) & (k < tl.load(row + INPUTS)) & (element < height * width)
-    return offset + tap * tl.load(row + STRIDE_TAP), real
+    n = unit // (taps * columns) * height + down
+    left = unit // taps % columns * width
+    if VECTOR > 1:
+        inputs = tl.multiple_of(inputs, VECTOR)
+        stride_n, stride_tap = tl.multiple_of(stride_n, VECTOR), tl.multiple_of(stride_tap, VECTOR)
+        offset = n * stride_n + (tap * stride_tap + left) + across
+    else:
+        offset = n * stride_n + tap * stride_tap + (left + across) * stride_k
+    rows = tl.load(row + ROWS).to(tl.int32)
+    return offset, (n < rows) & (left + across < inputs) & in_unit
 
 
 @triton.jit
@@ -63,7 +82,7 @@ def sample_tiled_kernel(
     segments_count, groups_count,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, FAST: tl.constexpr,
     GAIN: tl.constexpr, ADVANCE: tl.constexpr, KEEP: tl.constexpr,
-    U: tl.constexpr, E: tl.constexpr,
+    U: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Units of several weights, or N:M: w_eff, a tile of units [U] by their elements [E] at a time."""
     chunk = chunk_ptr + 3 * tl.program_id(0)
@@ -76,17 +95,22 @@ def sample_tiled_kernel(
         step += 1
         advance(step_ptr, control_ptr, gain_ptr, segment, start, segments_count, groups_count, GAIN)
     layer, units = tl.load(row + LAYER), tl.load(row + UNITS)
-    elements = tl.load(row + HEIGHT) * tl.load(row + WIDTH)
-    w_ptr, s_ptr = tensor_of(w_ptr, row, WEIGHT, False), tensor_of(s_ptr, row, LOGITS, False)
-    out_ptr = tensor_of(out_ptr, row, OUT, False)
+    elements = (tl.load(row + HEIGHT) * tl.load(row + WIDTH)).to(tl.int32)
+    w_ptr, s_ptr = (
+        tensor_of(w_ptr, row, WEIGHT, VECTOR > 1),
+        tensor_of(s_ptr, row, LOGITS, VECTOR > 1),
+    )
+    out_ptr = tensor_of(out_ptr, row, OUT, VECTOR > 1)
     for block in range(start, stop):
-        unit = tl.expand_dims(block * U + tl.arange(0, U).to(tl.int64), 1)  # [U, 1]
+        unit = tl.expand_dims((block * U + tl.arange(0, U)).to(tl.int32), 1)  # [U, 1]
         if KEEP == 0:
             s = tl.load(s_ptr + unit, mask=unit < units, other=0.0).to(tl.float32)
-            z = sample_gate(uniform_at(unit, seed, step, layer), s, KIND, A, B, C, FAST)
+            z = sample_gate(
+                uniform_at(unit.to(tl.int64), seed, step, layer), s, KIND, A, B, C, FAST
+            )
         for e in range(0, elements, E):
-            element = tl.expand_dims(e + tl.arange(0, E).to(tl.int64), 0)  # [1, E]
-            offset, real = _tile(row, unit, element)
+            element = tl.expand_dims(e + tl.arange(0, E), 0)  # [1, E]
+            offset, real = _tile(row, unit, element, WIDE, VECTOR)
             w = tl.load(w_ptr + offset, mask=real, other=0.0).to(tl.float32) * gain
             if KEEP > 0:
                 s = tl.load(s_ptr + offset, mask=real, other=0.0).to(tl.float32)
@@ -101,7 +125,8 @@ def backward_tiled_kernel(
     ds_ptr, dw_ptr, partial_ptr, table_ptr, chunk_ptr,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
     FAST: tl.constexpr, GAIN: tl.constexpr, STORE_DW: tl.constexpr, MULTI: tl.constexpr,
-    KEEP: tl.constexpr, U: tl.constexpr, E: tl.constexpr,
+    KEEP: tl.constexpr, U: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Units of several weights, or N:M: ds [units] (in the logits' layout) and this program's sums."""
     chunk = chunk_ptr + 3 * tl.program_id(0)
@@ -111,27 +136,32 @@ def backward_tiled_kernel(
     seed, step = tl.load(seed_ptr + (segment if MULTI else 0)), tl.load(step_ptr)
     gain = gain_of(gain_ptr, segment, GAIN)
     layer, units = tl.load(row + LAYER), tl.load(row + UNITS)
-    elements = tl.load(row + HEIGHT) * tl.load(row + WIDTH)
-    grad_ptr += tl.load(grad_offset_ptr + segment)
-    w_ptr = tensor_of(w_ptr, row, WEIGHT, False)
+    elements = (tl.load(row + HEIGHT) * tl.load(row + WIDTH)).to(tl.int32)
+    grad_offset = tl.load(grad_offset_ptr + segment)
+    if VECTOR > 1:
+        grad_offset = tl.multiple_of(grad_offset, 8)
+    grad_ptr += grad_offset
+    w_ptr = tensor_of(w_ptr, row, WEIGHT, VECTOR > 1)
     # One gate per weight: ds may lie where grad lies.  Otherwise it is small and has its own place.
-    ds_ptr += tl.load(grad_offset_ptr + segment) if KEEP > 0 else tl.load(row + FACTOR)
-    s_ptr = tensor_of(s_ptr, row, LOGITS, False)
+    ds_ptr += grad_offset if KEEP > 0 else tl.load(row + FACTOR)
+    s_ptr = tensor_of(s_ptr, row, LOGITS, VECTOR > 1)
     task = tl.zeros([U, 1], dtype=tl.float32)
     kept = tl.zeros([U, 1], dtype=tl.float32)
     pull = tl.zeros([U, 1], dtype=tl.float32)
     dot = tl.zeros([U, 1], dtype=tl.float32)
     for block in range(start, stop):
-        unit = tl.expand_dims(block * U + tl.arange(0, U).to(tl.int64), 1)  # [U, 1]
+        unit = tl.expand_dims((block * U + tl.arange(0, U)).to(tl.int32), 1)  # [U, 1]
         live = unit < units
         if KEEP == 0:
             s = tl.load(s_ptr + unit, mask=live, other=0.0).to(tl.float32)
-            z = sample_gate(uniform_at(unit, seed, step, layer), s, KIND, A, B, C, FAST)
+            z = sample_gate(
+                uniform_at(unit.to(tl.int64), seed, step, layer), s, KIND, A, B, C, FAST
+            )
         through = tl.zeros([U, 1], dtype=tl.float32)  # sum of w dR/dw_eff over each unit
         size = tl.zeros([U, 1], dtype=tl.float32)
         for e in range(0, elements, E):
-            element = tl.expand_dims(e + tl.arange(0, E).to(tl.int64), 0)  # [1, E]
-            offset, real = _tile(row, unit, element)
+            element = tl.expand_dims(e + tl.arange(0, E), 0)  # [1, E]
+            offset, real = _tile(row, unit, element, WIDE, VECTOR)
             grad = tl.load(grad_ptr + offset, mask=real, other=0.0).to(tl.float32)
             w = tl.load(w_ptr + offset, mask=real, other=0.0).to(tl.float32) * gain
             if KEEP > 0:

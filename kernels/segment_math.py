@@ -35,7 +35,7 @@ def tensor_of(base, row, NAME: tl.constexpr, ALIGNED: tl.constexpr):
     """This segment's tensor of a role."""
     offset = tl.load(row + NAME)
     if ALIGNED:
-        offset = tl.multiple_of(offset, 16)
+        offset = tl.multiple_of(offset, 8)
     return base + offset
 
 

@@ -7,6 +7,7 @@ block, last block + 1): one program loops over its blocks, so that its sums are 
 is fixed.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -35,6 +36,13 @@ class Geometry(NamedTuple):
     group: int = 0
 
 
+class Hints(NamedTuple):
+    """What lets memory move in 16-byte vectors."""
+
+    aligned: bool = False  # every offset is a multiple of 8 elements
+    vector: int = 1  # and every row, unit and tap of so many: 8, 4 or 1
+
+
 class Segments(NamedTuple):
     """The plan of a launch over some weights and of one over their logits."""
 
@@ -42,7 +50,7 @@ class Segments(NamedTuple):
     chunks: Tensor  # int32 [programs, 3], blocks of weights (or of units, where several weights share one)
     unit_chunks: Tensor  # int32 [programs, 3], blocks of logits
     groups: Tensor  # int32 [groups, 2]: each group's first and last + 1 program in `chunks`
-    aligned: bool  # whether every offset keeps 16-byte vectors whole
+    hints: Hints
 
 
 def is_channels_last(t: Tensor) -> bool:
@@ -100,6 +108,10 @@ def plan(
             tiles = n * columns * tap_count if unit.keep else units
             blocks.append(-(-tiles // tile_of(unit)[0]))
         unit_blocks.append(-(-units // FLAT_BLOCK))
+    if max(row[UNITS] for row in rows) >= 2**31:
+        raise ValueError(
+            f"gates: expected fewer than 2^31 in a layer, got {max(r[UNITS] for r in rows)}"
+        )
     chunks = _chunks(blocks)
     for segment, row in enumerate(rows):
         mine = [i for i, (s, _, _) in enumerate(chunks) if s == segment]
@@ -113,8 +125,18 @@ def plan(
         torch.tensor(chunks, dtype=torch.int32, device=device),
         torch.tensor(_chunks(unit_blocks), dtype=torch.int32, device=device),
         torch.tensor(groups, dtype=torch.int32, device=device),
-        all(o % 16 == 0 for offset in offsets for o in offset),
+        _hints(rows, unit, all(o % 8 == 0 for offset in offsets for o in offset)),
     )
+
+
+def _hints(rows: Sequence[Sequence[int]], unit: Unit, aligned: bool) -> Hints:
+    # Inputs must lie side by side: a linear layer's, channels_last's, a whole row's.
+    if not aligned or any(row[STRIDE_K] != 1 for row in rows):
+        return Hints(aligned)
+    strides = [value for row in rows for value in (row[INPUTS], row[STRIDE_N])]
+    strides += [row[STRIDE_TAP] for row in rows if row[TAPS] > 1]
+    together = math.gcd(*strides, unit.w or 8, 8)
+    return Hints(True, together if together >= 4 else 1)
 
 
 def _chunks(blocks: Sequence[int]) -> list[tuple[int, int, int]]:

@@ -1,0 +1,54 @@
+"""Block kernels at real sizes, to be compiled and inspected without a GPU."""
+
+from typing import Any
+
+from . import block_gemm, block_weights
+from .block_problem import Geometry, Problem
+from .static import StaticCase
+from .units import Unit
+
+
+def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCase:
+    """bf16 activations and scaled weights; float32 weights (channels last), bias, gain and sums."""
+    constants, compiler = options
+    if "WK" in kernel.arg_names:
+        constants = constants | {"WK": 1}  # as a launch specialises a stride of 1
+    single = ["bias_ptr", "gain_ptr", "z_ptr", "partial_ptr", "dw_ptr"]
+    single += ["w_ptr"] if kernel.__module__ == block_weights.__name__ else []
+    types = {"order_ptr": "*i32", "count_ptr": "*i32", **dict.fromkeys(single, "*fp32")}
+    # A launch sees that these are multiples of 16; sides of images and lengths of lists need not be.
+    even = {"T", "P", "N", "K", "DN", "XB", "XH", "XW", "WN", "WTAP", "width", "split_stride"}
+    signature, attributes = {}, {}
+    for i, arg in enumerate(kernel.arg_names):
+        pointer = arg.endswith("_ptr")
+        signature[arg] = types.get(arg, "*bf16" if pointer else "i32")
+        if arg in constants:
+            signature[arg] = "constexpr"
+        elif pointer or arg in even:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    name = "block_" + kernel.__name__.strip("_").removesuffix("_kernel")
+    return StaticCase(name, what, kernel, signature, constants, attributes, compiler)
+
+
+def static_cases() -> list[StaticCase]:
+    """Forward, dX, the gates' gradient and the scaling: 8192 x 4096 x 4096, and 3x3 of 256 channels at 32 x 28 x 28."""
+    cases = []
+    pixels = (32, 28, 28)
+    for side in (16, 32, 64, 128, 0):
+        unit = Unit(side, side) if side else Unit(1, 0)
+        linear = Problem(4096, 4096, unit, Geometry(), (1, 1, 8192), (1, 1, 8192))
+        conv = Problem(256, 256, unit, Geometry((3, 3), padding=(1, 1)), pixels, pixels)
+        for layer, problem in (("linear", linear), ("conv 3x3", conv)):
+            what = f"{layer} {f'block {side}' if side else 'channel'}"
+            fwd = block_gemm.fwd_options(problem, 2, "ieee")
+            dx = block_gemm.dx_options(problem, 2, "ieee")
+            dgate = block_weights.dgate_options(problem, 2, "ieee", True)
+            cases += [
+                _static_case(block_gemm._fwd_kernel, what, fwd),
+                _static_case(block_gemm._dx_kernel, what, dx),
+                _static_case(block_weights._dgate_kernel, what, dgate),
+                _static_case(
+                    block_weights._scale_kernel, what, block_weights.scale_options(problem)
+                ),
+            ]
+    return cases

@@ -1,0 +1,242 @@
+"""The three launches of a search step, over several layers and searches at once, against plain PyTorch."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from helpers import DEVICE, randn
+from torch import Tensor
+
+from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, gate_bank, gate_operator
+from sparsecore.kernels import reference as ref
+from sparsecore.kernels.segments import COLUMNS, FLAT_BLOCK
+
+pytestmark = pytest.mark.gpu  # on the GPU where there is one, interpreted otherwise
+
+GPU = DEVICE == "cuda"
+GATES = {
+    "concrete": GateSpec(ref.CONCRETE),
+    "hard-concrete": GateSpec(ref.HARD_CONCRETE, 2 / 3, -0.1, 1.1),
+    "gaussian": GateSpec(ref.GAUSSIAN, 0.5),
+    "bernoulli": GateSpec(ref.BERNOULLI),
+}
+UNITS = {"weight": Unit(), "block": Unit(2, 3), "channel": Unit(1, 0), "2:4": Unit(1, 4, 2)}
+SHAPES = [(37, 41), (5, 7, 3, 3), (1, 1)] * 2
+WHOLE = [(40, 64), (16, 8, 3, 3), (8, 16)] * 2  # rows, blocks and taps that are multiples of 8
+REAL = [(1000, 512), (512, 512, 3, 3), (64, 3, 7, 7)] * 2  # on a GPU
+RULES = {"gradbalance": Rule(0.99, 0.01, 0.0), "lagrangian": Rule(1.0, 0.0, 1e-3)}
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU draws the kernels' noise, and without a GPU the kernels are interpreted."""
+    uniform_ = gate_operator.uniform_
+
+    def exact(out: Tensor, seed: Tensor, step: Tensor, layer: int, **_) -> Tensor:
+        return uniform_(out, seed, step, layer, exact=True)
+
+    monkeypatch.setattr(gate_operator, "uniform_", exact)
+    monkeypatch.setattr(gate_bank, "uniform_", exact)
+
+
+def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not GPU:
+        monkeypatch.setattr(gate_bank, "_sample", gate_bank.launch_sample_gates)
+        monkeypatch.setattr(gate_bank, "_backward", gate_bank.launch_gates_backward)
+        monkeypatch.setattr(gate_bank, "_step", gate_bank.launch_bank_step)
+
+
+def bank_on(
+    device: str, gate: GateSpec, unit: Unit, rule: Rule, shapes: list = SHAPES, **options
+) -> GateBank:
+    """Two searches over the same three layers: other densities, other seeds."""
+    shapes = REAL if GPU and shapes is SHAPES else shapes
+    weights = [randn(*shape, seed=i % 3) for i, shape in enumerate(shapes)]
+    weights[1] = weights[1].contiguous(memory_format=torch.channels_last)
+    weights[4] = weights[4].contiguous(memory_format=torch.channels_last)
+    count = sum(w.numel() for w in weights[:3])
+    return GateBank(
+        [w.to(device) for w in weights],
+        gate=gate,
+        unit=unit,
+        start=[0.4, -1.0],
+        seeds=[3, 3, 3, 2**40, 2**40, 2**40],
+        layers=[0, 1, 2, 0, 1, 2],
+        groups=[0, 0, 0, 1, 1, 1],
+        targets=[0.3 * count, 0.1 * count],
+        rule=rule,
+        **options,
+    )
+
+
+def three_steps(bank: GateBank) -> dict[str, list[Tensor]]:
+    """What a step leaves behind, three times; gradients are made up, and the first layer's is shared memory."""
+    seen: dict[str, list[Tensor]] = {}
+    for t in range(3):
+        out = bank.sample_()
+        grads = [randn(*o.shape, seed=10 * t + i).to(o) for i, o in enumerate(out)]
+        seen.setdefault("out", []).extend(o.double().cpu() for o in out)
+        bank.backward_(grads)
+        seen.setdefault("sums", []).append(bank.sums().double().cpu())
+        bank.step_()
+        for name, value in bank.tensors().items():
+            seen.setdefault(name.split("/")[0], []).append(value.detach().double().cpu())
+    return seen
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
+@pytest.mark.parametrize("unit", UNITS.values(), ids=list(UNITS))
+@pytest.mark.parametrize("gate", GATES.values(), ids=list(GATES))
+def test_three_steps_of_two_searches(
+    gate: GateSpec,
+    unit: Unit,
+    stored: bool,
+    rule: Rule,
+    launched: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if stored and not unit.single:
+        stored = False  # nothing to store: the same as recomputed
+    plain = three_steps(bank_on("cpu", gate, unit, rule, store_factor=stored))
+    interpreted(monkeypatch)
+    bank = bank_on(DEVICE, gate, unit, rule, store_factor=stored)
+    for tensors in (bank.out, bank.ds, bank.q, [bank.partials]):
+        for t in tensors:
+            t.fill_(float("nan"))  # all of it must be written before it is read
+    found = three_steps(bank)
+    again = three_steps(bank_on(DEVICE, gate, unit, rule, store_factor=stored))
+    for name, values in found.items():
+        for mine, right, twice in zip(values, plain[name], again[name], strict=True):
+            # float32 in both; sums in another order, functions to 2 ulp.
+            torch.testing.assert_close(mine, right, rtol=2e-4, atol=2e-5)
+            assert torch.equal(mine, twice), name  # deterministic
+    assert found["step"][-1].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("unit", [Unit(8, 16), Unit(8, 8), Unit(1, 0), Unit(1, 4, 2)], ids=str)
+def test_layers_whose_memory_moves_in_vectors(
+    unit: Unit, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate, rule = GATES["hard-concrete"], RULES["gradbalance"]
+    plain = three_steps(bank_on("cpu", gate, unit, rule, WHOLE))
+    interpreted(monkeypatch)
+    bank = bank_on(DEVICE, gate, unit, rule, WHOLE)
+    assert bank.plan.hints.vector == (4 if unit.keep else 8)
+    for name, values in three_steps(bank).items():
+        for mine, right in zip(values, plain[name], strict=True):
+            torch.testing.assert_close(mine, right, rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [])], ids=str)
+def test_half_precision_gates_a_search_in_float32(
+    dtype: torch.dtype, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """w_eff and its gradient have 11 (8) bits, and everything that is kept has 24."""
+    plain = three_steps(bank_on("cpu", GATES["concrete"], Unit(), RULES["gradbalance"]))
+    interpreted(monkeypatch)
+    bank = bank_on(DEVICE, GATES["concrete"], Unit(), RULES["gradbalance"], dtype=dtype)
+    assert all(s.dtype == torch.float32 for s in (*bank.logits, *bank.m, *bank.v))
+    found = three_steps(bank)
+    bits = 2 * torch.finfo(dtype).eps
+    for mine, right in zip(found["sums"], plain["sums"], strict=True):
+        torch.testing.assert_close(mine, right, rtol=bits, atol=0)
+    for mine, right in zip(found["out"][:6], plain["out"][:6], strict=True):
+        torch.testing.assert_close(mine, right, rtol=bits / 2, atol=1e-7)
+
+
+def test_adam_is_pytorchs_and_lambda_is_the_papers(
+    launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreted(monkeypatch)
+    weight = randn(9, 130).to(DEVICE)
+    bank = GateBank(
+        [weight], gate=GATES["concrete"], unit=Unit(), start=[0.0], seeds=[1], layers=[0],
+        groups=[0], targets=[100.0], rule=RULES["gradbalance"], gain_lr=0.0,
+    )  # fmt: skip
+    logits = bank.logits[0].double().cpu().clone().requires_grad_()
+    adam, weight_of_penalty = torch.optim.Adam([logits], lr=0.1), 0.0
+    for t in range(4):
+        noise = gate_operator.storage_noise(
+            bank.logits[0], bank.seeds, bank.step[:1] + 1, 0, exact=True
+        )
+        z = ref.concrete_ref(logits.detach(), noise.double().cpu(), 1.0)
+        upstream = randn(9, 130, seed=t)
+        bank.sample_()
+        bank.backward_([upstream.clone().to(DEVICE)])  # is overwritten
+        bank.step_()
+        g = (upstream * weight.cpu()).double() * z * (1 - z)
+        p = torch.sigmoid(logits.detach())
+        excess = 100 * (p.sum() / 100 - 1)  # percent above the target of 100 weights
+        pull = p * (1 - p)  # 100 / 100 per weight
+        ratio = float(g.norm() / pull.norm()) if excess > 0 else 0.0
+        weight_of_penalty = ratio if t == 0 else 0.99 * weight_of_penalty + 0.01 * ratio
+        logits.grad = g + weight_of_penalty * pull
+        adam.step()
+        assert bank.control[0, 0].item() == pytest.approx(weight_of_penalty, rel=1e-4)
+        torch.testing.assert_close(
+            bank.logits[0].double().cpu(), logits.detach(), rtol=1e-4, atol=1e-5
+        )
+
+
+def test_the_plan_covers_every_weight_once() -> None:
+    bank = bank_on("cpu", GATES["concrete"], Unit(), RULES["gradbalance"])
+    table, chunks = bank.plan.table, bank.plan.chunks.tolist()
+    assert table.shape == (6, COLUMNS)
+    for segment, weight in enumerate(bank.weights):
+        mine = [(start, stop) for s, start, stop in chunks if s == segment]
+        assert mine[0][0] == 0 and mine[-1][1] == math.ceil(weight.numel() / FLAT_BLOCK)
+        assert all(a[1] == b[0] for a, b in itertools.pairwise(mine))
+    assert bank.plan.groups.tolist() == [[0, len(chunks) // 2], [len(chunks) // 2, len(chunks)]]
+
+
+def test_many_launches_agree_with_many_chunks(
+    launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A program that loops over several blocks adds up what several programs would."""
+    from sparsecore.kernels import segments
+
+    interpreted(monkeypatch)
+    wide = three_steps(bank_on(DEVICE, GATES["concrete"], Unit(), RULES["gradbalance"]))
+    monkeypatch.setattr(segments, "_PROGRAMS", 2)
+    narrow_bank = bank_on(DEVICE, GATES["concrete"], Unit(), RULES["gradbalance"])
+    assert len(narrow_bank.plan.chunks) <= 6
+    narrow = three_steps(narrow_bank)
+    for a, b in zip(wide["logits"], narrow["logits"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_operators_pass_opcheck() -> None:
+    bank = bank_on("cpu", GATES["concrete"], Unit(), RULES["gradbalance"], store_factor=True)
+    *tables, hints = bank.plan
+    gate, unit = [float(v) for v in bank.gate], list(bank.unit)
+    tests = ("test_schema", "test_faketensor")
+    sample = (
+        bank.out, bank.q, bank.log_gain, bank.step, bank.control, bank.weights, bank.logits,
+        bank.seeds, tables, bank.layers, gate, unit, list(hints), True,
+    )  # fmt: skip
+    torch.library.opcheck(gate_bank._sample, sample, test_utils=tests)
+    grads = [torch.ones_like(o) for o in bank.out]
+    offsets = torch.zeros(6, dtype=torch.int64)
+    backward = (
+        grads, bank.ds, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
+        bank.log_gain, bank.seeds, bank.step, tables, bank.layers, gate, unit, list(hints), True,
+    )  # fmt: skip
+    torch.library.opcheck(gate_bank._backward, backward, test_utils=tests)
+    shapes = [n for w in bank.weights for n in w.shape]
+    step = (
+        bank.logits, bank.m, bank.v, bank.log_gain, bank.step, bank.control, grads, offsets,
+        bank.partials, bank.targets, bank.lr, tables, shapes, gate, unit, list(bank.rule), list(hints),
+        True,
+    )  # fmt: skip
+    torch.library.opcheck(gate_bank._step, step, test_utils=tests)
+
+
+def test_bad_weights_are_refused() -> None:
+    for weight in (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 8)[:, ::2]):
+        with pytest.raises(ValueError, match="expected dense float32 weights"):
+            GateBank(
+                [weight], gate=GATES["concrete"], unit=Unit(), start=[0.0], seeds=[0], layers=[0],
+                groups=[0], targets=[1.0], rule=RULES["gradbalance"],
+            )  # fmt: skip
