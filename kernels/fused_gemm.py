@@ -1,9 +1,9 @@
 """Gated linear and convolution with the gates sampled inside the matrix product: no mask is ever stored.
 
 y = x @ (gain * weight * z).T + bias, z one gate per weight.  A tile of weights draws its noise from
-(seed, step, layer, index of the gate in row-major [n, k, *taps] order) where it is multiplied, and
-backward draws it again.  Each tile of tokens draws anew, so this pays for few tokens.  The sampled
-tile is the left operand (y^T = W x^T), which tensor cores take from registers.
+(seed, step, layer, its place in the weight's memory) where it is multiplied, and backward draws it
+again.  Each tile of tokens draws anew, so this pays for few tokens.  The sampled tile is the left
+operand (y^T = W x^T), which tensor cores take from registers.
 """
 
 from collections.abc import Sequence
@@ -16,16 +16,15 @@ from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from .conv_tiles import output_size
-from .fused_launch import Gated, _launch_dlogits, _launch_dx, _launch_forward
-from .philox import uniform_
+from .fused_launch import Gated, _launch_dlogits, _launch_dx, _launch_forward, _normal
+from .philox import storage_noise
 from .reference import GateSpec, sample_ref, slope_ref
 
 # --- In plain PyTorch ------------------------------------------------------------------------------
 
 
 def _sample(g: Gated) -> tuple[Tensor, Tensor | float]:
-    noise = torch.empty(g.logits.shape, device=g.logits.device)
-    noise = uniform_(noise, g.seed, g.step, g.layer).to(g.logits.dtype)
+    noise = storage_noise(_normal(g).logits, g.seed, g.step, g.layer).to(g.logits.dtype)
     return sample_ref(g.gate, g.logits, noise), 1.0 if g.gain is None else g.gain
 
 

@@ -18,19 +18,15 @@ from .philox import uniform_words
 
 
 @triton.jit
-def _noise(
-    n, k0, tap, K, seed, step, layer, BLOCK_K: tl.constexpr, TAPS: tl.constexpr, QUAD: tl.constexpr
-):
-    """u of the gates of rows n (int64 [BLOCK_N]) and BLOCK_K columns from k0 at a tap."""
-    if QUAD:  # one tap and K a multiple of 4: four neighbours share a counter
-        row = (n * K + k0) >> 2
-        counter = row[:, None] + tl.arange(0, BLOCK_K // 4)[None, :]  # [BLOCK_N, BLOCK_K / 4]
-        a, b, c, d = uniform_words(counter, seed, step, layer)
+def _noise(row, k0, w_k, seed, step, layer, BLOCK_K: tl.constexpr, QUAD: tl.constexpr):
+    """u of BLOCK_K columns from k0 of rows that begin at `row` (int64 [BLOCK_N]) in the logits' memory."""
+    if QUAD:  # columns side by side, in fours
+        counter = ((row + k0) >> 2)[:, None] + tl.arange(0, BLOCK_K // 4)[None, :]
+        a, b, c, d = uniform_words(counter, seed, step, layer)  # [BLOCK_N, BLOCK_K / 4] each
         # join puts the new axis last, and (a, c), (b, d) pairs flatten to a b c d
-        return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [n.shape[0], BLOCK_K])
-    row = (n * K + k0) * TAPS + tap
-    index = row[:, None] + (tl.arange(0, BLOCK_K) * TAPS)[None, :]  # [BLOCK_N, BLOCK_K]
-    return uniform_at(index, seed, step, layer)
+        return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [row.shape[0], BLOCK_K])
+    k = (k0 + tl.arange(0, BLOCK_K)).to(tl.int64)
+    return uniform_at(row[:, None] + (k * w_k)[None, :], seed, step, layer)
 
 
 @triton.jit
@@ -46,7 +42,7 @@ def _gated_tile(
     exists = (n < N)[:, None] & (k < K)[None, :]
     w = tl.load(w_ptr + at, mask=exists, other=0.0).to(tl.float32)
     s = tl.load(s_ptr + at, mask=exists, other=0.0)
-    u = _noise(n, k0, tap, K, seed, step, layer, BLOCK_K, TAPS, QUAD)
+    u = _noise(row, k0, w_k, seed, step, layer, BLOCK_K, QUAD)
     return at, exists, w, s, sample_gate(u, s, GATE[0], GATE[1], GATE[2], GATE[3], FAST)
 
 

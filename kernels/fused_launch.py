@@ -133,7 +133,7 @@ def _args(g: Gated, x: Tensor, oh: int, ow: int, tiles: Tiles, precision: str) -
         "N": n, "K": k, "H": x.shape[2], "W": x.shape[3], "OH": oh, "OW": ow,
         "w_n": w_n, "w_k": w_k, "w_r": w_r, "w_s": w_s,
         "CONV": None if one_tap else tuple(g.conv), "TAPS": r * s, "S": s,
-        "QUAD": r * s == 1 and k % 4 == 0, "GATE": tuple(g.gate),
+        "QUAD": w_k == 1 and all(m % 4 == 0 for m in (k, w_n, w_r, w_s)), "GATE": tuple(g.gate),
         # About 2 ulp of float32 are far below a half's rounding.
         "FAST": x.dtype != torch.float32, "PRECISION": precision, "SPLIT": tiles.split,
         "BLOCK_T": tiles.t, "BLOCK_N": tiles.n, "BLOCK_K": tiles.k,

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from .balance import Rule, launch_balanced_step
-from .gate_operator import storage_noise
 from .gates import launch_backward, launch_sample
-from .philox import uniform_
+from .philox import storage_noise, uniform_
 from .reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
 from .segments import (
     FIRST_CHUNK,

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from .gates import launch_backward, launch_sample
-from .philox import uniform_
+from .philox import storage_noise
 from .reference import BERNOULLI, GateSpec, sample_ref, slope_ref
 from .segments import Geometry, Segments, is_channels_last, is_dense, plan
 from .units import Unit, apply_ref, gather_ref, project_ref, unit_shape
@@ -20,16 +20,6 @@ from .units import Unit, apply_ref, gather_ref, project_ref, unit_shape
 @lru_cache(maxsize=1024)
 def _plan(geometry: Geometry, unit: Unit, device: torch.device) -> Segments:
     return plan([geometry], unit, [[0] * 6], device)
-
-
-def storage_noise(
-    logits: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool = False
-) -> Tensor:
-    """u of each gate, fp32, of the logits' shape; the noise's index counts places in memory."""
-    noise = torch.empty_like(logits, dtype=torch.float32)
-    flat = noise.as_strided((noise.numel(),), (1,))
-    uniform_(flat, seed, step, layer, exact=exact)
-    return noise
 
 
 @torch.library.custom_op("sparsecore::gated_weight", mutates_args=(), device_types="cpu")

@@ -137,3 +137,13 @@ def uniform_(out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool
     generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
     generator.random(out=out.detach().numpy(), dtype=np.float32)
     return out
+
+
+def storage_noise(
+    logits: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool = False
+) -> Tensor:
+    """u of each gate, fp32, of the logits' shape; the noise's index counts places in memory."""
+    noise = torch.empty_like(logits, dtype=torch.float32)
+    flat = noise.as_strided((noise.numel(),), (1,))
+    uniform_(flat, seed, step, layer, exact=exact)
+    return noise

@@ -18,6 +18,7 @@ from sparsecore.kernels.fused_gemm import (
     _launch_dlogits,
     _launch_dx,
     _launch_forward,
+    _normal,
     fused_gated_conv2d,
     fused_gated_linear,
 )
@@ -123,9 +124,7 @@ def product_of(x: Tensor, weight: Tensor, bias: Tensor, g: Gated) -> Tensor:
 def by_autograd(p: Problem, dtype: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
     """Outputs and gradients by PyTorch: gates in `wide`, products in `dtype`, the kernels' noise."""
     g = p.g
-    u = philox.uniform_(
-        torch.empty(g.logits.shape, device=DEVICE), g.seed, g.step, g.layer, exact=True
-    )
+    u = philox.storage_noise(_normal(g).logits, g.seed, g.step, g.layer, exact=True)
     logits = g.logits.to(wide)
     z = sample_ref(g.gate, logits, u.to(wide)).requires_grad_()
     x, dy = p.x.detach().to(dtype).requires_grad_(), p.dy.to(dtype)
@@ -252,20 +251,20 @@ def test_pixels_far_apart() -> None:
 
 
 @triton.jit
-def _noise_kernel(out_ptr, seed_ptr, step_ptr, first, K, TAPS: tl.constexpr, QUAD: tl.constexpr):
-    n = first.to(tl.int64) + tl.arange(0, 2)
-    u = _noise(n, 4, TAPS - 1, K, tl.load(seed_ptr), tl.load(step_ptr), 3, 16, TAPS, QUAD)
+def _noise_kernel(out_ptr, seed_ptr, step_ptr, first, length, w_k, QUAD: tl.constexpr):
+    row = (first.to(tl.int64) + tl.arange(0, 2)) * length
+    u = _noise(row, 4, w_k, tl.load(seed_ptr), tl.load(step_ptr), 3, 16, QUAD)
     at = tl.arange(0, 2)[:, None] * 16 + tl.arange(0, 16)[None, :]
     tl.store(out_ptr + at, u)
 
 
 @pytest.mark.parametrize(("taps", "quad"), [(1, True), (1, False), (9, False)])
 def test_gates_beyond_two_to_the_31(taps: int, quad: bool) -> None:
-    first, k = 2**24 + 3, 1024
+    first, length = 2**24 + 3, 1024 * taps  # of a row
     out = torch.full((2, 16), float("nan"), device=DEVICE)
-    _noise_kernel[(1,)](out, one(1), one(2), first, k, TAPS=taps, QUAD=quad)
+    _noise_kernel[(1,)](out, one(1), one(2), first, length, taps, QUAD=quad)
     for row in range(2):
-        start = ((first + row) * k + 4) * taps + taps - 1
+        start = (first + row) * length + 4 * taps
         u = philox.uniform_ref(16 * taps, one(1), one(2), 3, offset=start)[::taps]
         assert torch.equal(out[row], u)
 
@@ -294,8 +293,12 @@ def test_tiles_suit_every_size(kind: str, dtype: torch.dtype) -> None:
 @pytest.fixture
 def kernels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU's operation with the kernels' noise."""
-    exact = partial(philox.uniform_, exact=True)
-    monkeypatch.setattr("sparsecore.kernels.fused_gemm.uniform_", exact)
+    uniform_ = philox.uniform_
+
+    def exact(out: Tensor, seed: Tensor, step: Tensor, layer: int, **_) -> Tensor:
+        return uniform_(out, seed, step, layer, exact=True)
+
+    monkeypatch.setattr("sparsecore.kernels.philox.uniform_", exact)
 
 
 def leaves(p: Problem) -> list[Tensor]:

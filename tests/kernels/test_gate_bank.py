@@ -8,7 +8,7 @@ import torch
 from helpers import DEVICE, randn
 from torch import Tensor
 
-from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, gate_bank, gate_operator
+from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, gate_bank, philox
 from sparsecore.kernels import reference as ref
 from sparsecore.kernels.segments import COLUMNS, FLAT_BLOCK
 
@@ -31,12 +31,12 @@ RULES = {"gradbalance": Rule(0.99, 0.01, 0.0), "lagrangian": Rule(1.0, 0.0, 1e-3
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CPU draws the kernels' noise, and without a GPU the kernels are interpreted."""
-    uniform_ = gate_operator.uniform_
+    uniform_ = philox.uniform_
 
     def exact(out: Tensor, seed: Tensor, step: Tensor, layer: int, **_) -> Tensor:
         return uniform_(out, seed, step, layer, exact=True)
 
-    monkeypatch.setattr(gate_operator, "uniform_", exact)
+    monkeypatch.setattr(philox, "uniform_", exact)
     monkeypatch.setattr(gate_bank, "uniform_", exact)
 
 
@@ -158,9 +158,7 @@ def test_adam_is_pytorchs_and_lambda_is_the_papers(
     logits = bank.logits[0].double().cpu().clone().requires_grad_()
     adam, weight_of_penalty = torch.optim.Adam([logits], lr=0.1), 0.0
     for t in range(4):
-        noise = gate_operator.storage_noise(
-            bank.logits[0], bank.seeds, bank.step[:1] + 1, 0, exact=True
-        )
+        noise = philox.storage_noise(bank.logits[0], bank.seeds, bank.step[:1] + 1, 0, exact=True)
         z = ref.concrete_ref(logits.detach(), noise.double().cpu(), 1.0)
         upstream = randn(9, 130, seed=t)
         bank.sample_()

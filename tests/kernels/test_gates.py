@@ -5,7 +5,7 @@ import torch
 from helpers import DEVICE, rand, randn
 from torch import Tensor
 
-from sparsecore.kernels import GateSpec, Unit, gated_weight, unit_shape
+from sparsecore.kernels import GateSpec, Unit, gated_weight, philox, unit_shape
 from sparsecore.kernels import gate_operator as op
 from sparsecore.kernels import reference as ref
 from sparsecore.kernels import units as algebra
@@ -63,7 +63,7 @@ def expected(
     weight: Tensor, logits: Tensor, gain: Tensor, grad: Tensor, gate: GateSpec, unit: Unit, dtype: torch.dtype
 ) -> list[Tensor]:  # fmt: skip
     """w_eff, ds, dw, dlog_gain by the formulas in `dtype`, on the kernel's own noise."""
-    noise = op.storage_noise(logits, one(SEED), one(STEP), LAYER, exact=True)
+    noise = philox.storage_noise(logits, one(SEED), one(STEP), LAYER, exact=True)
     weight, logits, noise, grad, gain = (
         t.to(dtype) for t in (weight, logits, noise, grad, gain.exp())
     )
@@ -89,7 +89,7 @@ def near_tie(gate: GateSpec, logits: Tensor) -> bool:
     """Whether rounding may decide a Bernoulli gate."""
     if gate.kind != ref.BERNOULLI:
         return False
-    noise = op.storage_noise(logits, one(SEED), one(STEP), LAYER, exact=True).double()
+    noise = philox.storage_noise(logits, one(SEED), one(STEP), LAYER, exact=True).double()
     return bool(((torch.logit(noise, eps=ref.EPS) + logits.double()).abs() < 1e-5).any())
 
 
