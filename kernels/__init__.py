@@ -3,6 +3,7 @@
 from .balance import Rule
 from .gate_bank import GateBank
 from .gate_operator import gated_weight
+from .gated_layers import Choice, choice, forget, gated_conv2d, gated_linear
 from .philox import uniform_
 from .reference import (
     BERNOULLI,
@@ -28,16 +29,21 @@ __all__ = [
     "CONCRETE",
     "GAUSSIAN",
     "HARD_CONCRETE",
+    "Choice",
     "GateBank",
     "GateSpec",
     "Rule",
     "Unit",
     "allowed_ref",
     "apply_ref",
+    "choice",
     "concrete_ref",
     "concrete_slope_ref",
     "density_ref",
     "density_slope_ref",
+    "forget",
+    "gated_conv2d",
+    "gated_linear",
     "gated_weight",
     "gather_ref",
     "gaussian_ref",

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .patterns import Dense, Masked
+from . import kernels
+from .patterns import Dense, Gated, Masked
 
 
 class SparseLayer(nn.Module):
@@ -34,6 +35,14 @@ class SparseLayer(nn.Module):
         if "weight" not in self._parameters:
             raise AttributeError("weight")
         return self.pattern(self.raw_weight)
+
+    def _sampling(self, x: Tensor) -> Gated | None:
+        """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""
+        pattern = self.pattern
+        if not isinstance(pattern, Gated) or not pattern.samples:
+            return None
+        # On the CPU there is nothing to choose among, and the pattern itself keeps z for the backward.
+        return pattern if x.is_cuda or pattern.impl != "auto" else None
 
     def set_mask_(self, mask: Tensor) -> Self:
         """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
@@ -107,6 +116,20 @@ class SparseLinear(SparseLayer, nn.Linear):
         super().__init__(*args, **kwargs)
         self.pattern = Dense()
 
+    def forward(self, input: Tensor) -> Tensor:
+        gated = self._sampling(input)
+        if gated is None:
+            return super().forward(input)
+        return kernels.gated_linear(
+            input,
+            self.raw_weight,
+            gated.logits,
+            self.bias,
+            log_gain=gated.log_gain,
+            impl=gated.impl,
+            **gated.address(),
+        )
+
 
 class SparseConv2d(SparseLayer, nn.Conv2d):
     """`nn.Conv2d` with a pattern; same signature (stride, padding modes, dilation, groups), same keys."""
@@ -114,6 +137,31 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.pattern = Dense()
+
+    def forward(self, input: Tensor) -> Tensor:
+        gated = self._sampling(input)
+        if gated is None:
+            return super().forward(input)
+        if self.padding_mode != "zeros" or isinstance(self.padding, str):
+            if gated.impl in ("auto", "materialise"):
+                return super().forward(input)
+            raise ValueError(
+                f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
+                f"{self.padding_mode!r}; use 'auto'"
+            )
+        return kernels.gated_conv2d(
+            input,
+            self.raw_weight,
+            gated.logits,
+            self.bias,
+            stride=self.stride,
+            padding=self.padding,
+            dilation=self.dilation,
+            groups=self.groups,
+            log_gain=gated.log_gain,
+            impl=gated.impl,
+            **gated.address(),
+        )
 
 
 def _plain_type(cls: type) -> type[nn.Module]:

@@ -1,5 +1,7 @@
 """How one layer's weight is sparse now.  A pattern turns the layer's parameter into the weight it computes with."""
 
+from typing import Any
+
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
@@ -158,6 +160,7 @@ class Gated(nn.Module):
         shape: the weight's shape [n, k, *taps].
         density: initial expected share of kept units, 0 < density < 1.
         seed, layer: with the step, the address of this layer's noise; equal addresses draw equal noise.
+        impl: how the layer computes (`kernels.gated_linear`): "auto", "materialise", "fused" or "block".
         gain: whether one trainable scale of the whole layer, exp(log_gain), makes up for what the
             gates remove.  Only a search over frozen weights needs it.
 
@@ -177,12 +180,13 @@ class Gated(nn.Module):
         seed: int = 0,
         layer: int = 0,
         gain: bool = False,
+        impl: str = "auto",
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.gate = gate
         self.granularity = granularity or Weight()
-        self.layer = layer
+        self.layer, self.impl = layer, impl
         self.open = False  # while True the layer computes with its dense weight
         # A search that draws all layers at once puts here what it drew, and the dense weight as it wants it.
         self.drawn: Tensor | None = None
@@ -198,17 +202,8 @@ class Gated(nn.Module):
             return weight if self.dense is None else self.dense
         if self.drawn is not None:
             return self.drawn
-        if self.training and weight.is_cuda and self.gate.spec is not None:
-            return kernels.gated_weight(
-                weight,
-                self.logits,
-                self.log_gain,
-                gate=self.gate.spec,
-                unit=self.granularity.unit,
-                seed=self.seed,
-                step=self.step,
-                layer=self.layer,
-            )
+        if weight.is_cuda and self.samples:
+            return kernels.gated_weight(weight, self.logits, self.log_gain, **self.address())
         gain = None if self.log_gain is None else self.log_gain.exp()
         if not self.training:
             z = self.granularity.project(self.gate.mean(self.logits))
@@ -216,6 +211,18 @@ class Gated(nn.Module):
         noise = torch.empty_like(self.logits, requires_grad=False)
         kernels.uniform_(noise, self.seed, self.step, self.layer)
         return gated_weight(weight, self.logits, noise, self.gate, self.granularity, gain)
+
+    @property
+    def samples(self) -> bool:
+        """Whether the layer draws a mask of its own now, from a gate that kernels know."""
+        drawn = self.open or self.drawn is not None
+        return self.training and not drawn and self.gate.spec is not None
+
+    def address(self) -> dict[str, Any]:
+        """What kernels take to draw this layer's mask."""
+        unit = self.granularity.unit
+        address = {"seed": self.seed, "step": self.step, "layer": self.layer}
+        return {"gate": self.gate.spec, "unit": unit} | address
 
     def extra_repr(self) -> str:
         return f"{self.gate}, granularity={self.granularity}, layer={self.layer}"

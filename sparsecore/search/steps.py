@@ -254,6 +254,8 @@ class PlainStep(SearchStep):
         self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
     ) -> None:
         super().__init__(search, model, gated, density)
+        for pattern in gated.values():
+            pattern.impl = "materialise"  # the one that can be differentiated twice
         self.params = [g.logits for g in gated.values()]
         self.sizes = [self._size(name) for name in gated]
         self.state: State = search.control.init(self.device)
