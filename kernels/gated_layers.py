@@ -1,6 +1,7 @@
-"""gated_linear and gated_conv2d: y = x @ (exp(log_gain) * W * z).T + bias by one of three strategies.
+"""gated_linear and gated_conv2d: y = x @ (exp(log_gain) * W * z).T + bias by one of several strategies.
 
 materialise  the gated weight is written once (K1), the vendor's library multiplies, K2 takes its gradient;
+epilogue     so forward, but K2 is the end of the product that makes the gradient, which is never written;
 fused        each weight tile is sampled inside the product: for few tokens;
 block        one gate a block or channel, and closed ones are skipped forward and backward.
 
@@ -18,12 +19,13 @@ from torch.nn import functional as F
 
 from .block_gated import block_gated_conv2d, block_gated_linear
 from .block_lists import SIDES
+from .epilogue import epilogue_gated
 from .fused_gemm import fused_gated_conv2d, fused_gated_linear
 from .gate_operator import gated_weight
 from .reference import CONCRETE, GateSpec
 from .units import Unit
 
-IMPLS = ("materialise", "fused", "block")
+IMPLS = ("materialise", "epilogue", "fused", "block")
 _WORTH = 0.95  # another strategy must take less than this share of materialise's time
 
 
@@ -114,6 +116,11 @@ class _Call(NamedTuple):
             if self.slide is None:
                 return F.linear(x, w, None if bias is None else bias.to(dtype))
             return F.conv2d(x, w, None if bias is None else bias.to(dtype), **self.slide)
+        if impl == "epilogue":
+            slide = None
+            if self.slide is not None:
+                slide = tuple(_pair(self.slide[n]) for n in ("stride", "padding", "dilation"))
+            return epilogue_gated(x, weight, logits, bias, self.log_gain, slide=slide, **address)
         gain = None if self.log_gain is None else self.log_gain.exp()
         if impl == "fused":
             if self.slide is None:
@@ -138,12 +145,17 @@ def _apply(
     return call.run(impl, x, weight, logits, bias)
 
 
+def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    return first, second
+
+
 def _obstacle(call: _Call, impl: str) -> str | None:
     """Why a strategy cannot do this at all."""
     unit = call.unit
     if impl != "materialise" and call.slide is not None and call.slide["groups"] != 1:
         return f"it takes one group, got {call.slide['groups']}"
-    if impl == "fused" and (unit.keep or not unit.single):
+    if impl in ("epilogue", "fused") and (unit.keep or not unit.single):
         return f"it takes one free gate for each weight, got {unit}"
     if impl == "block" and not (unit.w == 0 or (unit.h in SIDES and unit.w in SIDES)):
         return f"it takes blocks with sides among {SIDES} or channels, got {unit}"

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.gpu  # on the GPU where there is one, in PyTorch's refe
 
 HARD = GateSpec(ref.HARD_CONCRETE, 2 / 3, -0.1, 1.1)
 CASES = {
-    "weight": (Unit(), ["materialise", "fused"]),
+    "weight": (Unit(), ["materialise", "epilogue", "fused"]),
     "block": (Unit(16, 32), ["materialise", "block"]),
     "channel": (Unit(1, 0), ["materialise", "block"]),
     "2:4": (Unit(1, 4, 2), ["materialise"]),
@@ -70,7 +70,7 @@ def test_an_explicit_strategy_never_falls_back() -> None:
     with pytest.raises(ValueError, match=r"impl='block': it takes blocks with sides among"):
         gated_linear(x, w, s, b, impl="block", **address())
     with pytest.raises(
-        ValueError, match="impl: expected auto, materialise, fused, block, got 'dense'"
+        ValueError, match="impl: expected auto, materialise, epilogue, fused, block, got 'dense'"
     ):
         gated_linear(x, w, s, b, impl="dense", **address())
     x, w, s, b, _ = inputs((48, 64), (3, 64), Unit(1, 4, 2))
@@ -88,7 +88,11 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         assert told.impl == "materialise" and "need a GPU" in told.reason
         return
-    assert told.reason.startswith("measured") and set(told.times) == {"materialise", "fused"}
+    assert told.reason.startswith("measured") and set(told.times) == {
+        "materialise",
+        "epilogue",
+        "fused",
+    }
     monkeypatch.setattr(gated_layers, "_time", lambda *_: pytest.fail("measured twice"))
     assert choice(x, w, s, b, **address()) == told
     forget()
@@ -96,17 +100,22 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("times", "expected"),
-    [((1.0, 0.9), "fused"), ((1.0, 0.97), "materialise"), ((1.0, 2.0), "materialise")],
+    [
+        ((1.0, 1.1, 0.9), "fused"),
+        ((1.0, 0.8, 0.9), "epilogue"),
+        ((1.0, 0.97, 2.0), "materialise"),
+        ((1.0, 2.0, 2.0), "materialise"),
+    ],
 )
 def test_another_strategy_must_be_worth_it(
-    times: tuple[float, float], expected: str, monkeypatch: pytest.MonkeyPatch
+    times: tuple[float, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rule itself, with made-up times and a tensor that says it lies on a GPU."""
 
     class Elsewhere:
         is_cuda, device, shape, dtype, requires_grad = True, DEVICE, (3, 64), torch.float32, False
 
-    made_up = dict(zip(("materialise", "fused"), times, strict=True))
+    made_up = dict(zip(("materialise", "epilogue", "fused"), times, strict=True))
     monkeypatch.setattr(gated_layers, "_time", lambda call, impl, *_: made_up[impl])
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     _, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
