@@ -27,6 +27,7 @@ from .tickets import Ticket, TicketError
 from .training import History, Recipe, train
 
 METHODS = ("cts", *SCORES)
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SANITIES = ("shuffle", "reinit", "invert")
 
 
@@ -51,6 +52,8 @@ class Setup:
     search_lr: float = 0.1
     gain_lr: float = 0.01
     tau: float = 1.0
+    search_dtype: str = "fp32"
+    channels_last: bool = False
     objective: str = "reverse-kl"
     control: str = "gradbalance"
     granularity: str = "weight"
@@ -60,6 +63,7 @@ class Setup:
         recipe_for(self.model)  # an unknown model is told at once
         choose("objective", self.objective, OBJECTIVES)
         choose("control", self.control, CONTROLS)
+        choose("search dtype", self.search_dtype, _DTYPES)
         parse_granularity(self.granularity)
         self.search("cts", seed=0)  # refuses its bad numbers
         for name, least in (("rewind_epochs", 0), ("search_batch", 1)):
@@ -84,6 +88,8 @@ class Setup:
                 granularity=granularity,
                 lr=self.search_lr,
                 gain_lr=self.gain_lr,
+                dtype=_DTYPES[self.search_dtype],
+                channels_last=self.channels_last,
                 seed=seed,
             )
         return OneShot(SCORES[method], granularity, seed)

@@ -44,6 +44,12 @@ GainLr = Annotated[
     typer.Option(help="Of a gain per layer in a CTS search; 0, as in the paper: none."),
 ]
 Tau = Annotated[float, typer.Option(help="The gates' temperature; 0.6667 in the paper.")]
+SearchDtype = Annotated[
+    str, typer.Option(help="fp32, bf16 or fp16: in which a CTS search computes.")
+]
+ChannelsLast = Annotated[
+    bool, typer.Option("--channels-last", help="Convolutions of a CTS search in that layout.")
+]
 LayersGlob = Annotated[
     str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
 ]

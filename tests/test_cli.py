@@ -189,3 +189,12 @@ def test_fashion_mnist_from_a_folder(data_dir: Path, tmp_path: Path) -> None:
     command = ["search", "--data", "fashion-mnist", "--data-dir", str(data_dir), "--method"]
     assert main([*command, "magnitude", "--rewind-epochs", "0", "--out", str(out)]) == 0
     assert Ticket.load(out).sparsity == pytest.approx(0.99)
+
+
+def test_a_search_in_bf16_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "T.safetensors"
+    flags = ["--search-dtype", "bf16", "--channels-last", "--out", str(out)]
+    assert main([*SEARCH, *flags]) == 0
+    assert Ticket.load(out).meta["dtype"] == "bfloat16"
+    assert main([*SEARCH, "--search-dtype", "int8", "--out", str(out)]) == 2
+    assert "search dtype: expected one of fp32, bf16, fp16, got 'int8'" in capsys.readouterr().err

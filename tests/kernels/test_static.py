@@ -273,3 +273,9 @@ if __name__ == "__main__":
     static.collect = lambda: places
     static.SHARED_LIMIT = {90: static.SHARED_LIMIT[90]}
     print(json.dumps(static.measure()))
+
+
+def test_waits_that_the_assembler_adds_are_counted() -> None:
+    line = "        /*0d40*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
+    assert static.drains("\n".join(line.format(n) for n in (1, 1, 0))) == 0
+    assert static.drains("\n".join(line.format(n) for n in (0, 0, 0))) == 2
