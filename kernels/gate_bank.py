@@ -345,7 +345,10 @@ class GateBank:
         if offsets not in self._offsets:
             if len(self._offsets) > 256:  # addresses that never come back
                 self._offsets.clear()
-            self._offsets[offsets] = torch.tensor(offsets, dtype=torch.int64, device=device)
+            table = torch.tensor(offsets, dtype=torch.int64)
+            if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+                table = table.pin_memory().to(device, non_blocking=True)
+            self._offsets[offsets] = table
         return self._offsets[offsets]
 
     def captured(self) -> list[Tensor]:

@@ -1,0 +1,154 @@
+"""Steps whose batches the device makes: the same batches, no host sync, and on a GPU one graph a step."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import DEVICE
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import sparsecore as sc
+from sparsecore.control import AbstractController, GradBalance, Reading, State
+from sparsecore.convert import batch_statistics
+from sparsecore.data import Batches, Dataset
+from sparsecore.objectives import task
+from sparsecore.recipes import build
+from sparsecore.search import ConcreteSearch
+from sparsecore.search.graph import Feed, Resident
+from sparsecore.search.steps import FusedStep
+
+gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+
+@pytest.fixture(scope="module")
+def digits() -> Dataset:
+    return sc.load("digits")
+
+
+def model_for(digits: Dataset, name: str) -> torch.nn.Module:
+    return sc.sparsify_(build(name, digits.shape, digits.classes)).to(DEVICE)
+
+
+@pytest.mark.parametrize("augment", [False, True])
+def test_a_resident_epoch_is_the_epoch(digits: Dataset, augment: bool) -> None:
+    batches = Batches(digits, "train", 256, seed=3, augment=augment, device=DEVICE)
+    resident = Resident(batches)
+    for epoch in (0, 1):
+        resident.begin(epoch)
+        order = batches.plan(epoch)[0].to(DEVICE)
+        for i, (x, y) in enumerate(batches.epoch(epoch)):
+            (mine, labels), rows = resident.next_() if i < resident.full else resident.rest()
+            assert torch.equal(mine, x) and torch.equal(labels, y)
+            assert torch.equal(rows, order[i * 256 : i * 256 + len(y)])
+
+
+def test_data_that_does_not_lie_there_is_fed_as_it_comes(digits: Dataset) -> None:
+    """The same ticket from `data.Batches` and from batches of an unknown kind."""
+    batches = Batches(digits, "train", 256, device=DEVICE)
+
+    class Foreign:
+        def __len__(self) -> int:
+            return len(batches)
+
+        def epoch(self, index: int):
+            return batches.epoch(index)
+
+        def order(self, index: int) -> torch.Tensor | None:
+            return batches.order(index)
+
+    search = ConcreteSearch(epochs=2)
+    known, foreign = (
+        search(model_for(digits, "lenet-300-100"), b, sparsity=0.9) for b in (batches, Foreign())
+    )
+    assert known.hash == foreign.hash
+
+
+class NoHostSync(TorchDispatchMode):
+    """Fails on whatever makes the host wait for a value."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.split(".")[0]
+        assert name not in ("_local_scalar_dense", "nonzero", "is_nonzero"), f"host sync: {name}"
+        return func(*args, **(kwargs or {}))
+
+
+class Own(AbstractController):
+    """A controller without a rule, which is asked in every step."""
+
+    def target(self, density: float) -> float:
+        return GradBalance().target(density)
+
+    def init(self, device: torch.device) -> State:
+        return GradBalance().init(device)
+
+    def update(self, state: State, reading: Reading) -> tuple[torch.Tensor, State]:
+        return GradBalance().update(state, reading)
+
+
+@pytest.mark.parametrize("control", [GradBalance(), Own()], ids=["rule", "own"])
+@pytest.mark.parametrize("name", ["lenet-300-100", "resnet-20"])
+def test_a_step_never_waits_for_the_device(
+    digits: Dataset, name: str, control: AbstractController
+) -> None:
+    model = model_for(digits, name)
+    search = ConcreteSearch(control=control)
+    batches = Batches(digits, "train", 64, device=DEVICE)
+    with (
+        batch_statistics(model),
+        search._gated(model, sc.sparse_layers(model), 0.1) as gated,
+    ):
+        feed = Feed(FusedStep(search, model, gated, 0.1), batches, graph=False)
+        feed.begin(0)
+        feed()  # allocates
+        with NoHostSync():
+            if DEVICE == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            try:
+                feed()
+            finally:
+                if DEVICE == "cuda":
+                    torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("name", ["lenet-300-100", "resnet-20"])
+@pytest.mark.parametrize("lower", [False, True], ids=["fp32", "bf16-channels-last"])
+def test_replaying_a_graph_is_running_the_step(digits: Dataset, name: str, lower: bool) -> None:
+    batches = Batches(digits, "train", 256, device=DEVICE)
+    search = ConcreteSearch(epochs=3)
+    if lower:
+        search = replace(search, dtype=torch.bfloat16, channels_last=True)
+    before = torch.backends.cudnn.deterministic
+    torch.backends.cudnn.deterministic = True
+    try:
+        graph, again, eager = (
+            replace(search, graph=g)(model_for(digits, name), batches, sparsity=0.9)
+            for g in (True, True, False)
+        )
+    finally:
+        torch.backends.cudnn.deterministic = before
+    assert graph.hash == again.hash  # deterministic
+    losses = graph.meta["objective_by_epoch"]
+    assert losses == pytest.approx(eager.meta["objective_by_epoch"], rel=1e-2 if lower else 1e-4)
+    same = torch.cat([(graph.masks[n] == eager.masks[n]).flatten() for n in graph.masks])
+    assert same.double().mean() > 0.99
+
+
+@pytest.mark.gpu
+@gpu
+def test_a_graph_can_hold_a_controller_of_ones_own_and_several_searches(digits: Dataset) -> None:
+    batches = Batches(digits, "train", 256, device=DEVICE)
+    search = ConcreteSearch(epochs=2, control=Own(), objective=task)
+    graph, eager = (
+        replace(search, graph=g)(model_for(digits, "lenet-300-100"), batches, sparsity=0.9)
+        for g in (True, False)
+    )
+    assert graph.hash == eager.hash
+    many, apart = (
+        ConcreteSearch(epochs=2, graph=g).many(
+            model_for(digits, "lenet-300-100"), batches, sparsities=[0.5, 0.9]
+        )
+        for g in (True, False)
+    )
+    assert [t.hash for t in many] == [t.hash for t in apart]
