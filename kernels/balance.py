@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_its_device
 from .gate_math import gate_density, load_block, store_block
 from .reference import CONCRETE, GateSpec
 from .segment_math import (
@@ -172,6 +173,7 @@ def _balanced_step_kernel(
         )  # fmt: skip
 
 
+@on_its_device
 def launch_balanced_step(
     plan: Segments, spec: GateSpec, unit: Unit, rule: Rule, *, logits: Tensor, grad: Tensor,
     grad_offsets: Tensor, m: Tensor, v: Tensor, log_gain: Tensor | None, partials: Tensor,

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from . import block_gemm, block_lists, block_weights
 from .block_problem import ROW_TILE, Geometry, Problem
 from .conv_tiles import output_size
+from .device import on_its_device
 from .philox import uniform_
 from .reference import BERNOULLI, GateSpec, sample_ref, slope_ref
 from .units import Unit, apply_ref, gather_ref, unit_shape
@@ -91,6 +92,7 @@ def _sum_type(logits: Tensor) -> torch.dtype:
 # --- Launchers --------------------------------------------------------------------------------------
 
 
+@on_its_device
 def launch_forward(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
@@ -106,6 +108,7 @@ def launch_forward(
     return y
 
 
+@on_its_device
 def launch_backward(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],

@@ -7,6 +7,7 @@ import torch
 import triton
 from torch import Tensor
 
+from .device import on_its_device
 from .fused_kernels import _dlogits_kernel, _dx_kernel, _fwd_kernel
 from .reference import CONCRETE, HARD_CONCRETE, GateSpec
 from .static import StaticCase
@@ -203,6 +204,7 @@ def _parts(rows: Tensor, split: int) -> Tensor:
     return rows if split == 1 else rows.new_empty(split, *rows.shape, dtype=torch.float32)
 
 
+@on_its_device
 def _launch_forward(
     y: Tensor, x: Tensor, bias: Tensor | None, g: Gated,
     *, tiles: Tiles | None = None, precision: str = "ieee",
@@ -217,6 +219,7 @@ def _launch_forward(
     return y
 
 
+@on_its_device
 def _launch_dx(
     dx: Tensor, dy: Tensor, x: Tensor, g: Gated,
     *, tiles: Tiles | None = None, precision: str = "ieee",
@@ -231,6 +234,7 @@ def _launch_dx(
     return dx
 
 
+@on_its_device
 def _launch_dlogits(
     ds: Tensor, dw: Tensor | None, dgain: Tensor | None, dy: Tensor, x: Tensor, g: Gated,
     *, tiles: Tiles | None = None, precision: str = "ieee",

@@ -11,6 +11,7 @@ Index counts a gate's place in its logits' memory.
 
 from torch import Tensor
 
+from .device import on_its_device
 from .gates_flat import backward_flat_kernel, sample_flat_kernel
 from .gates_tiled import backward_tiled_kernel, sample_tiled_kernel
 from .reference import BERNOULLI, CONCRETE, GAUSSIAN, HARD_CONCRETE, GateSpec
@@ -19,6 +20,7 @@ from .static import StaticCase, static_case
 from .units import Unit
 
 
+@on_its_device
 def launch_sample(
     plan: Segments, spec: GateSpec, unit: Unit, *, weight: Tensor, logits: Tensor, out: Tensor,
     q: Tensor | None, log_gain: Tensor | None, seed: Tensor, step: Tensor,
@@ -57,6 +59,7 @@ def launch_sample(
         )
 
 
+@on_its_device
 def launch_backward(
     plan: Segments, spec: GateSpec, unit: Unit, *, grad: Tensor, grad_offsets: Tensor,
     weight: Tensor, logits: Tensor, out: Tensor, q: Tensor | None, log_gain: Tensor | None,

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .device import on_its_device
+
 _A, _B = 0xD2511F53, 0xCD9E8D57  # round multipliers
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
 _LOW = 0xFFFFFFFF
@@ -94,6 +96,7 @@ def _uniform_kernel(out_ptr, seed_ptr, step_ptr, layer, n, BLOCK: tl.constexpr):
     tl.store(out_ptr + index, u, mask=index < n)
 
 
+@on_its_device
 def _launch_uniform(out: Tensor, seed: Tensor, step: Tensor, layer: int) -> Tensor:
     n, block = out.numel(), 256
     grid = (triton.cdiv(n, 4 * block),)

@@ -12,7 +12,17 @@ ALLOWED = {
     "models": {"torch"},
 }
 # What kernels share: no operation of their own.
-SHARED = {"reference", "philox", "gate_math", "units", "segments", "segment_math", "static", "conv_tiles"}
+SHARED = {
+    "device",
+    "reference",
+    "philox",
+    "gate_math",
+    "units",
+    "segments",
+    "segment_math",
+    "static",
+    "conv_tiles",
+}
 COMPOSITIONS = {"__init__", "gates", "gate_operator", "gate_bank", "gated_layers", "epilogue"}
 FILES = [p for d in ("kernels", "models", "sparsecore") for p in sorted((ROOT / d).rglob("*.py"))]
 
