@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -17,8 +17,35 @@ lint: .venv/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --warnings
 
+# make bench ARGS='run --suite step'
 bench: .venv/.test
-	$(BIN)/python -m bench
+	$(BIN)/python -m bench $(or $(ARGS),table)
+
+# All that needs a GPU, in at most ten minutes, into one folder.  It installs nothing: PY is a Python that has
+# the packages.  DATA holds CIFAR-10 (it is downloaded otherwise); COMMIT is for a copy without .git.
+# A part that fails or runs out of time leaves what it has, and the others run all the same.
+PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
+OUT ?= build/gpu
+DATA ?= $(SPARSECORE_DATA)
+GPU_TEST_SECONDS ?= 140
+GPU_SEARCH_SECONDS ?= 250
+GPU_STEP_SECONDS ?= 35
+GPU_TICKET_SECONDS ?= 165
+
+gpu:
+	@mkdir -p $(OUT); : > $(OUT)/gpu.log; status=0; \
+	part() { \
+	  limit=$$1; shift; echo "== $$*" | tee -a $(OUT)/gpu.log; begin=$$(date +%s); \
+	  BENCH_COMMIT=$(COMMIT) PYTHONUNBUFFERED=1 timeout -k 5 $$limit "$$@" >> $(OUT)/gpu.log 2>&1; code=$$?; \
+	  echo "== exit $$code after $$(( $$(date +%s) - begin )) s" | tee -a $(OUT)/gpu.log; \
+	  [ $$code -eq 0 ] || status=1; \
+	}; \
+	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -n 12 -m gpu -p no:cacheprovider; \
+	part $(GPU_SEARCH_SECONDS) $(PY) -m bench run --suite search --device cuda --out $(OUT); \
+	part $(GPU_STEP_SECONDS) $(PY) -m bench run --suite step --device cuda --out $(OUT); \
+	part $(GPU_TICKET_SECONDS) $(PY) -m bench tickets --suite cts-resnet20 --lengths short --device cuda \
+	  --out $(OUT) $(if $(DATA),--data-dir $(DATA)); \
+	grep -E "^== |^FAILED|^(FAILED|ERROR) |passed|failed|error:" $(OUT)/gpu.log; ls $(OUT); exit $$status
 
 .venv/.python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed')"

@@ -1,131 +1,104 @@
-"""`python -m bench run --suite step` measures; `python -m bench table` prints what is committed."""
+"""Measures and shows: `python -m bench run | table | plot | tickets | static`, or `python bench ...`."""
 
 import argparse
-import csv
-import datetime
-import platform
-import subprocess
 import sys
 from pathlib import Path
 
+if __package__ in (None, ""):  # the folder is run as a script: its own files are no top-level names
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
 import torch
-import triton
-from rich.console import Console
-from rich.table import Table
 
-from .cases import STEP_CASES, StepBench
-from .measure import large_allocations, times
+from bench import report, static
+from bench.rows import RESULTS, Rows, path_of
+from bench.search_suite import PARTS, search_suite
+from bench.step_suite import step_suite
+from bench.tickets import LENGTHS, PAPER, QUICK, tickets
 
-RESULTS = Path(__file__).parent / "results"
-FIELDS: tuple[str, ...] = (
-    "suite", "case", "provider", "mode", "metric", "unit", "median", "q20", "q80",
-    "device", "driver", "torch", "triton", "commit", "date",
-)  # fmt: skip
+QUICK_RESULTS = Path("build") / "bench"
 
 
-def environment(device: torch.device) -> dict[str, str]:
-    """Where a number was measured."""
-    name, driver = f"{platform.machine()} {torch.get_num_threads()} threads", ""
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
-    head = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(head, capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "device": name,
-        "driver": driver,
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "commit": commit,
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
-    }
-
-
-def step_suite(device: torch.device) -> list[dict[str, str]]:
-    """Search steps against the dense step of the same model and batch, and against plain autograd."""
-    rows = []
-    for case in STEP_CASES:
-        print(case.name, file=sys.stderr)
-        bench = StepBench(case, device)
-        bench.check()
-        bench.prepare_plain()
-        common = {"suite": "step", "case": case.name, "mode": "full step"} | environment(device)
-        spreads = times(bench.providers(), case.rounds)
-        dense = spreads["dense forward-backward"].median
-        for provider, spread in spreads.items():
-            found = dict(
-                zip(("median", "q20", "q80"), (f"{1e3 * s:.3f}" for s in spread), strict=True)
-            )
-            rows.append(common | {"provider": provider, "metric": "time", "unit": "ms"} | found)
-            ratio = {
-                "metric": "time over dense",
-                "unit": "x",
-                "median": f"{spread.median / dense:.2f}",
-            }
-            rows.append(common | {"provider": provider} | ratio)
-        if "search step, later epochs" in spreads:
-            parts = [("search step", 1), ("search step, later epochs", 9)]
-            mean = sum(spreads[name].median * n for name, n in parts) / 10
-            rows.append(
-                common
-                | {"provider": "search step, mean of 10 epochs", "metric": "time over dense"}
-                | {"unit": "x", "median": f"{mean / dense:.2f}"}
-            )
-        largest = max(w.numel() for w in bench.weights)
-        layers = sum(w.numel() == largest for w in bench.weights)
-        for provider, step in bench.providers().items():
-            count = large_allocations(step, largest) / layers
-            metric = {"metric": "allocations of the largest weight's size", "unit": "a layer"}
-            rows.append(common | {"provider": provider, "median": f"{count:g}"} | metric)
-        bench.close()
-    return rows
-
-
-def show(rows: list[dict[str, str]]) -> None:
-    """Prints rows as a table."""
-    table = Table("case", "provider", "metric", "median", "q20", "q80", "unit")
-    for row in rows:
-        table.add_row(
-            *(
-                row.get(c, "")
-                for c in ("case", "provider", "metric", "median", "q20", "q80", "unit")
-            )
-        )
-    Console(width=140).print(table)
-
-
-SUITES = {"step": step_suite}
-
-
-def main() -> None:
+def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    run = commands.add_parser("run", help="measure a suite and write its rows")
-    run.add_argument("--suite", choices=SUITES, default="step")
-    run.add_argument("--device", default="cpu")
-    commands.add_parser("table", help="print the committed rows")
-    arguments = parser.parse_args()
-    if arguments.command == "table":
-        for path in sorted(RESULTS.glob("*-step.csv")):
-            print(path.name)
-            show(list(csv.DictReader(path.open())))
-        return
-    device = torch.device(arguments.device)
-    rows = SUITES[arguments.suite](device)
-    place = (
-        "cpu"
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device).lower().replace(" ", "-")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text)
+
+    run = command("run", "measure a suite and write its rows")
+    run.add_argument("--suite", choices=("step", "search"), default="step")
+    run.add_argument("--parts", default=",".join(PARTS), help="of the search suite, with commas")
+    table = command("table", "print committed rows")
+    table.add_argument("--suite", choices=report.SUITES)
+    table.add_argument("--markdown", action="store_true")
+    table.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name has it")
+    plot = command("plot", "draw speed-ups over eager")
+    plot.add_argument("--suite", default="search")
+    plot.add_argument("--out", type=Path, help="picture; next to the rows by default")
+    for made in (table, plot):
+        made.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
+    found = command("tickets", "search and train the tickets of a suite")
+    found.add_argument("--suite", choices=("cts-resnet20",), default="cts-resnet20")
+    found.add_argument("--data-dir", help="where the data lie; otherwise they are downloaded")
+    found.add_argument("--lengths", default=",".join(LENGTHS), help="searches, with commas")
+    found.add_argument("--seeds", type=int, default=1)
+    found.add_argument(
+        "--amp", choices=("bf16", "none"), default="bf16", help="of training on a GPU"
     )
-    path = RESULTS / f"{place}-{arguments.suite}.csv"
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    show(rows)
-    print(f"rows  {path}")
+    for made in (run, found):
+        made.add_argument("--out", type=Path, help="folder; bench/results, build/bench if quick")
+        made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+        made.add_argument("--quick", action="store_true", help="tiny, to try every path out")
+    check = command("static", "compile every kernel and read what it costs")
+    check.add_argument("--check", action="store_true", help="compare with the committed rows")
+    arguments = parser.parse_args(argv)
+    if arguments.command in ("run", "tickets"):
+        if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
+            parser.error(f"--device {arguments.device}: expected a usable GPU, found none")
+    if arguments.command == "run":
+        arguments.parts = arguments.parts.split(",")
+        if unknown := set(arguments.parts) - set(PARTS):
+            run.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+        if arguments.suite == "search" and arguments.device == "cpu" and not arguments.quick:
+            run.error("the search suite measures a GPU: expected --device cuda, or --quick")
+    if arguments.command == "tickets":
+        arguments.lengths = arguments.lengths.split(",")
+        if unknown := set(arguments.lengths) - set(LENGTHS):
+            found.error(f"--lengths: expected some of {', '.join(LENGTHS)}, got {unknown}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 1 if anything that should have been measured was not."""
+    arguments = parse(argv)
+    if arguments.command == "static":
+        return static.main(["--check"] if arguments.check else [])
+    if arguments.command == "table":
+        suites = [arguments.suite] if arguments.suite else report.SUITES
+        report.table(arguments.results, suites, markdown=arguments.markdown, only=arguments.cases)
+        return 0
+    if arguments.command == "plot":
+        made = report.plot(arguments.results, arguments.suite, arguments.out)
+        sys.stdout.writelines(f"picture  {path}\n" for path in made)
+        return int(not made)
+    device = torch.device(arguments.device)
+    quick = arguments.quick
+    folder = arguments.out or (QUICK_RESULTS if quick else RESULTS)
+    if arguments.command == "tickets":
+        plan = (QUICK if quick else PAPER).on(device, amp=arguments.amp)
+        return tickets(
+            plan, folder, device, lengths=arguments.lengths, seeds=arguments.seeds,
+            data_dir=arguments.data_dir,
+        )  # fmt: skip
+    suite = f"{arguments.suite}-quick" if quick else arguments.suite
+    rows = Rows(path_of(folder, device, suite), suite, device)
+    if arguments.suite == "step":
+        failed = step_suite(rows, device, quick=quick)
+    else:
+        failed = search_suite(rows, device, quick=quick, parts=arguments.parts)
+    print(f"rows  {rows.path}")
+    return int(failed > 0)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,9 @@
 """Time and memory of a step, after it has been shown to compute the right thing."""
 
+import gc
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -9,6 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from .rows import Rows, number
+
+_FLUSHED = 256 << 20  # bytes written to empty a GPU's level-2 cache, several times its size
 
 
 class Spread(NamedTuple):
@@ -19,27 +25,214 @@ class Spread(NamedTuple):
     q80: float
 
 
+class WrongResult(AssertionError):
+    """What was to be timed computes something else."""
+
+
+# --- Is it right? -----------------------------------------------------------------------------------
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    """||found - exact|| / ||exact||, in float64."""
+    exact = exact.double()
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def require_as_exact(
+    what: str, ours: Tensor, theirs: Tensor, exact: Tensor, *, slack: float = 2.0
+) -> None:
+    """Our error is at most `slack` times PyTorch's in the same dtype.  Errors: WrongResult."""
+    mine, plain = error(ours, exact), error(theirs, exact)
+    if not mine <= slack * plain + 1e-6:  # NaN is not
+        raise WrongResult(
+            f"{what}: expected an error of at most {slack} x {plain:.2e} (PyTorch's in the same "
+            f"dtype) + 1e-6, got {mine:.2e}; nothing was timed"
+        )
+
+
+def require_close(what: str, ours: Tensor, theirs: Tensor, tolerance: float) -> None:
+    """A relative difference of at most `tolerance`.  Errors: WrongResult."""
+    found = error(ours, theirs)
+    if not found <= tolerance:
+        raise WrongResult(
+            f"{what}: expected a difference of at most {tolerance:.0e}, got {found:.2e}; nothing was timed"
+        )
+
+
+# --- How long does it take? -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something to time.
+
+    Args:
+        prepare: runs before each call and outside the measured time.
+        cold: on a GPU, begin with an empty level-2 cache; otherwise several steps run back to back, as
+            in a training loop, where the host runs ahead if it can.
+    """
+
+    step: Callable[[], Any]
+    prepare: Callable[[], Any] | None = None
+    cold: bool = False
+
+
 def times(
     steps: Mapping[str, Callable[[], Any]], rounds: int, warmup: int = 3
 ) -> dict[str, Spread]:
-    """Times the steps in turn, A B C A B C ..., so that a drifting machine slows all alike."""
-    for step in steps.values():
+    """Host-clock times of the steps in turn, A B C A B C ..., so that a drifting machine slows all alike."""
+    jobs = {name: Job(step) for name, step in steps.items()}
+    return _in_turn(jobs, _host_seconds, dict.fromkeys(jobs, 1), rounds, warmup)
+
+
+def timed(
+    jobs: Mapping[str, Job], device: torch.device, *, rounds: int = 0, budget: float = 0.25
+) -> dict[str, Spread]:
+    """Times jobs in turn: by device events on a GPU, by the host's clock elsewhere.
+
+    Args:
+        rounds: measurements of each job; 0 takes about `budget` seconds for each, 10 to 100 measurements.
+    """
+    if device.type != "cuda":
+        return _in_turn(jobs, _host_seconds, dict.fromkeys(jobs, 1), rounds or 10, warmup=1)
+    scratch = torch.empty(_FLUSHED, dtype=torch.int8, device=device)
+    clock = lambda job, repeats: _event_seconds(job, repeats, scratch)  # noqa: E731
+    longest, repeats = 0.0, {}
+    for name, job in jobs.items():
+        for _ in range(3):  # compiles, chooses algorithms, allocates
+            _call(job)
+        torch.cuda.synchronize()
+        once = min(clock(job, 1) for _ in range(3))
+        repeats[name] = 1 if job.cold or job.prepare else max(1, min(10, round(2e-3 / once)))
+        longest = max(longest, once * repeats[name])
+    found = rounds or max(10, min(100, int(budget / longest)))
+    return _in_turn(jobs, clock, repeats, found, warmup=0)
+
+
+def _in_turn(
+    jobs: Mapping[str, Job], clock: Callable[[Job, int], float], repeats: Mapping[str, int],
+    rounds: int, warmup: int,
+) -> dict[str, Spread]:  # fmt: skip
+    for job in jobs.values():
         for _ in range(warmup):
-            step()
-    seen: dict[str, list[float]] = {name: [] for name in steps}
+            _call(job)
+    seen: dict[str, list[float]] = {name: [] for name in jobs}
     for _ in range(rounds):
-        for name, step in steps.items():
-            start = perf_counter()
-            step()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            seen[name].append(perf_counter() - start)
-    return {name: _spread(values) for name, values in seen.items()}
+        for name, job in jobs.items():
+            seen[name].append(clock(job, repeats[name]))
+    return {name: spread_of(values) for name, values in seen.items()}
 
 
-def _spread(values: list[float]) -> Spread:
-    cuts = statistics.quantiles(values, n=5)
+def _call(job: Job) -> None:
+    if job.prepare is not None:
+        job.prepare()
+    job.step()
+
+
+def _host_seconds(job: Job, repeats: int) -> float:
+    if job.prepare is not None:
+        job.prepare()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    start = perf_counter()
+    for _ in range(repeats):
+        job.step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return (perf_counter() - start) / repeats
+
+
+def _event_seconds(job: Job, repeats: int, scratch: Tensor) -> float:
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if job.prepare is not None:
+        job.prepare()
+    if job.cold:
+        scratch.zero_()
+    start.record()
+    for _ in range(repeats):
+        job.step()
+    end.record()
+    end.synchronize()
+    return 1e-3 * start.elapsed_time(end) / repeats
+
+
+def spread_of(values: Sequence[float]) -> Spread:
+    if len(values) < 2:
+        return Spread(values[0], values[0], values[0])
+    cuts = statistics.quantiles(values, n=5, method="inclusive")  # never beyond what was seen
     return Spread(statistics.median(values), cuts[0], cuts[3])
+
+
+def modes(device: torch.device) -> tuple[str, ...]:
+    """How a step is launched: operation by operation, and on a GPU also as one CUDA graph."""
+    return ("eager", "graph") if device.type == "cuda" else ("eager",)
+
+
+class _Replay(NamedTuple):
+    graph: Any
+    kept: Any  # what the graph's kernels read
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def captured(
+    step: Callable[[], Any],
+    finish: Callable[[], Any] = lambda: None,
+    generators: Sequence[torch.Generator] = (),
+) -> Callable[[], None]:
+    """The step as a CUDA graph's replay.
+
+    Args:
+        finish: called after the capture; what it returns lives as long as the graph (`GateBank.captured`).
+        generators: random generators the step draws from, beside the default one.
+    """
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    for generator in generators:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        step()
+    return _Replay(graph, finish())
+
+
+# --- How much memory does it take? ------------------------------------------------------------------
+
+
+def peak_memory(
+    build: Callable[[], Callable[[], Any]], device: torch.device
+) -> tuple[Callable[[], Any], int | None]:
+    """(the step that `build` makes, the most bytes that it and its state held); None without a GPU."""
+    if device.type != "cuda":
+        return build(), None
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    step = build()
+    for _ in range(2):  # state that the first call makes is state, not a peak
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+    return step, torch.cuda.max_memory_allocated() - before
+
+
+def add_peaks(
+    rows: Rows, case: str, mode: str, steps: Mapping[str, Callable[[], Any]], device: torch.device
+) -> None:
+    """A row a provider: what a step holds at most beyond its state, which is there before."""
+    for provider, step in steps.items():
+        step()  # makes what is left of its state
+        _, held = peak_memory(lambda step=step: step, device)
+        if held is not None:
+            size = number(held / 2**20)
+            rows.add(case, provider, mode, "peak memory beyond state", "MiB", size)
 
 
 def large_allocations(step: Callable[[], Any], numel: int) -> int:

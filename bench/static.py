@@ -12,8 +12,8 @@ registers             a thread
 spill_bytes           stack and local memory a thread, by cuobjdump -res-usage
 shared_bytes          a block
 instructions          in the machine code, unrolled loops as they stand there, without NOP padding
-instructions_per_gate the same over the gates of one turn of a thread's loop, where the case says how
-                      many: start, end and unrolling included, so compare it with itself only
+instructions_per_gate those of the longest loop (of the whole kernel, where the gates are drawn behind
+                      it) over the gates that a thread draws in one turn, where the case says how many
 hgmma                 wgmma instructions (sm_90 only)
 serialised_waits      loops' products that are waited for at once, so that nothing overlaps (sm_90):
                       in the ttgir or in the machine code, whichever shows more
@@ -60,6 +60,23 @@ def opcodes(sass: str) -> list[str]:
     """The instructions of a disassembly with their modifiers, without predicates and padding."""
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass)
     return [code for code in found if code != "NOP"]
+
+
+def loop_instructions(sass: str) -> int:
+    """Those of the longest loop, or of everything if there is none or the noise is drawn outside of it."""
+    lines = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S[^;]*);", sass)
+    places = {int(address, 16): text for address, text in lines if text.strip() != "NOP"}
+    longest = range(0)
+    for address, text in places.items():
+        jump = re.search(r"\bBRA(?:\.\w+)* .*?0x([0-9a-f]+)", text)
+        if jump and address - int(jump[1], 16) > len(longest):
+            longest = range(int(jump[1], 16), address + 1)
+    inside = [text for address, text in places.items() if address in longest]
+    philox = "-0x2daee0ad"  # a multiplier of its rounds
+    drawn = any(philox in text for text in places.values())
+    if not inside or (drawn and not any(philox in text for text in inside)):
+        return len(places)
+    return len(inside)
 
 
 def spill_bytes(usage: str) -> int:
@@ -132,7 +149,7 @@ def read(case: StaticCase, arch: int) -> tuple[Row, list[tuple[str, str]]]:
     hgmma = sum(code.startswith("HGMMA") for code in codes)  # sm_90 alone has it
     waits = max(serialised_waits(ttgir), drains(report)) if arch == 90 else 0
     wide = vector_loads(codes, ttgir)
-    per_gate = f"{len(codes) / case.gates:.1f}" if case.gates else ""
+    per_gate = f"{loop_instructions(report) / case.gates:.1f}" if case.gates else ""
     numbers = (registers, spills, shared, len(codes), per_gate, hgmma, waits, str(wide).lower())
     values = (case.name, case.config, f"sm_{arch}", *numbers, triton.__version__)
     product = r"HGMMA" if arch == 90 else r"[HIQ]MMA|UTC\w*MMA"  # sm_100: tcgen05 is UTC..MMA

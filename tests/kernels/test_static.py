@@ -121,7 +121,8 @@ def test_faults_are_found() -> None:
     assert "no block" not in numbers
     copy, product = numbers["aligned copy"], numbers["product"]
     assert copy["vector_loads"] == "true" and copy["hgmma"] == 0
-    assert float(copy["instructions_per_gate"]) == pytest.approx(copy["instructions"] / 8, abs=0.1)
+    whole = copy["instructions"] / 8  # it has no loop
+    assert float(copy["instructions_per_gate"]) == pytest.approx(whole, abs=0.1)
     assert product["hgmma"] > 0 and product["instructions_per_gate"] == ""
     assert product["shared_bytes"] == 3 * (128 + 128) * 64 * 2  # three stages of both operands
     assert numbers["spilling product"]["registers"] == 255
@@ -280,3 +281,16 @@ def test_waits_that_the_assembler_adds_are_counted() -> None:
     line = "        /*0d40*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
     assert static.drains("\n".join(line.format(n) for n in (1, 1, 0))) == 0
     assert static.drains("\n".join(line.format(n) for n in (0, 0, 0))) == 2
+
+
+def test_a_loop_is_from_where_it_jumps_back_to() -> None:
+    def code(*texts: str) -> str:
+        return "\n".join(
+            f"        /*{16 * i:04x}*/   {text} ;   /* 0x00 */" for i, text in enumerate(texts)
+        )
+
+    loop = ("S2R R0", "LDG R1, [R2]", "IMAD R3, R1, -0x2daee0ad, RZ", "@P0 BRA 0x10", "EXIT", "NOP")
+    assert static.loop_instructions(code(*loop)) == 3
+    outside = ("IMAD R3, R1, -0x2daee0ad, RZ", "LDG R1, [R2]", "@!P0 BRA 0x10", "EXIT")
+    assert static.loop_instructions(code(*outside)) == 4
+    assert static.loop_instructions(code("LDG R1", "@P0 BRA 0x20", "EXIT")) == 3  # forward: no loop

@@ -1,0 +1,169 @@
+"""Committed measurements as tables and a picture."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from .rows import Row, read
+
+SUITES = ("step", "search", "cts-resnet20")
+PARTS = ("ceiling", "layer", "network", "ops", "strategy")  # of the search suite, a table each
+# Columns of a table, where a suite has them, in this order; anything else follows.
+METRICS = (
+    "time", "bandwidth", "share of copy bandwidth", "rate", "time over dense", "speed-up over eager",
+    "speed-up over compiled", "peak memory", "peak memory beyond state", "density kept", "accuracy", "rewind time",
+    "search time", "search epoch", "training time", "training epoch",
+)  # fmt: skip
+
+
+def files(folder: Path, suite: str) -> list[Path]:
+    """A suite's files, one a device."""
+    return sorted(folder.glob(f"*-{suite}.csv"))
+
+
+def headings(rows: Sequence[Row]) -> list[str]:
+    """case, provider, mode and every metric with its unit where it has one only."""
+    return ["case", "provider", "mode", *(_heading(m, rows) for m in _metrics(rows))]
+
+
+def lines(rows: Sequence[Row]) -> list[list[str]]:
+    """A line for each case, provider and mode, with its metrics side by side."""
+    metrics = _metrics(rows)
+    cells: dict[tuple[str, str, str], dict[str, str]] = {}
+    for row in rows:
+        key = (row["case"], row["provider"], row["mode"])
+        cells.setdefault(key, {})[row["metric"]] = _cell(row, rows)
+    return [[*key, *(found.get(m, "") for m in metrics)] for key, found in cells.items()]
+
+
+def _metrics(rows: Sequence[Row]) -> list[str]:
+    present = dict.fromkeys(row["metric"] for row in rows)
+    return [m for m in METRICS if m in present] + [m for m in present if m not in METRICS]
+
+
+def _units(metric: str, rows: Sequence[Row]) -> set[str]:
+    return {row["unit"] for row in rows if row["metric"] == metric}
+
+
+def _heading(metric: str, rows: Sequence[Row]) -> str:
+    units = _units(metric, rows)
+    return f"{metric}, {units.pop()}" if len(units) == 1 else metric
+
+
+def _cell(row: Row, rows: Sequence[Row]) -> str:
+    spread = f" ({row['q20']}-{row['q80']})" if row["q20"] else ""
+    unit = "" if len(_units(row["metric"], rows)) == 1 else f" {row['unit']}"
+    return f"{row['median']}{spread}{unit}"
+
+
+def table(
+    folder: Path, suites: Sequence[str], *, markdown: bool = False, only: str = ""
+) -> list[str]:
+    """Prints the suites' tables; returns those without a GPU's rows, which it says.
+
+    Args:
+        only: a part of the cases' names.
+    """
+    missing = []
+    for suite in suites:
+        found = files(folder, suite)
+        for path in found:
+            parts: dict[str, list[Row]] = {}
+            for row in read(path):
+                if only in row["case"]:
+                    first = row["case"].partition("/")[0]
+                    parts.setdefault(first if first in PARTS else "", []).append(row)
+            for rows in parts.values():
+                _print(path, rows, markdown)
+        if all(path.name.startswith("cpu-") for path in found):
+            missing.append(suite)
+            print(f"{suite} on a GPU: not measured")
+    return missing
+
+
+def _print(path: Path, rows: Sequence[Row], markdown: bool) -> None:
+    where = rows[0]
+    driver = f", driver {where['driver']}" if where["driver"] else ""
+    title = (
+        f"{path.name}: {where['device']}{driver}, torch {where['torch']}, triton {where['triton']}, "
+        f"commit {where['commit'] or 'unknown'}, {where['date']}"
+    )
+    head, body = headings(rows), lines(rows)
+    if markdown:
+        print(f"{title}; medians (20-80 %)\n")
+        for line in (head, ["---"] * len(head), *body):
+            print(f"| {' | '.join(line)} |")
+        print()
+        return
+    grid = Table(*head, title=title, caption="medians (20-80 %)")
+    for line in body:
+        grid.add_row(*line)
+    Console(width=max(140, 18 * len(head))).print(grid)
+
+
+def curves(rows: Sequence[Row]) -> dict[str, dict[tuple[str, str], dict[float, float]]]:
+    """Speed-up over eager by layer or model, then (provider, mode), then the number its cases end in."""
+    found: dict[str, dict[tuple[str, str], dict[float, float]]] = {}
+    for row in rows:
+        name, _, last = row["case"].rpartition("/")
+        _, equals, value = last.partition("=")
+        if row["metric"] == "speed-up over eager" and equals:
+            lines = found.setdefault(name, {}).setdefault((row["provider"], row["mode"]), {})
+            lines[float(value)] = float(row["median"])
+    return found
+
+
+def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
+    """Draws speed-up over eager, one panel for each layer or model, a picture for each device.
+
+    Losing points stay: the line at 1 parts them.
+    """
+    # A backend of its own, so that no display is needed and no caller's choice is changed.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = []
+    for path in files(folder, suite):
+        rows = read(path)
+        panels = curves(rows)
+        if not panels:
+            continue
+        columns = min(3, len(panels))
+        count = -(-len(panels) // columns)
+        figure = Figure(figsize=(max(9, 4.6 * columns), 1.2 + 3 * count), layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(count, columns, squeeze=False)
+        for axes in grid.flat:
+            axes.set_visible(False)
+        colours: dict[str, str] = {}
+        for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
+            axes.set_visible(True)
+            for (provider, mode), points in lines.items():
+                if provider == "eager":
+                    continue  # 1 by definition
+                x = sorted(points)
+                colour = colours.setdefault(provider, f"C{len(colours) % 10}")
+                style = "--" if mode == "graph" else "-"
+                label = f"{provider} ({mode})"
+                axes.plot(x, [points[t] for t in x], style, color=colour, marker="o", ms=3, label=label)  # fmt: skip
+            axes.axhline(1, color="grey", linewidth=1)
+            axes.set_xscale("log", base=2)
+            axes.set_ylim(bottom=0)
+            axes.set_xlabel("batch" if suite.startswith("step") else "T")
+            axes.set_title(name, fontsize=9)
+            axes.grid(alpha=0.3)
+        grid[0][0].set_ylabel("speed-up over eager (same mode)")
+        handles = {}
+        for axes in grid.flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                handles.setdefault(label, handle)
+        figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, fontsize=8)  # fmt: skip
+        figure.suptitle(f"{suite}: {rows[0]['device']}")
+        target = out or path.with_suffix(".png")
+        figure.savefig(target, dpi=130)
+        made.append(target)
+    if not made:
+        print(f"plot: expected rows of speed-ups in {folder}/*-{suite}.csv, found none")
+    return made

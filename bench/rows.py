@@ -1,0 +1,126 @@
+"""Measurements as rows of a CSV: one number a row, with where it was measured, written as it is found."""
+
+import csv
+import datetime
+import os
+import platform
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import triton
+
+RESULTS = Path(__file__).parent / "results"
+FIELDS: tuple[str, ...] = (
+    "suite", "case", "provider", "mode", "metric", "unit", "median", "q20", "q80",
+    "device", "driver", "torch", "triton", "commit", "date",
+)  # fmt: skip
+
+Row = dict[str, str]
+
+
+def environment(device: torch.device) -> Row:
+    """Where and with what a number was measured.
+
+    BENCH_COMMIT names the commit where there is no repository, as in a copy of the files.
+    """
+    name, driver = f"{platform.machine()} {torch.get_num_threads()} threads", ""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    head = _said_by("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    return {
+        "device": name,
+        "driver": driver,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "commit": head or os.environ.get("BENCH_COMMIT", ""),
+        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
+    }
+
+
+def _said_by(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return ""
+    return (done.stdout.splitlines() or [""])[0].strip()
+
+
+def path_of(folder: Path, device: torch.device, suite: str) -> Path:
+    """`<device>-<suite>.csv`."""
+    name = "cpu"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return folder / f"{name}-{suite}.csv"
+
+
+def number(value: float) -> str:
+    """Four significant digits, never in exponents."""
+    digits = max(0, 3 - (len(f"{abs(value):.0f}") - 1)) if abs(value) >= 1 else 4
+    return f"{value:.{digits}f}"
+
+
+class Rows:
+    """A suite's CSV file.  Every row is on disk before the next number is measured.
+
+    Args:
+        fresh: begin anew; otherwise go on with the rows that are there (half a row, from a kill, is cut).
+    """
+
+    def __init__(self, path: Path, suite: str, device: torch.device, *, fresh: bool = True) -> None:
+        self.path, self.suite = path, suite
+        self.common = environment(device)
+        self.rows: list[Row] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not fresh and path.exists():
+            text = path.read_text()
+            whole = text[: text.rfind("\n") + 1]
+            self.rows = [r for r in csv.DictReader(whole.splitlines()) if None not in r.values()]
+        with path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+    def add(
+        self, case: str, provider: str, mode: str, metric: str, unit: str, median: str,
+        q20: str = "", q80: str = "",
+    ) -> None:  # fmt: skip
+        """Appends one measurement."""
+        row = {
+            "suite": self.suite, "case": case, "provider": provider, "mode": mode, "metric": metric,
+            "unit": unit, "median": median, "q20": q20, "q80": q80,
+        } | self.common  # fmt: skip
+        self.rows.append(row)
+        with self.path.open("a", newline="") as file:  # closed, hence flushed, after each row
+            csv.DictWriter(file, FIELDS, restval="", lineterminator="\n").writerow(row)
+
+    def find(self, **where: str) -> Row | None:
+        """The row whose columns have these values."""
+        fits = (r for r in self.rows if all(r[k] == v for k, v in where.items()))
+        return next(fits, None)
+
+
+def read(path: Path) -> list[Row]:
+    """The rows of a file.  Errors: ValueError for a file of another kind."""
+    with path.open(newline="") as file:
+        reader = csv.DictReader(file)
+        if tuple(reader.fieldnames or ()) != FIELDS:
+            raise ValueError(f"{path}: expected the columns {', '.join(FIELDS)}")
+        return list(reader)
+
+
+def add_times(
+    rows: Rows, case: str, mode: str, spreads: Mapping[str, tuple[float, float, float]], *against: str
+) -> None:  # fmt: skip
+    """A time row a provider, and its speed-up over each provider `against` that was timed with it.
+
+    Speed-ups have the same mode on both sides; below 1 they are losses, and stay.
+    """
+    for provider, spread in spreads.items():
+        rows.add(case, provider, mode, "time", "ms", *(number(1e3 * s) for s in spread))
+        for other in against:
+            if other in spreads:
+                ratio = spreads[other][0] / spread[0]
+                rows.add(case, provider, mode, f"speed-up over {other}", "x", f"{ratio:.2f}")
