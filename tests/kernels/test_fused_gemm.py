@@ -70,6 +70,13 @@ CASES = {
     "1x1-strided": Case((3, 12, 4, 5), (9, 12, 1, 1), (2, 2, 0, 0, 1, 1), "channels_last"),
 }
 
+if DEVICE == "cuda":  # real sizes
+    CASES |= {
+        "4096": Case((64, 4096), (4096, 4096)),
+        "vit-b": Case((512, 768), (3072, 768)),
+        "resnet-50": Case((8, 256, 14, 14), (256, 256, 3, 3), (1, 1, 1, 1, 1, 1), "channels_last"),
+    }
+
 
 class Problem(NamedTuple):
     x: Tensor
