@@ -71,12 +71,16 @@ def launch_sample_gates(
 
 
 def gates_backward_ref_(
-    grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
-    weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
+    grads: list[Tensor], ds: list[Tensor], pulls: list[Tensor], partials: Tensor,
+    grad_offsets: Tensor, weights: list[Tensor], logits: list[Tensor], out: list[Tensor],
+    q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
     gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
-    """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`."""
+    """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`.
+
+    `pulls`, size d density/ds of each layer, is for `balanced_step_ref_`; kernels compute it twice.
+    """
     spec, covers = _spec(gate), Unit(*unit)
     partials.zero_()
     for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
@@ -91,26 +95,20 @@ def gates_backward_ref_(
             if log_gain.numel():
                 found.mul_(log_gain[1, i].exp())
             found = (grads[i] if covers.single else ds[i]).copy_(found)
-        _sums(partials[int(plan[0][i, FIRST_CHUNK])], found, dot, s, weight.shape, spec, covers)
-
-
-def _sums(
-    row: Tensor, ds: Tensor, dot: Tensor, s: Tensor, shape: torch.Size, spec: GateSpec, unit: Unit
-) -> None:
-    density = density_ref(spec, s)
-    slope = density_slope_ref(spec, s, density)
-    if not unit.single:
-        sizes = gather_ref(torch.ones(shape, dtype=s.dtype), unit)
-        density, slope = density * sizes, slope * sizes
-    row[0] = torch.linalg.vector_norm(ds, dtype=torch.float32).square()
-    row[1] = density.sum()
-    row[2] = torch.linalg.vector_norm(slope).square()
-    row[3] = dot
+        density = density_ref(spec, s)
+        pulls[i].copy_(density_slope_ref(spec, s, density))
+        if not covers.single:
+            sizes = gather_ref(torch.ones_like(weight), covers)
+            density, pulls[i] = density * sizes, pulls[i].mul_(sizes)
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (found, pulls[i])]
+        row = [norms[0].square(), density.sum(), norms[1].square(), dot]
+        partials[int(plan[0][i, FIRST_CHUNK])] = torch.stack(row)
 
 
 def launch_gates_backward(
-    grads: list[Tensor], ds: list[Tensor], partials: Tensor, grad_offsets: Tensor,
-    weights: list[Tensor], logits: list[Tensor], out: list[Tensor], q: list[Tensor],
+    grads: list[Tensor], ds: list[Tensor], pulls: list[Tensor], partials: Tensor,
+    grad_offsets: Tensor, weights: list[Tensor], logits: list[Tensor], out: list[Tensor],
+    q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
     gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
@@ -126,34 +124,31 @@ def launch_gates_backward(
 
 def balanced_step_ref_(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
-    control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
-    lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
-    rule: list[float], hints: list[int], fast: bool,
+    control: Tensor, grads: list[Tensor], pulls: list[Tensor], grad_offsets: Tensor,
+    partials: Tensor, targets: Tensor, lr: Tensor, plan: list[Tensor], gate: list[float],
+    unit: list[int], rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
-    spec, covers, (keep, follow, ascend) = _spec(gate), Unit(*unit), rule
+    """`pulls` as `gates_backward_ref_` left them."""
+    keep, follow, ascend = rule
     table, _, _, groups = plan
-    t = step[1]
-    pulls = []
+    t, tiny = step[1], torch.finfo(torch.float32).tiny
+    weights = []  # of the pulls, lambda times percent, a group
     for group, (first, last) in enumerate(groups.tolist()):
-        sums = partials[first:last].sum(0)
+        task, kept, pull = partials[first:last, :3].sum(0).unbind()
         percent = 100 / targets[group]
-        excess = percent * sums[1] - 100
-        tiny = torch.finfo(torch.float32).tiny
-        ratio = sums[0].sqrt() / (percent * sums[2].sqrt()).clamp_min(tiny)
+        excess = percent * kept - 100
+        ratio = task.sqrt() / (percent * pull.sqrt()).clamp_min(tiny)
         ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
         weight = keep * control[1, group] + follow * ratio + ascend * excess
         if follow > 0:
             weight = torch.where(t == 1, ratio, weight)
         control[0, group] = weight
-        pulls.append(weight * percent)
-    totals, at = [], 0
-    for i, (s, grad) in enumerate(zip(logits, grads, strict=True)):
-        slope = density_slope_ref(spec, s, density_ref(spec, s))
-        rank = 4 if s.ndim == 4 else 2
-        shape, at = shapes[at : at + rank], at + rank
-        if not covers.single:
-            slope = slope * gather_ref(torch.ones(shape, dtype=s.dtype), covers)
-        totals.append(slope.mul_(pulls[int(table[i, GROUP])]).add_(grad))
+        weights.append(weight * percent)
+    members = table[:, GROUP].tolist()
+    totals = [
+        torch.addcmul(grad.to(s.dtype), pull, weights[member])
+        for grad, pull, s, member in zip(grads, pulls, logits, members, strict=True)
+    ]
     steps = t.to(torch.float32)
     logit_lr, gain_lr = lr.tolist()
     adam = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
@@ -173,9 +168,9 @@ def balanced_step_ref_(
 
 def launch_bank_step(
     logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
-    control: Tensor, grads: list[Tensor], grad_offsets: Tensor, partials: Tensor, targets: Tensor,
-    lr: Tensor, plan: list[Tensor], shapes: list[int], gate: list[float], unit: list[int],
-    rule: list[float], hints: list[int], fast: bool,
+    control: Tensor, grads: list[Tensor], pulls: list[Tensor], grad_offsets: Tensor,
+    partials: Tensor, targets: Tensor, lr: Tensor, plan: list[Tensor], gate: list[float],
+    unit: list[int], rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """K2b for all layers."""
     launch_balanced_step(
@@ -192,7 +187,7 @@ _sample = torch.library.custom_op(
 )  # fmt: skip
 _backward = torch.library.custom_op(
     "sparsecore::gates_backward_", gates_backward_ref_, device_types="cpu",
-    mutates_args=("grads", "ds", "partials"),
+    mutates_args=("grads", "ds", "pulls", "partials"),
 )  # fmt: skip
 _step = torch.library.custom_op(
     "sparsecore::balanced_step_", balanced_step_ref_, device_types="cpu",
@@ -249,6 +244,7 @@ class GateBank:
                 )
         device = weights[0].device
         self.gate, self.unit, self.rule, self.fast = gate, unit, rule, fast
+        self.on_cpu = device.type == "cpu"
         self.weights, self.layers, self.groups = list(weights), list(layers), list(groups)
         shapes = [unit_shape(w.shape, unit) for w in weights]
         self.logits = [
@@ -259,8 +255,9 @@ class GateBank:
         self.v = [torch.zeros_like(s) for s in self.logits]
         self.out = list(out or [torch.empty_like(w, dtype=dtype) for w in weights])
         elementwise = unit.single and not unit.keep
-        stored = store_factor and (elementwise or (unit.single and device.type == "cpu"))
+        stored = store_factor and (elementwise or (unit.single and self.on_cpu))
         self.q = [torch.empty_like(o) for o in self.out] if stored else []
+        self.pulls = [torch.empty_like(s) for s in self.logits] if self.on_cpu else []
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
         count, sets = len(self.weights), max(groups) + 1
         self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
@@ -284,7 +281,10 @@ class GateBank:
     def sample_(self) -> list[Tensor]:
         """Begins a step: draws every layer's gated weight into `out`."""
         *tables, hints = self.plan
-        _sample(
+        run = (
+            sample_gates_ref_ if self.on_cpu else _sample
+        )  # an operator's call costs more than its work
+        run(
             self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
             self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
             self.fast,
@@ -300,8 +300,9 @@ class GateBank:
         *tables, hints = self.plan
         offsets = self._offsets_of(self.grads)
         self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
-        _backward(
-            self.grads, self.ds, self.partials, offsets, self.weights, self.logits,
+        run = gates_backward_ref_ if self.on_cpu else _backward
+        run(
+            self.grads, self.ds, self.pulls, self.partials, offsets, self.weights, self.logits,
             self.out, self.q, self.log_gain, self.seeds, self.step, tables,
             self.layers, list(map(float, self.gate)), list(self.unit),
             _hints(hints, self.grads), self.fast,
@@ -312,10 +313,10 @@ class GateBank:
         """Ends a step: lambda, logits and gains move on."""
         *tables, hints = self.plan
         ds = self.grads if self.unit.single else self.ds
-        _step(
-            self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds,
-            self._ds_offsets, self.partials, self.targets, self.lr, tables,
-            [n for w in self.weights for n in w.shape], list(map(float, self.gate)),
+        run = balanced_step_ref_ if self.on_cpu else _step
+        run(
+            self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds, self.pulls,
+            self._ds_offsets, self.partials, self.targets, self.lr, tables, list(map(float, self.gate)),
             list(self.unit), list(rule or self.rule), _hints(hints, ds), self.fast,
         )  # fmt: skip
 
@@ -369,7 +370,8 @@ def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.
 def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
     """`grad` in the memory order and dtype of `out`."""
     grad = grad.detach().to(out.dtype)
-    if grad.stride() != out.stride():
+    strides = zip(grad.shape, grad.stride(), out.stride(), strict=True)
+    if any(mine != wanted for size, mine, wanted in strides if size > 1):
         grad = torch.empty_like(out).copy_(grad)
     return grad
 

@@ -42,9 +42,9 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
-        monkeypatch.setattr(gate_bank, "_sample", gate_bank.launch_sample_gates)
-        monkeypatch.setattr(gate_bank, "_backward", gate_bank.launch_gates_backward)
-        monkeypatch.setattr(gate_bank, "_step", gate_bank.launch_bank_step)
+        monkeypatch.setattr(gate_bank, "sample_gates_ref_", gate_bank.launch_sample_gates)
+        monkeypatch.setattr(gate_bank, "gates_backward_ref_", gate_bank.launch_gates_backward)
+        monkeypatch.setattr(gate_bank, "balanced_step_ref_", gate_bank.launch_bank_step)
 
 
 def bank_on(
@@ -218,14 +218,13 @@ def test_operators_pass_opcheck() -> None:
     grads = [torch.ones_like(o) for o in bank.out]
     offsets = torch.zeros(6, dtype=torch.int64)
     backward = (
-        grads, bank.ds, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
+        grads, bank.ds, bank.pulls, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
         bank.log_gain, bank.seeds, bank.step, tables, bank.layers, gate, unit, list(hints), True,
     )  # fmt: skip
     torch.library.opcheck(gate_bank._backward, backward, test_utils=tests)
-    shapes = [n for w in bank.weights for n in w.shape]
     step = (
-        bank.logits, bank.m, bank.v, bank.log_gain, bank.step, bank.control, grads, offsets,
-        bank.partials, bank.targets, bank.lr, tables, shapes, gate, unit, list(bank.rule), list(hints),
+        bank.logits, bank.m, bank.v, bank.log_gain, bank.step, bank.control, grads, bank.pulls, offsets,
+        bank.partials, bank.targets, bank.lr, tables, gate, unit, list(bank.rule), list(hints),
         True,
     )  # fmt: skip
     torch.library.opcheck(gate_bank._step, step, test_utils=tests)
