@@ -97,10 +97,13 @@ def _print(path: Path, rows: Sequence[Row], markdown: bool) -> None:
             print(f"| {' | '.join(line)} |")
         print()
         return
-    grid = Table(*head, title=title, caption="medians (20-80 %)")
+    grid = Table(title=title, caption="medians (20-80 %)")
+    for i, name in enumerate(head):
+        grid.add_column(name, no_wrap=i < 3)  # case, provider, mode
     for line in body:
         grid.add_row(*line)
-    Console(width=max(140, 18 * len(head))).print(grid)
+    wide = sum(max(map(len, column)) for column in list(zip(*body, strict=True))[:3])
+    Console(width=max(140, wide + 16 * len(head))).print(grid)
 
 
 def curves(rows: Sequence[Row]) -> dict[str, dict[tuple[str, str], dict[float, float]]]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sparsecore.control import GradBalance
-from sparsecore.kernels import GateBank, Unit, density_ref, sample_ref, slope_ref
+from sparsecore.kernels import GateBank, Unit, density_ref, density_slope_ref, sample_ref, slope_ref
 from sparsecore.kernels.gate_bank import balanced_step_ref_
 from sparsecore.kernels.gate_operator import storage_noise
 
@@ -139,13 +139,15 @@ def _check_step(name: str, bank: GateBank) -> None:
     *tables, hints = bank.plan
     logits, m, v = ([t.clone() for t in role] for role in (bank.logits, bank.m, bank.v))
     before = [s.clone() for s in bank.logits]
+    densities = [density_ref(bank.gate, s) for s in before]
+    pulls = [density_slope_ref(bank.gate, s, d) for s, d in zip(before, densities, strict=True)]
     balanced_step_ref_(
         logits, m, v, bank.log_gain.clone(), bank.step.clone(), bank.control.clone(), bank.grads,
-        bank._ds_offsets, bank.partials, bank.targets, bank.lr, tables,
-        [n for w in bank.weights for n in w.shape], list(map(float, bank.gate)), list(bank.unit),
-        list(bank.rule), [int(h) for h in hints], bank.fast,
+        pulls, bank._ds_offsets, bank.partials, bank.targets, bank.lr, tables,
+        list(map(float, bank.gate)), list(bank.unit), list(bank.rule), [int(h) for h in hints],
+        bank.fast,
     )  # fmt: skip
-    kept = sum(density_ref(bank.gate, s).sum(dtype=torch.float64) for s in before)
+    kept = sum(d.sum(dtype=torch.float64) for d in densities)
     bank.step_()
     ours, theirs = (
         torch.cat([(new - old).flatten() for new, old in zip(found, before, strict=True)])
