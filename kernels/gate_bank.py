@@ -274,6 +274,8 @@ class GateBank:
         ]
         self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
         self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
+        self._first_chunks = self.plan.table[:, FIRST_CHUNK].tolist()
+        self._sizes: dict[int, Tensor] = {}  # of units, where they are asked for
         self._offsets: dict[tuple[int, ...], Tensor] = {}
         self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
 
@@ -281,9 +283,8 @@ class GateBank:
     def sample_(self) -> list[Tensor]:
         """Begins a step: draws every layer's gated weight into `out`."""
         *tables, hints = self.plan
-        run = (
-            sample_gates_ref_ if self.on_cpu else _sample
-        )  # an operator's call costs more than its work
+        # On the CPU directly: calling an operator costs as much there as a tenth of its work.
+        run = sample_gates_ref_ if self.on_cpu else _sample
         run(
             self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
             self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
@@ -307,6 +308,34 @@ class GateBank:
             self.layers, list(map(float, self.gate)), list(self.unit),
             _hints(hints, self.grads), self.fast,
         )  # fmt: skip
+
+    @torch.no_grad()
+    def begin_(self) -> None:
+        """Begins a step in which the layers draw by themselves, at (seeds[i], step[1], layers[i])."""
+        torch.add(self.step[:1], 1, out=self.step[1:])
+        self.control[1].copy_(self.control[0])
+        if self.log_gain.numel():
+            self.log_gain[1].copy_(self.log_gain[0])
+
+    @torch.no_grad()
+    def take_(self, ds: Sequence[Tensor], dgains: Sequence[Tensor]) -> None:
+        """Takes dR/dlogits and dR/dlog_gain of every layer from such a step, in place of `backward_`."""
+        self.partials.zero_()
+        self.grads = self.ds = [d.contiguous() for d in ds]
+        self._ds_offsets = self._offsets_of(self.ds)
+        nothing = self.partials.new_zeros(())
+        for i, (s, d) in enumerate(zip(self.logits, self.ds, strict=True)):
+            density = density_ref(self.gate, s)
+            pull = density_slope_ref(self.gate, s, density)
+            if not self.unit.single:
+                if i not in self._sizes:
+                    self._sizes[i] = gather_ref(torch.ones_like(self.weights[i]), self.unit)
+                density, pull = density * self._sizes[i], pull.mul_(self._sizes[i])
+            if self.pulls:
+                self.pulls[i].copy_(pull)
+            dgain = dgains[i] if dgains else nothing
+            sums = [d.square().sum(), density.sum(), pull.square().sum(), dgain]
+            self.partials[self._first_chunks[i]] = torch.stack(sums)
 
     @torch.no_grad()
     def step_(self, rule: Rule | None = None) -> None:

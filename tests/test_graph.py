@@ -11,6 +11,9 @@ import sparsecore as sc
 from sparsecore.control import AbstractController, GradBalance, Reading, State
 from sparsecore.convert import batch_statistics
 from sparsecore.data import Batches, Dataset
+from sparsecore.gates import HardConcrete
+from sparsecore.granularity import Block, Channel, Granularity
+from sparsecore.kernels import gate_bank
 from sparsecore.objectives import task
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
@@ -88,8 +91,12 @@ class Own(AbstractController):
 @pytest.mark.parametrize("control", [GradBalance(), Own()], ids=["rule", "own"])
 @pytest.mark.parametrize("name", ["lenet-300-100", "resnet-20"])
 def test_a_step_never_waits_for_the_device(
-    digits: Dataset, name: str, control: AbstractController
+    digits: Dataset, name: str, control: AbstractController, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # As on a GPU, where the bank's work is inside of operators.
+    monkeypatch.setattr(gate_bank, "sample_gates_ref_", gate_bank._sample)
+    monkeypatch.setattr(gate_bank, "gates_backward_ref_", gate_bank._backward)
+    monkeypatch.setattr(gate_bank, "balanced_step_ref_", gate_bank._step)
     model = model_for(digits, name)
     search = ConcreteSearch(control=control)
     batches = Batches(digits, "train", 64, device=DEVICE)
@@ -152,3 +159,22 @@ def test_a_graph_can_hold_a_controller_of_ones_own_and_several_searches(digits: 
         for g in (True, False)
     )
     assert [t.hash for t in many] == [t.hash for t in apart]
+
+
+@pytest.mark.gpu
+@gpu
+@pytest.mark.parametrize("granularity", [Block(16, 16), Channel()], ids=str)
+def test_a_structured_search_that_skips_is_the_one_that_does_not(
+    digits: Dataset, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    batches = Batches(digits, "train", 256, device=DEVICE)
+    search = ConcreteSearch(epochs=3, gate=HardConcrete(), granularity=granularity)
+    losses = [
+        replace(search, graph=g)(model_for(digits, "lenet-300-100"), batches, sparsity=0.7)
+        for g in (True, False)
+    ]
+    monkeypatch.setattr("sparsecore.search.concrete.SkippingStep", FusedStep)
+    losses.append(search(model_for(digits, "lenet-300-100"), batches, sparsity=0.7))
+    first, *others = (ticket.meta["objective_by_epoch"] for ticket in losses)
+    for other in others:
+        assert other == pytest.approx(first, rel=2e-2)

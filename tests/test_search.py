@@ -32,7 +32,7 @@ from sparsecore.patterns import Gated
 from sparsecore.recipes import build
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
-from sparsecore.search.steps import FusedStep, PlainStep, SearchStep
+from sparsecore.search.steps import FusedStep, PlainStep, SearchStep, SkippingStep
 
 
 def trained_mlp(epochs: int = 5) -> nn.Module:
@@ -286,10 +286,10 @@ def test_a_controller_reads_both_norms_and_the_excess(kind: type[SearchStep]) ->
 def test_the_fused_step_is_the_plain_one(
     gate: AbstractGate, granularity: Granularity, control: AbstractController
 ) -> None:
-    """The same logits, gains and objective after ten steps of either."""
+    """The same logits, gains and objective after a few epochs of each."""
     search = ConcreteSearch(control=control, gate=gate, granularity=granularity)
     results = []
-    for kind in (PlainStep, FusedStep):
+    for kind in (PlainStep, FusedStep, SkippingStep):
         model = trained_mlp(1)
         patterns = {}
         for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
@@ -304,10 +304,14 @@ def test_the_fused_step_is_the_plain_one(
             step.begin_epoch(None)
             for batch in Blobs().epoch(epoch):
                 step(batch)
-        gains = [g.log_gain.detach() for g in patterns.values()]
-        results.append([*step.logits()[0].values(), *gains, step.total])
-    for fused, plain in zip(*results, strict=True):
+        if isinstance(step, PlainStep):
+            gains = torch.stack([g.log_gain.detach() for g in patterns.values()])
+        else:
+            gains = step.bank.log_gain[0]
+        results.append([*step.logits()[0].values(), gains, step.total])
+    for plain, fused, skipping in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-4)
+        torch.testing.assert_close(skipping, plain, rtol=2e-3, atol=2e-4)
 
 
 def test_many_searches_at_once_are_as_many_one_by_one() -> None:

@@ -24,7 +24,7 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .graph import Feed
-from .steps import FusedStep, ManyStep, PlainStep, SearchStep
+from .steps import FusedStep, ManyStep, PlainStep, SearchStep, SkippingStep
 
 
 class SearchError(ValueError):
@@ -198,7 +198,11 @@ class ConcreteSearch:
             )
         if len(members) > 1:
             return ManyStep(self, model, gated, members)
-        return (FusedStep if fused else PlainStep)(self, model, gated, members[0][0])
+        kind = FusedStep if fused else PlainStep
+        closes = fused and not isinstance(self.gate, Concrete) and not self.granularity.unit.single
+        if closes and next(model.parameters()).is_cuda:
+            kind = SkippingStep
+        return kind(self, model, gated, members[0][0])
 
     def _run(
         self,
