@@ -23,7 +23,6 @@ from .gate_math import gate_density, load_block, store_block
 from .reference import CONCRETE, GateSpec
 from .segment_math import (
     COLUMN_UNITS,
-    COLUMNS,
     FIRST_CHUNK,
     FIRST_MOMENT,
     FLAT,
@@ -37,6 +36,7 @@ from .segment_math import (
     TAPS,
     UNITS,
     WIDTH,
+    chunk_of,
 )
 from .segments import FLAT_BLOCK, Segments
 from .static import StaticCase, static_case
@@ -115,10 +115,7 @@ def _balanced_step_kernel(
     FAST: tl.constexpr, KEEP: tl.constexpr, FOLLOW: tl.constexpr, ASCEND: tl.constexpr,
     GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    chunk = chunk_ptr + 3 * tl.program_id(0)
-    segment = tl.load(chunk)
-    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
-    row = table_ptr + segment * COLUMNS
+    segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     group = tl.load(row + GROUP)
     t = tl.load(step_ptr + 1)
 

@@ -9,7 +9,6 @@ import triton.language as tl
 from .gate_math import gate_density, gate_slope, load_block, sample_gate, store_block
 from .philox import interleave4, uniform_words
 from .segment_math import (
-    COLUMNS,
     FACTOR,
     FLAT,
     LAYER,
@@ -18,6 +17,7 @@ from .segment_math import (
     OUT,
     WEIGHT,
     advance,
+    chunk_of,
     gain_of,
     store_sums,
     tensor_of,
@@ -58,10 +58,7 @@ def sample_flat_kernel(
     GAIN: tl.constexpr, STORE_Q: tl.constexpr, ADVANCE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One gate per weight: w_eff (and q), in memory order."""
-    chunk = chunk_ptr + 3 * tl.program_id(0)
-    segment = tl.load(chunk)
-    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
-    row = table_ptr + segment * COLUMNS
+    segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     seed, step = tl.load(seed_ptr + (segment if ADVANCE else 0)), tl.load(step_ptr)
     gain = gain_of(gain_ptr, segment, GAIN)
     if ADVANCE:
@@ -122,10 +119,7 @@ def backward_flat_kernel(
     MULTI: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One gate per weight: ds (which may lie where grad lies) and this program's sums."""
-    chunk = chunk_ptr + 3 * tl.program_id(0)
-    segment = tl.load(chunk)
-    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
-    row = table_ptr + segment * COLUMNS
+    segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     seed, step = tl.load(seed_ptr + (segment if MULTI else 0)), tl.load(step_ptr)
     gain = gain_of(gain_ptr, segment, GAIN)
     layer, numel = tl.load(row + LAYER), tl.load(row + NUMEL)

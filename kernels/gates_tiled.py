@@ -9,7 +9,6 @@ import triton.language as tl
 from .gate_math import gate_density, gate_slope, sample_gate, uniform_at
 from .segment_math import (
     COLUMN_UNITS,
-    COLUMNS,
     FACTOR,
     HEIGHT,
     INPUTS,
@@ -25,6 +24,7 @@ from .segment_math import (
     WEIGHT,
     WIDTH,
     advance,
+    chunk_of,
     gain_of,
     store_sums,
     tensor_of,
@@ -85,10 +85,7 @@ def sample_tiled_kernel(
     U: tl.constexpr, E: tl.constexpr, WIDE: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Units of several weights, or N:M: w_eff, a tile of units [U] by their elements [E] at a time."""
-    chunk = chunk_ptr + 3 * tl.program_id(0)
-    segment = tl.load(chunk)
-    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
-    row = table_ptr + segment * COLUMNS
+    segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     seed, step = tl.load(seed_ptr + (segment if ADVANCE else 0)), tl.load(step_ptr)
     gain = gain_of(gain_ptr, segment, GAIN)
     if ADVANCE:
@@ -129,10 +126,7 @@ def backward_tiled_kernel(
     VECTOR: tl.constexpr,
 ):  # fmt: skip
     """Units of several weights, or N:M: ds [units] (in the logits' layout) and this program's sums."""
-    chunk = chunk_ptr + 3 * tl.program_id(0)
-    segment = tl.load(chunk)
-    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
-    row = table_ptr + segment * COLUMNS
+    segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     seed, step = tl.load(seed_ptr + (segment if MULTI else 0)), tl.load(step_ptr)
     gain = gain_of(gain_ptr, segment, GAIN)
     layer, units = tl.load(row + LAYER), tl.load(row + UNITS)

@@ -31,6 +31,15 @@ FLAT = tl.constexpr(segments.FLAT_BLOCK)
 
 
 @triton.jit
+def chunk_of(chunk_ptr, table_ptr):
+    """(segment, first block, last block + 1, the segment's row) of this program."""
+    chunk = chunk_ptr + 3 * tl.program_id(0)
+    segment = tl.load(chunk)
+    start, stop = tl.load(chunk + 1).to(tl.int64), tl.load(chunk + 2).to(tl.int64)
+    return segment, start, stop, table_ptr + segment * COLUMNS
+
+
+@triton.jit
 def tensor_of(base, row, NAME: tl.constexpr, ALIGNED: tl.constexpr):
     """This segment's tensor of a role."""
     offset = tl.load(row + NAME)
