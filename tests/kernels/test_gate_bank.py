@@ -85,6 +85,16 @@ def three_steps(bank: GateBank) -> dict[str, list[Tensor]]:
     return seen
 
 
+def agree(mine: Tensor, right: Tensor) -> None:
+    """float32 in both; sums in another order, functions to 2 ulp.
+
+    At a clip or a step rounding decides, which a few gates in a million meet: one in 100,000 may differ,
+    so none of these small layers' and some of the real ones'.
+    """
+    close = torch.isclose(mine, right, rtol=2e-4, atol=2e-5)
+    assert (~close).sum() <= 1e-5 * close.numel(), (mine - right).abs().max()
+
+
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
 @pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
 @pytest.mark.parametrize("unit", UNITS.values(), ids=list(UNITS))
@@ -109,8 +119,7 @@ def test_three_steps_of_two_searches(
     again = three_steps(bank_on(DEVICE, gate, unit, rule, store_factor=stored))
     for name, values in found.items():
         for mine, right, twice in zip(values, plain[name], again[name], strict=True):
-            # float32 in both; sums in another order, functions to 2 ulp.
-            torch.testing.assert_close(mine, right, rtol=2e-4, atol=2e-5)
+            agree(mine, right)
             assert torch.equal(mine, twice), name  # deterministic
     assert found["step"][-1].tolist() == [3, 3]
 
@@ -126,7 +135,7 @@ def test_layers_whose_memory_moves_in_vectors(
     assert bank.plan.hints.vector == (4 if unit.keep else 8)
     for name, values in three_steps(bank).items():
         for mine, right in zip(values, plain[name], strict=True):
-            torch.testing.assert_close(mine, right, rtol=2e-4, atol=2e-5)
+            agree(mine, right)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, *([torch.bfloat16] if GPU else [])], ids=str)

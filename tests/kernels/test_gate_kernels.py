@@ -85,12 +85,22 @@ def within(found: Tensor, exact: Tensor, usual: Tensor, scale: Tensor | None = N
     assert bool(error <= bound), (float(error), float(bound))
 
 
-def near_tie(gate: GateSpec, logits: Tensor) -> bool:
-    """Whether rounding may decide a Bernoulli gate."""
-    if gate.kind != ref.BERNOULLI:
-        return False
+def doubtful(gate: GateSpec, unit: Unit, logits: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The weights whose gate rounding may decide: a sample at a clip or a step, two rivals for one place."""
     noise = philox.storage_noise(logits, one(SEED), one(STEP), LAYER, exact=True).double()
-    return bool(((torch.logit(noise, eps=ref.EPS) + logits.double()).abs() < 1e-5).any())
+    low, z, high = (ref.sample_ref(gate, logits.double() + d, noise) for d in (-1e-5, 0.0, 1e-5))
+    clipped = [(t <= 0) | (t >= 1) for t in (low, high)]
+    near = ((high - low) > 0.5) | (clipped[0] != clipped[1])
+    ones = torch.ones(shape, dtype=torch.float64, device=logits.device)
+    if not unit.keep:
+        return algebra.apply_ref(ones, near.double(), unit) > 0
+    lanes = torch.nn.functional.pad(z.movedim(1, -1), (0, -shape[1] % unit.w), value=-1.0)
+    best = lanes.unflatten(-1, (-1, unit.w)).sort(-1, descending=True).values
+    apart = best[..., unit.keep - 1] - best[..., unit.keep]
+    rivals = (apart < 1e-5) & (apart > 0)  # equals, clipped alike, go by their index
+    groups = Unit(1, unit.w)
+    near = (algebra.gather_ref(near.double(), groups) > 0) | rivals.movedim(-1, 1)
+    return algebra.apply_ref(ones, near.double(), groups) > 0
 
 
 @by_shape
@@ -106,19 +116,22 @@ def test_forward_and_backward(
         last = torch.channels_last
         weight, logits = weight.to(memory_format=last), logits.to(memory_format=last)
     gain = torch.tensor(0.3, device=DEVICE)
-    assert not near_tie(gate, logits) or GPU
+    skipped = doubtful(gate, unit, logits, shape)
+    assert skipped.double().mean() < 0.02
+    hidden = skipped if unit.single else algebra.gather_ref(skipped.double(), unit) > 0
     arguments = (one(SEED), one(STEP), LAYER, [float(v) for v in gate], list(unit), fast)
     exact = expected(weight, logits, gain, grad, gate, unit, torch.float64)
     for dtype in DTYPES:
         out = op.launch_gated_weight(weight, logits, gain, *arguments, dtype)
         usual = expected(weight, logits, gain, grad, gate, unit, torch.float32)[0].to(dtype)
-        within(out, exact[0], usual)
+        within(*(t.masked_fill(skipped, 0) for t in (out, exact[0], usual)))
         given = grad.to(dtype)
         exact_here = expected(weight, logits, gain, given, gate, unit, torch.float64)
         usual_here = expected(weight, logits, gain, given, gate, unit, torch.float32)
         found = op.launch_gated_weight_backward(given, weight, logits, gain, *arguments, True)
-        for mine, right, usual in zip(found[:2], exact_here[1:3], usual_here[1:3], strict=True):
-            within(mine, right, usual)
+        for i, mask in enumerate((hidden, skipped)):
+            mine = (found[i], exact_here[i + 1], usual_here[i + 1])
+            within(*(t.masked_fill(mask, 0) for t in mine))
         terms = exact[0] * given.double()  # whose sum is dlog_gain: its terms cancel
         within(found[2], exact_here[3], usual_here[3], scale=terms.abs().sum())
         again = op.launch_gated_weight_backward(given, weight, logits, gain, *arguments, True)
