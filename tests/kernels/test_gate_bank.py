@@ -24,7 +24,11 @@ GATES = {
 UNITS = {"weight": Unit(), "block": Unit(2, 3), "channel": Unit(1, 0), "2:4": Unit(1, 4, 2)}
 SHAPES = [(37, 41), (5, 7, 3, 3), (1, 1)] * 2
 WHOLE = [(40, 64), (16, 8, 3, 3), (8, 16)] * 2  # rows, blocks and taps that are multiples of 8
-REAL = [(1000, 512), (512, 512, 3, 3), (64, 3, 7, 7)] * 2  # on a GPU
+REAL = [
+    (1000, 512),
+    (128, 128, 3, 3),
+    (64, 3, 7, 7),
+] * 2  # on a GPU; the CPU draws the same noise slowly
 RULES = {"gradbalance": Rule(0.99, 0.01, 0.0), "lagrangian": Rule(1.0, 0.0, 1e-3)}
 
 
