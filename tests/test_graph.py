@@ -165,7 +165,7 @@ def test_a_graph_can_hold_a_controller_of_ones_own_and_several_searches(digits: 
 @gpu
 @pytest.mark.parametrize("granularity", [Block(16, 16), Channel()], ids=str)
 def test_a_structured_search_that_skips_is_the_one_that_does_not(
-    digits: Dataset, granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, granularity: Granularity
 ) -> None:
     batches = Batches(digits, "train", 256, device=DEVICE)
     search = ConcreteSearch(epochs=3, gate=HardConcrete(), granularity=granularity)
@@ -173,7 +173,7 @@ def test_a_structured_search_that_skips_is_the_one_that_does_not(
         replace(search, graph=g)(model_for(digits, "lenet-300-100"), batches, sparsity=0.7)
         for g in (True, False)
     ]
-    monkeypatch.setattr("sparsecore.search.concrete.SkippingStep", FusedStep)
+    search = replace(search, layerwise=False)
     losses.append(search(model_for(digits, "lenet-300-100"), batches, sparsity=0.7))
     first, *others = (ticket.meta["objective_by_epoch"] for ticket in losses)
     for other in others:

@@ -32,7 +32,7 @@ from sparsecore.patterns import Gated
 from sparsecore.recipes import build
 from sparsecore.scores import SCORES, magnitude, random, snip
 from sparsecore.search import ConcreteSearch, OneShot, SearchError
-from sparsecore.search.steps import FusedStep, PlainStep, SearchStep, SkippingStep
+from sparsecore.search.steps import FusedStep, LayerwiseStep, PlainStep, SearchStep
 
 
 def trained_mlp(epochs: int = 5) -> nn.Module:
@@ -289,7 +289,7 @@ def test_the_fused_step_is_the_plain_one(
     """The same logits, gains and objective after a few epochs of each."""
     search = ConcreteSearch(control=control, gate=gate, granularity=granularity)
     results = []
-    for kind in (PlainStep, FusedStep, SkippingStep):
+    for kind in (PlainStep, FusedStep, LayerwiseStep):
         model = trained_mlp(1)
         patterns = {}
         for i, (name, layer) in enumerate(sc.sparse_layers(model).items()):
@@ -312,6 +312,18 @@ def test_the_fused_step_is_the_plain_one(
     for plain, fused, skipping in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-4)
         torch.testing.assert_close(skipping, plain, rtol=2e-3, atol=2e-4)
+
+
+def test_layers_that_draw_by_themselves_find_the_same_ticket() -> None:
+    model, blobs = trained_mlp(1), Blobs()
+    search = ConcreteSearch(epochs=2, gate=HardConcrete(), granularity=Block(4, 3))
+    together, apart = (
+        replace(search, layerwise=flag)(model, blobs, sparsity=0.6) for flag in (False, True)
+    )
+    assert together.hash == apart.hash
+    assert apart.meta["objective_by_epoch"] == pytest.approx(
+        together.meta["objective_by_epoch"], rel=1e-3
+    )
 
 
 def test_many_searches_at_once_are_as_many_one_by_one() -> None:

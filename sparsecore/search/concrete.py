@@ -24,7 +24,7 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .graph import Feed
-from .steps import FusedStep, ManyStep, PlainStep, SearchStep, SkippingStep
+from .steps import FusedStep, LayerwiseStep, ManyStep, PlainStep, SearchStep
 
 
 class SearchError(ValueError):
@@ -51,6 +51,9 @@ class ConcreteSearch:
         dtype: in which the networks compute; float32, bfloat16 or float16 (by autocast).
         channels_last: whether convolutions compute in that memory format.
         graph: whether a step is one CUDA graph, where the data lies on a GPU.
+        layerwise: whether each layer draws by itself, by the strategy that measures fastest at its shape
+            (`kernels.gated_linear`), instead of all in one launch.  None: on a GPU, where gates of
+            several weights can close, so that what is closed is skipped.
 
     Errors: ValueError for epochs below 1, lr not above 0, gain_lr below 0 or another dtype.
     """
@@ -68,6 +71,7 @@ class ConcreteSearch:
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     graph: bool = True
+    layerwise: bool | None = None
 
     def __post_init__(self) -> None:
         if self.epochs < 1:
@@ -198,10 +202,11 @@ class ConcreteSearch:
             )
         if len(members) > 1:
             return ManyStep(self, model, gated, members)
-        kind = FusedStep if fused else PlainStep
-        closes = fused and not isinstance(self.gate, Concrete) and not self.granularity.unit.single
-        if closes and next(model.parameters()).is_cuda:
-            kind = SkippingStep
+        layerwise = self.layerwise
+        if layerwise is None:
+            closes = not isinstance(self.gate, Concrete) and not self.granularity.unit.single
+            layerwise = closes and next(model.parameters()).is_cuda
+        kind = (LayerwiseStep if layerwise else FusedStep) if fused else PlainStep
         return kind(self, model, gated, members[0][0])
 
     def _run(

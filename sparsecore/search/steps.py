@@ -1,7 +1,8 @@
 """One search step: descend g_R + lambda g_S in the logits of all gates, and let the gains follow.
 
-`FusedStep` leaves the gates to `kernels.GateBank` (three launches on a GPU).  `PlainStep` is the same in
-autograd, for what the bank does not know: gates without a `spec`, objectives that differentiate twice.
+`FusedStep` leaves the gates to `kernels.GateBank` (three launches on a GPU), `ManyStep` does so for several
+tickets at once, `LayerwiseStep` lets every layer draw by itself.  `PlainStep` is the same in autograd, for
+what the bank does not know: gates without a `spec`, objectives that differentiate twice.
 """
 
 from abc import ABC, abstractmethod
@@ -175,11 +176,11 @@ class FusedStep(SearchStep):
         return [{n: s.contiguous() for n, s in zip(self.gated, p, strict=True)} for p in parts]
 
 
-class SkippingStep(FusedStep):
-    """A fused step whose layers draw by themselves, so that closed blocks and channels cost nothing.
+class LayerwiseStep(FusedStep):
+    """A fused step whose layers draw by themselves, each as `kernels.gated_linear` finds fastest.
 
-    For units of several weights under gates that close: `kernels.gated_linear` skips what is closed, and
-    the search gets faster as it gets sparser.
+    For blocks and channels under gates that close: what is closed is skipped, and the search gets faster
+    as it gets sparser.  For few tokens: gates are drawn, or their gradient made, inside the products.
     """
 
     def __init__(
