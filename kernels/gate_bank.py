@@ -6,6 +6,7 @@ stay put, so that a step can be captured as a CUDA graph.  On the CPU the same s
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -98,7 +99,7 @@ def gates_backward_ref_(
         density = density_ref(spec, s)
         pulls[i].copy_(density_slope_ref(spec, s, density))
         if not covers.single:
-            sizes = gather_ref(torch.ones_like(weight), covers)
+            sizes = _sizes(weight.shape, covers, weight.device)
             density, pulls[i] = density * sizes, pulls[i].mul_(sizes)
         norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (found, pulls[i])]
         row = [norms[0].square(), density.sum(), norms[1].square(), dot]
@@ -206,6 +207,12 @@ def _spec(gate: list[float]) -> GateSpec:
     return GateSpec(int(gate[0]), *gate[1:])
 
 
+@lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, unit: Unit, device: torch.device) -> Tensor:
+    """Weights in each unit, float32; kept, since making it takes a tensor of the weight's size."""
+    return gather_ref(torch.ones(shape, device=device), unit)
+
+
 def _memory(t: Tensor) -> Tensor:
     """A dense tensor's elements in the order in which they lie."""
     return t.as_strided((t.numel(),), (1,))
@@ -223,7 +230,8 @@ class GateBank:
         rule: how lambda moves; `weight` is its first value.
         gain_lr: 0 leaves gains out.
         dtype: of the gated weights.
-        out: where the gated weights go, of the weights' shapes, in place of tensors of its own.
+        out: where the gated weights go, of the weights' shapes, in place of tensors of its own;
+            empty where the layers draw by themselves (`begin_`, `take_`).
         store_factor: keep q for the backward instead of drawing the noise again (one gate per weight only).
 
     Errors: ValueError for tensors of another kind.
@@ -253,7 +261,9 @@ class GateBank:
         ]
         self.m = [torch.zeros_like(s) for s in self.logits]
         self.v = [torch.zeros_like(s) for s in self.logits]
-        self.out = list(out or [torch.empty_like(w, dtype=dtype) for w in weights])
+        if out is None:
+            out = [torch.empty_like(w, dtype=dtype) for w in weights]
+        self.out = list(out)
         elementwise = unit.single and not unit.keep
         stored = store_factor and (elementwise or (unit.single and self.on_cpu))
         self.q = [torch.empty_like(o) for o in self.out] if stored else []
@@ -275,7 +285,6 @@ class GateBank:
         self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
         self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
         self._first_chunks = self.plan.table[:, FIRST_CHUNK].tolist()
-        self._sizes: dict[int, Tensor] = {}  # of units, where they are asked for
         self._offsets: dict[tuple[int, ...], Tensor] = {}
         self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
 
@@ -321,16 +330,15 @@ class GateBank:
     def take_(self, ds: Sequence[Tensor], dgains: Sequence[Tensor]) -> None:
         """Takes dR/dlogits and dR/dlog_gain of every layer from such a step, in place of `backward_`."""
         self.partials.zero_()
-        self.grads = self.ds = [d.contiguous() for d in ds]
+        self.grads = self.ds = [_laid_out_as(d, s) for d, s in zip(ds, self.logits, strict=True)]
         self._ds_offsets = self._offsets_of(self.ds)
         nothing = self.partials.new_zeros(())
         for i, (s, d) in enumerate(zip(self.logits, self.ds, strict=True)):
             density = density_ref(self.gate, s)
             pull = density_slope_ref(self.gate, s, density)
             if not self.unit.single:
-                if i not in self._sizes:
-                    self._sizes[i] = gather_ref(torch.ones_like(self.weights[i]), self.unit)
-                density, pull = density * self._sizes[i], pull.mul_(self._sizes[i])
+                sizes = _sizes(self.weights[i].shape, self.unit, s.device)
+                density, pull = density * sizes, pull.mul_(sizes)
             if self.pulls:
                 self.pulls[i].copy_(pull)
             dgain = dgains[i] if dgains else nothing

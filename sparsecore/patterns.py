@@ -160,7 +160,8 @@ class Gated(nn.Module):
         shape: the weight's shape [n, k, *taps].
         density: initial expected share of kept units, 0 < density < 1.
         seed, layer: with the step, the address of this layer's noise; equal addresses draw equal noise.
-        impl: how the layer computes (`kernels.gated_linear`): "auto", "materialise", "fused" or "block".
+        impl: how the layer computes (`kernels.gated_linear`): "auto", "materialise", "epilogue", "fused" or
+            "block".
         gain: whether one trainable scale of the whole layer, exp(log_gain), makes up for what the
             gates remove.  Only a search over frozen weights needs it.
 

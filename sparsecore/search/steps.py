@@ -187,7 +187,7 @@ class LayerwiseStep(FusedStep):
         self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
     ) -> None:
         SearchStep.__init__(self, search, model, gated, density)
-        self._build([(density, search.seed)])
+        self._build([(density, search.seed)], [])
         self.leaves: list[Tensor] = []
         for i, pattern in enumerate(gated.values()):
             pattern.logits.data = self.bank.logits[i]
@@ -298,10 +298,8 @@ class PlainStep(SearchStep):
         if self.gains:
             groups.append({"params": self.gains, "lr": search.gain_lr})
         self.optimizer = torch.optim.Adam(groups, fused=True)
-        for p in (
-            *self.params,
-            *self.gains,
-        ):  # the moments exist from the start: they can be loaded
+        # The moments exist from the start, so that a checkpoint can be loaded into them.
+        for p in (*self.params, *self.gains):
             p.grad = torch.zeros_like(p)
             slots = {"step": torch.zeros((), device=self.device)}
             slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}

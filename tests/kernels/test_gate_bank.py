@@ -243,6 +243,26 @@ def test_operators_pass_opcheck() -> None:
     torch.library.opcheck(gate_bank._step, step, test_utils=tests)
 
 
+def test_gradients_from_the_layers_end_where_their_logits_lie(
+    launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer's gradient may be contiguous where its logits are channels_last."""
+    found = []
+    for kernels in (False, True):
+        if kernels:
+            interpreted(monkeypatch)
+        device = DEVICE if kernels else "cpu"
+        bank = bank_on(device, GATES["concrete"], Unit(), RULES["gradbalance"], out=[])
+        assert not bank.out
+        bank.begin_()
+        ds = [randn(*s.shape, seed=i).to(device) for i, s in enumerate(bank.logits)]
+        bank.take_(ds, list(torch.full((6,), 0.1, device=device)))
+        bank.step_()
+        found.append([t.cpu() for t in (*bank.logits, bank.log_gain, bank.control, bank.sums())])
+    for plain, mine in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
+
+
 def test_bad_weights_are_refused() -> None:
     for weight in (torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, 8)[:, ::2]):
         with pytest.raises(ValueError, match="expected dense float32 weights"):
