@@ -97,7 +97,7 @@ def launch_forward(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
 ) -> Tensor:  # fmt: skip
-    problem, spec = _problem(x, weight, unit, axes), _spec(gate)
+    problem, spec = _problem(x, weight, unit, axes), GateSpec.of(gate)
     y = _empty(x, _output_shape(x, problem), last=True)
     if y.numel() == 0:
         return y
@@ -115,7 +115,7 @@ def launch_backward(
     want_x: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx or nothing, dweight or nothing, dlogits, dgain)."""
-    problem, spec = _problem(x, weight, unit, axes), _spec(gate)
+    problem, spec = _problem(x, weight, unit, axes), GateSpec.of(gate)
     dense = _dense(weight)
     dx = _empty(x, x.shape if want_x else (0,), last=True)
     dw = torch.zeros_like(dense) if want_weight else weight.new_empty(0)
@@ -149,13 +149,9 @@ def launch_backward(
 # --- Operations -------------------------------------------------------------------------------------
 
 
-def _spec(gate: list[float]) -> GateSpec:
-    return GateSpec(int(gate[0]), *gate[1:])
-
-
 def _sampled(logits: Tensor, seed: Tensor, step: Tensor, layer: int, gate: list[float]) -> Tensor:
     noise = uniform_(logits.new_empty(logits.shape, dtype=torch.float32), seed, step, layer)
-    return sample_ref(_spec(gate), logits, noise.to(logits.dtype))
+    return sample_ref(GateSpec.of(gate), logits, noise.to(logits.dtype))
 
 
 @torch.library.custom_op("sparsecore::block_gated_conv", mutates_args=(), device_types="cpu")
@@ -208,7 +204,7 @@ def _backward(
     through = through.to(weight.dtype)
     dz = gather_ref(through * weight, problem.unit).to(z.dtype)
     scale = 1.0 if gain is None else gain
-    dlogits = dz * scale * slope_ref(_spec(gate), z, logits)
+    dlogits = dz * scale * slope_ref(GateSpec.of(gate), z, logits)
     dw = weight.new_empty(0)
     if want_weight:
         dw = torch.empty_like(_dense(weight)).copy_(apply_ref(through, z, problem.unit) * scale)

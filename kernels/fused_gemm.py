@@ -138,9 +138,7 @@ def _(
 
 
 def _gated(weight, logits, gain, seed, step, layer, gate, conv) -> Gated:
-    return Gated(
-        weight, logits, gain, seed, step, layer, GateSpec(int(gate[0]), *gate[1:]), tuple(conv)
-    )
+    return Gated(weight, logits, gain, seed, step, layer, GateSpec.of(gate), tuple(conv))
 
 
 def _layout(tensor: Tensor) -> torch.memory_format:

@@ -35,7 +35,7 @@ def sample_gates_ref_(
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
     layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
-    spec, covers = _spec(gate), Unit(*unit)
+    spec, covers = GateSpec.of(gate), Unit(*unit)
     step[1] = step[0] + 1
     control[1] = control[0]
     if log_gain.numel():
@@ -65,7 +65,8 @@ def launch_sample_gates(
 ) -> None:  # fmt: skip
     """K1 for all layers."""
     launch_sample(
-        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), weight=weights[0], logits=logits[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit),
+        weight=weights[0], logits=logits[0],
         out=out[0], q=q[0] if q else None, log_gain=log_gain if log_gain.numel() else None,
         seed=seeds, step=step, control=control, fast=fast,
     )  # fmt: skip
@@ -82,7 +83,7 @@ def gates_backward_ref_(
 
     `pulls`, size d density/ds of each layer, is for `balanced_step_ref_`; kernels compute it twice.
     """
-    spec, covers = _spec(gate), Unit(*unit)
+    spec, covers = GateSpec.of(gate), Unit(*unit)
     partials.zero_()
     for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
         flat = grad.to(torch.float32)
@@ -115,7 +116,7 @@ def launch_gates_backward(
 ) -> None:  # fmt: skip
     """K2 for all layers."""
     launch_backward(
-        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), grad=grads[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit), grad=grads[0],
         grad_offsets=grad_offsets, weight=weights[0], logits=logits[0], out=out[0],
         q=q[0] if q else None, log_gain=log_gain[1] if log_gain.numel() else None, seed=seeds,
         step=step[1:], ds=ds[0] if ds else grads[0], dw=None, partials=partials, multi=True,
@@ -175,7 +176,7 @@ def launch_bank_step(
 ) -> None:  # fmt: skip
     """K2b for all layers."""
     launch_balanced_step(
-        Segments(*plan, Hints(bool(hints[0]), hints[1])), _spec(gate), Unit(*unit), Rule(*rule), logits=logits[0],
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit), Rule(*rule), logits=logits[0],
         grad=grads[0], grad_offsets=grad_offsets, m=m[0], v=v[0],
         log_gain=log_gain if log_gain.numel() else None, partials=partials, step=step,
         control=control, targets=targets, lr=lr, fast=fast,
@@ -201,10 +202,6 @@ for _operator, _launch in (
 ):
     _operator.register_kernel("cuda")(_launch)
     _operator.register_fake(lambda *args, **kwargs: None)
-
-
-def _spec(gate: list[float]) -> GateSpec:
-    return GateSpec(int(gate[0]), *gate[1:])
 
 
 @lru_cache(maxsize=1024)

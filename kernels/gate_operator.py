@@ -27,7 +27,7 @@ def _gated_weight(
     weight: Tensor, logits: Tensor, log_gain: Tensor | None, seed: Tensor, step: Tensor,
     layer: int, gate: list[float], unit: list[int], fast: bool, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
-    spec, covers = _spec(gate), Unit(*unit)
+    spec, covers = GateSpec.of(gate), Unit(*unit)
     noise = storage_noise(logits, seed, step, layer).to(logits.dtype)
     z = project_ref(sample_ref(spec, logits, noise), covers)
     product = apply_ref(weight, z, covers)
@@ -45,7 +45,7 @@ def launch_gated_weight(
     out = torch.empty_like(weight, dtype=dtype)
     if out.numel():
         launch_sample(
-            _plan(_geometry(weight, layer), covers, weight.device), _spec(gate), covers,
+            _plan(_geometry(weight, layer), covers, weight.device), GateSpec.of(gate), covers,
             weight=weight, logits=logits, out=out, q=None, log_gain=log_gain,
             seed=seed, step=step, fast=fast,
         )  # fmt: skip
@@ -63,7 +63,7 @@ def _backward(
     step: Tensor, layer: int, gate: list[float], unit: list[int], fast: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(dlogits, dweight or nothing, dlog_gain)."""
-    spec, covers = _spec(gate), Unit(*unit)
+    spec, covers = GateSpec.of(gate), Unit(*unit)
     noise = storage_noise(logits, seed, step, layer).to(logits.dtype)
     z = project_ref(sample_ref(spec, logits, noise), covers)
     scaled = grad.to(weight.dtype)
@@ -92,7 +92,7 @@ def launch_gated_weight_backward(
     partials = torch.zeros(len(made.chunks), 4, device=weight.device)
     if weight.numel():
         launch_backward(
-            made, _spec(gate), covers, grad=grad, grad_offsets=torch.zeros_like(seed),
+            made, GateSpec.of(gate), covers, grad=grad, grad_offsets=torch.zeros_like(seed),
             weight=weight, logits=logits, out=weight, q=None, log_gain=log_gain, seed=seed,
             step=step, ds=ds, dw=dw, partials=partials, multi=False, fast=fast,
         )  # fmt: skip
@@ -127,7 +127,7 @@ def _autograd(ctx, grad: Tensor):
 def _differentiable(grad, inputs, wanted, seed, step, layer, gate, unit, fast, dtype):
     """The gradients as a graph, for a second backward: autograd through the reference."""
     weight, logits, log_gain = inputs
-    spec, covers = _spec(gate), Unit(*unit)
+    spec, covers = GateSpec.of(gate), Unit(*unit)
     noise = storage_noise(logits.detach(), seed, step, layer).to(logits.dtype)
     z = sample_ref(spec, logits, noise)
     if spec.kind == BERNOULLI:
@@ -141,10 +141,6 @@ def _differentiable(grad, inputs, wanted, seed, step, layer, gate, unit, fast, d
 
 
 _gated_weight.register_autograd(_autograd, setup_context=_keep)
-
-
-def _spec(gate: list[float]) -> GateSpec:
-    return GateSpec(int(gate[0]), *gate[1:])
 
 
 def _geometry(weight: Tensor, layer: int) -> Geometry:

@@ -6,6 +6,7 @@ pass stores z and never the noise.  All functions are differentiable, twice, in 
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,11 @@ class GateSpec(NamedTuple):
     a: float = 1.0
     b: float = 0.0
     c: float = 1.0
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "GateSpec":
+        """From the numbers as which an operator is given it."""
+        return cls(int(values[0]), *values[1:])
 
     @property
     def shift(self) -> float:
