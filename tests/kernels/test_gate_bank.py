@@ -257,7 +257,13 @@ def test_gradients_from_the_layers_end_where_their_logits_lie(
         bank.begin_()
         ds = [randn(*s.shape, seed=i).to(device) for i, s in enumerate(bank.logits)]
         bank.take_(ds, list(torch.full((6,), 0.1, device=device)))
+        before = [s.clone() for s in bank.logits]
         bank.step_()
+        for s, was, d, group in zip(bank.logits, before, ds, bank.groups, strict=True):
+            p = torch.sigmoid(was)
+            total = d + bank.control[0, group] * 100 / bank.targets[group] * p * (1 - p)
+            right = was - 0.1 * total / (total.abs() + 1e-8)  # Adam's first step
+            torch.testing.assert_close(s, right, rtol=1e-3, atol=1e-4)
         found.append([t.cpu() for t in (*bank.logits, bank.log_gain, bank.control, bank.sums())])
     for plain, mine in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-5)
