@@ -1,6 +1,7 @@
 """Triton kernels and their PyTorch references.  Imported as `sparsecore.kernels`; needs torch and triton only."""
 
 from .balance import Rule
+from .formats import Layer, kept_index
 from .gate_bank import GateBank
 from .gate_operator import gated_weight
 from .gated_layers import Choice, choice, forget, gated_conv2d, gated_linear
@@ -22,16 +23,22 @@ from .reference import (
     sample_ref,
     slope_ref,
 )
+from .sparse_layers import FLOOR, FORMATS, PRODUCTS, Plan, obstacle, plan_of, sparse_layer
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [
     "BERNOULLI",
     "CONCRETE",
+    "FLOOR",
+    "FORMATS",
     "GAUSSIAN",
     "HARD_CONCRETE",
+    "PRODUCTS",
     "Choice",
     "GateBank",
     "GateSpec",
+    "Layer",
+    "Plan",
     "Rule",
     "Unit",
     "allowed_ref",
@@ -50,9 +57,13 @@ __all__ = [
     "gaussian_slope_ref",
     "hard_concrete_ref",
     "hard_concrete_slope_ref",
+    "kept_index",
+    "obstacle",
+    "plan_of",
     "project_ref",
     "sample_ref",
     "slope_ref",
+    "sparse_layer",
     "uniform_",
     "unit_shape",
 ]

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typing_extensions import Self
 
 from . import kernels
-from .patterns import Dense, Gated, Masked
+from .patterns import Dense, Formats, Gated, Masked, Planned
 
 
 class SparseLayer(nn.Module):
@@ -23,7 +24,7 @@ class SparseLayer(nn.Module):
 
     @property
     def raw_weight(self) -> nn.Parameter:
-        """The parameter itself, [n, k] or [n, k, *taps]."""
+        """The parameter itself, [n, k] or [n, k, *taps]; under `Planned` the kept weights, [nnz]."""
         weight = self._parameters["weight"]
         assert weight is not None
         return weight
@@ -35,6 +36,13 @@ class SparseLayer(nn.Module):
         if "weight" not in self._parameters:
             raise AttributeError("weight")
         return self.pattern(self.raw_weight)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the weight, whatever the parameter's is."""
+        pattern = self.pattern
+        planned = isinstance(pattern, Planned)
+        return torch.Size(pattern.layer.shape) if planned else self.raw_weight.shape
 
     def _sampling(self, x: Tensor) -> Gated | None:
         """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""
@@ -49,14 +57,77 @@ class SparseLayer(nn.Module):
 
         Errors: ValueError for another shape, TypeError for another dtype; nothing changes then.
         """
-        if mask.shape != self.raw_weight.shape:
+        if mask.shape != self.weight_shape:
             raise ValueError(
-                f"mask: expected shape {tuple(self.raw_weight.shape)}, got {tuple(mask.shape)}"
+                f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
             )
-        self.pattern = Masked(mask.to(self.raw_weight.device).clone())
+        pattern = Masked(mask.to(self.raw_weight.device).clone())
+        self.unplan_()
+        self.pattern = pattern
         with torch.no_grad():
             self.raw_weight.masked_fill_(~self.pattern.mask, 0)
         return self
+
+    def plan_(self, formats: Formats | None = None, choose: Any = None) -> Self:
+        """From a mask over a dense parameter to the kept weights alone: pattern `Planned`.
+
+        The parameter object stays and becomes the vector [nnz], so make optimisers afterwards.
+        Args: as `Planned` takes them.
+
+        Errors: ValueError for a layer without a mask or a format that cannot do this; nothing changes then.
+        """
+        pattern = Planned(
+            self._decided_mask(),
+            formats,
+            **self._slide(),
+            choose=choose,
+            dtype=self.raw_weight.dtype,
+        )
+        self.unplan_()
+        self._become(pattern, pattern.kept(self.raw_weight.detach()))
+        return self
+
+    def unplan_(self) -> Self:
+        """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
+        if isinstance(self.pattern, Planned):
+            self._become(Masked(self.pattern.mask), self.weight.detach())
+        return self
+
+    def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
+        """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
+
+        Weights that stay keep their values, new ones start at 0 or at their entries in `grown`, of the
+        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no plan.
+        """
+        old = self.pattern
+        if not isinstance(old, Planned) or mask.shape != self.weight_shape:
+            raise ValueError(
+                f"remask_: expected a planned layer and a mask {tuple(self.weight_shape)}, got "
+                f"{type(old).__name__} and {tuple(mask.shape)}"
+            )
+        before, weight = old.mask, self.weight.detach()
+        if grown is not None:
+            weight = torch.where(before, weight, grown.to(weight))
+        pattern = old.on(mask.to(weight.device))
+        self._become(pattern, pattern.kept(weight))
+        return before
+
+    def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
+        """Another pattern and what the same Parameter object then holds."""
+        self.raw_weight.data, self.raw_weight.grad = parameter, None
+        self.pattern = pattern
+
+    def _decided_mask(self) -> Tensor:
+        if isinstance(self.pattern, Masked | Planned):
+            return self.pattern.mask
+        raise ValueError(
+            f"plan_: expected a layer with a mask, got pattern {type(self.pattern).__name__}; "
+            "apply a ticket or call set_mask_ first"
+        )
+
+    def _slide(self) -> dict[str, Any]:
+        """What a plan knows of a convolution; the layer itself pads the image (`SparseConv2d.forward`)."""
+        return {}
 
     @classmethod
     def from_dense(cls, layer: nn.Module) -> Self:
@@ -85,7 +156,10 @@ class SparseLayer(nn.Module):
         for table in ("_parameters", "_buffers", "_modules"):
             dense.__dict__[table] = self.__dict__[table].copy()
         del dense._modules["pattern"]
-        if not isinstance(self.pattern, Dense):
+        if isinstance(self.pattern, Planned):
+            raw = self.raw_weight
+            dense._parameters["weight"] = nn.Parameter(self.weight.detach(), raw.requires_grad)
+        elif not isinstance(self.pattern, Dense):
             was_training = self.pattern.training
             with torch.no_grad():
                 self.pattern.eval()
@@ -98,10 +172,30 @@ class SparseLayer(nn.Module):
                 dense._parameters["weight"] = nn.Parameter(effective, requires_grad)
         return dense
 
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(
+            self.pattern, Planned
+        ):  # as under a mask, so that a file does not depend on plans
+            destination[prefix + "weight"] = self.weight.detach()
+            destination[prefix + "pattern.mask"] = self.pattern.mask
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Topology travels: a checkpoint's mask makes this layer Masked; a dense checkpoint keeps ours.
+        # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
         mask = state_dict.get(prefix + "pattern.mask")
-        if mask is not None and mask.dtype == torch.bool and mask.shape == self.raw_weight.shape:
+        weight = state_dict.get(prefix + "weight")
+        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight_shape):
+            mask = None
+        if isinstance(self.pattern, Planned):
+            if mask is not None and not torch.equal(
+                mask.to(self.raw_weight.device), self.pattern.mask
+            ):
+                self.remask_(mask)
+            if weight is not None and weight.shape == self.weight_shape:
+                state_dict = {**state_dict, prefix + "weight": self.pattern.kept(weight)}
+        elif mask is not None:
             self.pattern = Masked(mask.to(self.raw_weight.device).clone())
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if isinstance(self.pattern, Masked):
@@ -117,6 +211,8 @@ class SparseLinear(SparseLayer, nn.Linear):
         self.pattern = Dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.pattern, Planned):
+            return self.pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
             return super().forward(input)
@@ -139,16 +235,21 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
         self.pattern = Dense()
 
     def forward(self, input: Tensor) -> Tensor:
+        if isinstance(self.pattern, Planned):
+            if self._pads:
+                mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+                input = F.pad(input, self._reversed_padding_repeated_twice, mode)
+            return self.pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
             return super().forward(input)
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             if gated.impl in ("auto", "materialise"):
                 return super().forward(input)
-            raise ValueError(
-                f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
-                f"{self.padding_mode!r}; use 'auto'"
-            )
+        raise ValueError(
+            f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
+            f"{self.padding_mode!r}; use 'auto'"
+        )
         return kernels.gated_conv2d(
             input,
             self.raw_weight,
@@ -162,6 +263,15 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             impl=gated.impl,
             **gated.address(),
         )
+
+    @property
+    def _pads(self) -> bool:
+        """Whether the image is padded before the product, since the product only pads zeros evenly."""
+        return self.padding_mode != "zeros" or isinstance(self.padding, str)
+
+    def _slide(self) -> dict[str, Any]:
+        padding = (0, 0) if self._pads else self.padding
+        return {"slide": (*self.stride, *padding, *self.dilation), "groups": self.groups}
 
 
 def _plain_type(cls: type) -> type[nn.Module]:

@@ -1,14 +1,19 @@
 """How one layer's weight is sparse now.  A pattern turns the layer's parameter into the weight it computes with."""
 
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from . import kernels
 from .gates import AbstractGate
 from .granularity import Granularity, Weight
+
+Formats = str | tuple[str, str, str]  # of all products, or of forward, dX and dW
 
 
 class _GatedWeight(torch.autograd.Function):
@@ -148,6 +153,126 @@ class Masked(nn.Module):
         # A dense checkpoint has no mask: keep ours, so that dense weights load into a sparse model.
         if prefix + "mask" in missing:
             missing.remove(prefix + "mask")
+
+
+class Planned(nn.Module):
+    """A decided mask whose layer's parameter is the vector of kept weights, in row-major order of the mask.
+
+    Pruned weights do not exist, so no optimiser can bring them back and none holds state for them.  The
+    layer multiplies by `kernels.sparse_layer` in `formats`.  In a state_dict the layer looks as under
+    `Masked`: a dense `weight` and `pattern.mask`.
+
+    Args:
+        mask: bool [n, k, *taps].
+        formats: one format, or three for forward, dX and dW; None: `choose` is asked at the first use.
+        slide, groups: of a convolution, as `kernels.plan_of` takes them.
+        choose: f(pattern, x) -> formats, which may measure.
+
+    Errors: those of `kernels.plan_of`, for formats that cannot do this.
+    """
+
+    def __init__(
+        self,
+        mask: Bool[Tensor, "n k *taps"],
+        formats: Formats | None = None,
+        *,
+        slide: Sequence[int] = (),
+        groups: int = 1,
+        choose: "Callable[[Planned, Tensor], Formats] | None" = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.index = kernels.kept_index(mask)  # no buffer: averaging or casting it would break it
+        self.layer = kernels.Layer(tuple(mask.shape), tuple(slide), groups)
+        self.formats, self.choose = formats, choose
+        self._plans: dict[torch.dtype, kernels.Plan] = {}
+        self._prepare(dtype)
+
+    @property
+    def mask(self) -> Bool[Tensor, "n k *taps"]:
+        mask = torch.zeros(math.prod(self.layer.shape), dtype=torch.bool, device=self.index.device)
+        mask[self.index.long()] = True
+        return mask.view(self.layer.shape)
+
+    def on(self, mask: Bool[Tensor, "n k *taps"]) -> "Planned":
+        """The same formats for another mask of the same shape; nothing is measured anew."""
+        layer = self.layer
+        dtype = next(iter(self._plans))
+        return Planned(
+            mask,
+            self.formats,
+            slide=layer.slide,
+            groups=layer.groups,
+            choose=self.choose,
+            dtype=dtype,
+        )
+
+    def kept(self, dense: Tensor) -> Float[Tensor, " nnz"]:
+        """The kept entries of a dense tensor of the weight's shape."""
+        return dense.reshape(-1).index_select(0, self.index.to(dense.device))
+
+    def forward(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, "n k *taps"]:
+        """The dense weight, for code that takes it out of the layer."""
+        flat = values.new_zeros(math.prod(self.layer.shape))
+        return flat.scatter(0, self.index.long(), values).view(self.layer.shape)
+
+    def multiply(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer computes."""
+        return kernels.sparse_layer(x, values, bias, self.plan(x))
+
+    def plan(self, x: Tensor) -> kernels.Plan:
+        """The plan for an input; a new compute dtype prepares one, and an open choice is made."""
+        kind = x.device.type
+        autocast = torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if (
+            torch.compiler.is_compiling()
+        ):  # nothing can be prepared inside a graph, and all plans compute alike
+            return self._plans.get(dtype) or next(iter(self._plans.values()))
+        if self.formats is None and self.choose is not None and x.numel():
+            self.formats = self.choose(self, x)
+            self._plans.clear()
+        return self._plans.get(dtype) or self._prepare(dtype)
+
+    def _prepare(self, dtype: torch.dtype) -> kernels.Plan:
+        plan = kernels.plan_of(
+            self.mask,
+            self.formats or kernels.FLOOR,
+            dtype=dtype,
+            slide=self.layer.slide,
+            groups=self.layer.groups,
+        )
+        self._plans[dtype] = plan
+        return plan
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        index = fn(self.index)
+        if index.device != self.index.device:
+            if self.choose is not None:
+                self.formats = None  # what was measured there says nothing here
+            self.index = index
+            dtypes = list(self._plans)
+            self._plans = {}
+            for dtype in dtypes[:1]:
+                self._prepare(dtype)
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_plans": list(self._plans)}  # plans are made again from the index
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        dtypes = state["_plans"]
+        super().__setstate__(state | {"_plans": {}})
+        for dtype in dtypes:
+            self._prepare(dtype)
+
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        pass  # the layer reads `pattern.mask` and its weight together
+
+    def extra_repr(self) -> str:
+        formats = "not chosen yet" if self.formats is None else self.formats
+        return f"{formats}, sparsity={1 - len(self.index) / math.prod(self.layer.shape):.4f}"
 
 
 class Gated(nn.Module):

@@ -1,0 +1,149 @@
+"""Unstructured sparsity on the CPU: compressed rows, and compressed columns for dX.
+
+Sums over the kept weights of a row, y[n, :] = sum_j values[j] * xT[column[j], :], are what embedding bags
+compute, and for those PyTorch has generated machine code (FBGEMM) that holds a row of sums in registers:
+two to three times the speed of MKL's `csr @ dense` behind the same library.  Activations are feature-major
+([k, T], a row a feature), so y and dX are returned as transposed views: strides (1, T).  Pointwise
+functions keep them, so the next layer finds its input as it wants it.  dW is `torch.sparse.sampled_addmm`.
+
+A convolution unfolds its input image by image; the weight is then [n, k * taps].
+"""
+
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .formats import Format, Layer, Storage, check_mask
+
+_TILE = 64  # tokens whose sums fit the registers, and whose inputs the level-2 cache
+_SPAN = 512  # tokens of a product that makes dW
+
+
+def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return f"its products are the CPU's, got {device}"
+    if max(layer.shape[0], layer.inputs) >= 2**31:
+        return "more than 2**31 rows or columns"
+    return None
+
+
+def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
+    """[row offsets, columns] of the weight as [n, inputs * taps], the same of its transpose, and the
+    place among the values of each weight of the transpose; int32 all."""
+    n = layer.shape[0]
+    taps = mask[0, 0].numel()
+    flat = check_mask(mask).reshape(n, -1)
+    width = flat.shape[1]
+    if layer.groups > 1:  # each row's columns stand in its group's part of all inputs
+        full = flat.new_zeros(layer.groups, n // layer.groups, layer.groups, width)
+        group = torch.arange(layer.groups)
+        full[group, :, group] = flat.view(layer.groups, -1, width)
+        flat = full.reshape(n, -1)
+    rank = (flat.flatten().cumsum(0, dtype=torch.int32) - 1).view(flat.shape)
+    rows, order = _compressed(flat), None
+    columns = _compressed(flat.T.contiguous())
+    order = rank.T[flat.T]
+    with warnings.catch_warnings():  # tells once a process that such tensors are in beta
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
+    return Storage([*rows, *columns, order], [layer.inputs * taps])
+
+
+def _compressed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets of the rows and the columns of a mask [n, k]."""
+    offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
+    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
+    return offsets, mask.nonzero()[:, 1].int()
+
+
+def _bags(table: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """[rows, T]: row i is the sum over j in [offsets[i], offsets[i + 1]) of values[j] * table[places[j]]."""
+    return F.embedding_bag(
+        places, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
+
+
+def _spmm(dense: Tensor, offsets: Tensor, places: Tensor, values: Tensor, out: Tensor) -> None:
+    """out [rows, T] = sparse [rows, k] @ dense [k, T], a tile of tokens at a time; any strides."""
+    tokens = dense.shape[1]
+    for start in range(0, tokens, _TILE):
+        part = slice(start, min(start + _TILE, tokens))
+        out[:, part] = _bags(dense[:, part].contiguous(), offsets, places, values)
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+) -> Tensor:
+    offsets, places, *_ = storage.tensors
+    values = values.detach().to(x.dtype)  # detached, so that bags keep nothing for a backward
+    if layer.conv:
+        y = x.new_empty(layer.output(x.shape))
+        for image, columns in zip(y.flatten(2), _unfolded(x, layer), strict=True):
+            _spmm(columns, offsets, places, values, image)
+        return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
+    y = x.new_empty(layer.shape[0], x.shape[0])
+    _spmm(x.T, offsets, places, values, y)
+    return (y if bias is None else y.add_(bias.to(y.dtype)[:, None])).T
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+) -> Tensor:
+    offsets, places, order = storage.tensors[2:]
+    values = values.detach().to(dy.dtype).index_select(0, order)
+    if not layer.conv:
+        dx = dy.new_empty(shape[1], shape[0])
+        _spmm(dy.T, offsets, places, values, dx)
+        return dx.T
+    dx = dy.new_empty(list(shape))
+    stride, pad, dilation = layer.pairs
+    columns = dy.new_empty(storage.numbers[0], dy[0, 0].numel())
+    for image, back in zip(dx, dy.flatten(2), strict=True):
+        _spmm(back, offsets, places, values, columns)
+        if _pointwise(layer):
+            image.copy_(columns.view(shape[1:]))
+        else:
+            image.copy_(F.fold(columns, shape[2:], layer.shape[2:], dilation, pad, stride))
+    return dx
+
+
+def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
+    offsets, places, *_ = storage.tensors
+    dtype = torch.promote_types(x.dtype, torch.float32)  # the product knows no lower ones
+    size = (layer.shape[0], storage.numbers[0])
+    sums = torch.zeros(values.shape, dtype=dtype)
+    out = torch.sparse_csr_tensor(offsets, places, sums, size, check_invariants=False)
+    for left, right in _pairs(dy, x, layer):
+        a, b = left.to(dtype).contiguous(), right.to(dtype).contiguous()
+        torch.sparse.sampled_addmm(out, a, b.T, beta=1.0, out=out)
+    return out.values().to(values.dtype)
+
+
+def _pairs(dy: Tensor, x: Tensor, layer: Layer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Feature-major parts of dy [n, t] and x [k, t] over all tokens."""
+    if layer.conv:
+        yield from zip(dy.flatten(2), _unfolded(x, layer), strict=True)
+        return
+    for start in range(0, x.shape[0], _SPAN):
+        part = slice(start, start + _SPAN)
+        yield dy[part].T, x[part].T
+
+
+def _pointwise(layer: Layer) -> bool:
+    return layer.shape[2:] == (1, 1) and layer.slide[:4] == (1, 1, 0, 0)
+
+
+def _unfolded(x: Tensor, layer: Layer) -> Iterator[Tensor]:
+    """Each image [k, H, W] as [k * taps, output pixels]."""
+    stride, pad, dilation = layer.pairs
+    for image in x:
+        if _pointwise(layer):
+            yield image.flatten(1)
+        else:
+            yield F.unfold(image[None], layer.shape[2:], dilation, pad, stride)[0]
+
+
+CSR = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, feature_major=True)

@@ -1,0 +1,106 @@
+"""What every format of a sparse weight is made of: the layer it belongs to and its three products.
+
+A format stores the kept weights of a decided mask in its own way and multiplies by them.  To all of them
+the parameter is the same vector: the kept weights in row-major order of the mask, values [nnz].  So an
+optimiser holds nothing else, pruned weights cannot come back, and a layer may change its format, or have
+another one for each of forward, dX and dW, without its parameter noticing.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Layer(NamedTuple):
+    """A linear layer's weight [n, k], or a convolution's [n, k / groups, r, s] with its slide.
+
+    slide: stride, padding and dilation, two integers each; empty for a linear layer.
+    """
+
+    shape: tuple[int, ...]
+    slide: tuple[int, ...] = ()
+    groups: int = 1
+
+    @classmethod
+    def of(cls, numbers: Sequence[int]) -> "Layer":
+        """From what `numbers` gave."""
+        groups, *rest = numbers
+        ndim = 4 if len(rest) > 2 else 2
+        return cls(tuple(rest[:ndim]), tuple(rest[ndim:]), groups)
+
+    @property
+    def numbers(self) -> list[int]:
+        """All of it as integers, for an operator's schema."""
+        return [self.groups, *self.shape, *self.slide]
+
+    @property
+    def conv(self) -> bool:
+        return len(self.shape) == 4
+
+    @property
+    def pairs(self) -> list[list[int]]:
+        """Stride, padding and dilation of a convolution."""
+        return [list(self.slide[i : i + 2]) for i in (0, 2, 4)]
+
+    @property
+    def inputs(self) -> int:
+        """Features or channels of x."""
+        return self.shape[1] * self.groups
+
+    def output(self, x: Sequence[int | torch.SymInt]) -> list:
+        """Shape of y for x [T, k] or [B, k, H, W]."""
+        if not self.conv:
+            return [x[0], self.shape[0]]
+        (stride, pad, dilation), taps = self.pairs, self.shape[2:]
+        size = [
+            (x[2 + i] + 2 * pad[i] - dilation[i] * (taps[i] - 1) - 1) // stride[i] + 1
+            for i in (0, 1)
+        ]
+        return [x[0], self.shape[0], *size]
+
+
+class Storage(NamedTuple):
+    """What a format keeps beside the values: index tensors or workspaces, and numbers."""
+
+    tensors: list[Tensor]
+    numbers: list[int]
+
+
+class Format(NamedTuple):
+    """One way to multiply by a sparse weight.
+
+    prepare(mask, layer, dtype, **options) -> Storage: once for a mask; may synchronise.
+    forward(x, values, bias, layer, storage) -> y; x [T, k] or [B, k, H, W], bias [n] or None.
+    grad_input(dy, values, layer, storage, shape of x) -> dx.
+    grad_values(dy, x, values, layer, storage) -> gradient of values, of their shape and dtype.
+    obstacle(device, layer, dtype, **options) -> why it cannot do this at all, or None.
+    """
+
+    prepare: Callable[..., Storage]
+    forward: Callable[[Tensor, Tensor, Tensor | None, Layer, Storage], Tensor]
+    grad_input: Callable[[Tensor, Tensor, Layer, Storage, Sequence[int]], Tensor]
+    grad_values: Callable[[Tensor, Tensor, Tensor, Layer, Storage], Tensor]
+    obstacle: Callable[..., str | None]
+    feature_major: bool = False  # y and dX of a linear layer have strides (1, T)
+
+
+def check_mask(mask: Tensor) -> Tensor:
+    """The mask, if it is one.  Errors: TypeError for another dtype, ValueError for another rank."""
+    if mask.dtype != torch.bool:
+        raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}; use `scores > 0`")
+    if mask.ndim not in (2, 4):
+        raise ValueError(f"mask: expected (n, k) or (n, k, r, s), got {tuple(mask.shape)}")
+    return mask
+
+
+def kept_index(mask: Tensor) -> Tensor:
+    """Where the kept weights stand in the flattened mask, ascending: int32 if that is wide enough."""
+    index = check_mask(mask).flatten().nonzero().squeeze(1)
+    return index.int() if mask.numel() < 2**31 else index
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that sums are taken in."""
+    return torch.promote_types(dtype, torch.float32)

@@ -1,0 +1,297 @@
+"""sparse_linear and sparse_conv2d: products with the kept weights of a decided mask, in any format.
+
+One operator carries all formats.  Its parameter is the vector of kept values (`formats`), and forward, dX
+and dW may each have a format of their own; what a format keeps of a mask is prepared once.
+
+state    dense compute on a weight that holds the kept values, for any mask and device;
+csr      compressed rows and columns, on the CPU;
+compact  dense compute on live rows and columns only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from .compact import COMPACT
+from .csr import CSR
+from .formats import Format, Layer, Storage, check_mask, wide
+from .state import STATE
+
+FORMATS: dict[str, Format] = {"state": STATE, "csr": CSR, "compact": COMPACT}
+PRODUCTS = ("forward", "dx", "dw")
+FLOOR = "state"  # what can do everything
+
+
+class Plan(NamedTuple):
+    """How one layer multiplies: a format and its storage for each of forward, dX and dW.
+
+    Made by `plan_of`; belongs to one mask, device and compute dtype.
+    """
+
+    layer: Layer
+    formats: tuple[str, ...]
+    storages: tuple[Storage, ...]
+    nnz: int
+
+    def flat(self) -> tuple[str, list[Tensor], list[int]]:
+        """All of it as an operator's schema takes it."""
+        tensors = [t for storage in self.storages for t in storage.tensors]
+        numbers = [self.nnz, len(self.layer.numbers), *self.layer.numbers]
+        for storage in self.storages:
+            numbers += [len(storage.tensors), len(storage.numbers), *storage.numbers]
+        return ",".join(self.formats), tensors, numbers
+
+    @classmethod
+    def of(cls, formats: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Plan":
+        """From what `flat` gave."""
+        nnz, size, *rest = numbers
+        layer, rest, storages = Layer.of(rest[:size]), rest[size:], []
+        for _ in PRODUCTS:
+            count, size, *rest = rest
+            storages.append(Storage(list(tensors[:count]), rest[:size]))
+            tensors, rest = tensors[count:], rest[size:]
+        return cls(layer, tuple(formats.split(",")), tuple(storages), nnz)
+
+    def product(self, name: str) -> tuple[Format, Storage]:
+        """The format of "forward", "dx" or "dw", and what it keeps."""
+        at = PRODUCTS.index(name)
+        return FORMATS[self.formats[at].partition(":")[0]], self.storages[at]
+
+
+def plan_of(
+    mask: Bool[Tensor, "n k *taps"],
+    formats: str | Sequence[str] = FLOOR,
+    *,
+    dtype: torch.dtype = torch.float32,
+    slide: Sequence[int] = (),
+    groups: int = 1,
+) -> Plan:
+    """Prepares a mask for products in one format, or in three: forward, dX and dW.
+
+    Args:
+        formats: a name as "csr", or one with an option as "block:64x64".
+        dtype: that products compute in.
+        slide: of a convolution: stride, padding, dilation, two integers each.
+
+    Errors: TypeError or ValueError for something that is no mask, an unknown format, or one that cannot do
+    this, with the reason.
+    """
+    n_taps = check_mask(mask).ndim - 2
+    if n_taps and len(slide) != 6:
+        raise ValueError(f"slide: expected six integers for a convolution, got {list(slide)}")
+    layer = Layer(tuple(mask.shape), tuple(slide) if n_taps else (), groups)
+    names = (formats,) * 3 if isinstance(formats, str) else tuple(formats)
+    if len(names) != 3:
+        raise ValueError(f"formats: expected one, or three for {', '.join(PRODUCTS)}, got {names}")
+    made: dict[str, Storage] = {}
+    for name in names:
+        reason = obstacle(name, mask.device, layer, dtype)
+        if reason is not None:
+            raise ValueError(f"format {name!r}: {reason}; use 'state', which takes everything")
+        if name not in made:
+            kind, options = _parsed(name)
+            made[name] = FORMATS[kind].prepare(mask, layer, dtype, **options)
+    return Plan(layer, names, tuple(made[n] for n in names), int(mask.sum()))  # pyright: ignore[reportArgumentType]
+
+
+def obstacle(name: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
+    """Why a format cannot do this at all, or None.  Errors: ValueError for an unknown format."""
+    kind, options = _parsed(name)
+    return FORMATS[kind].obstacle(device, layer, dtype, **options)
+
+
+def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
+    """ "block:64x32" as ("block", {"sides": (64, 32)})."""
+    kind, _, option = name.partition(":")
+    if kind not in FORMATS or bool(option) != (kind in ("block", "panel")):
+        raise ValueError(
+            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64), got {name!r}"
+        )
+    if not option:
+        return kind, {}
+    try:
+        return kind, {"sides": tuple(int(side) for side in option.split("x"))}
+    except ValueError:
+        raise ValueError(f"format {kind}: expected sides as {kind}:64x64, got {name!r}") from None
+
+
+# --- Operations -------------------------------------------------------------------------------------
+#
+# <dy, x W(v)^T> is linear in each of x, dy and v; the three products are its gradients, so that each is
+# differentiated by the other two, to any order.
+
+
+def _like(x: Tensor, shape: Sequence[int], format: Format) -> Tensor:
+    """An unset result of x's dtype and device, strided as every implementation leaves it."""
+    if len(shape) == 2 and format.feature_major:
+        return x.new_empty(shape[1], shape[0]).T
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x, shape))
+
+
+def _layout(x: Tensor, shape: Sequence[int]) -> torch.memory_format:
+    """Images are channels last on a GPU, and where x is."""
+    last = len(shape) == 4 and (x.is_cuda or not x.is_contiguous())
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _strided(result: Tensor, x: Tensor, format: Format) -> Tensor:
+    """The result, strided as `_like` says."""
+    if result.ndim == 2 and format.feature_major:
+        return result.T.contiguous().T
+    return result.contiguous(memory_format=_layout(x, result.shape))
+
+
+@torch.library.custom_op("sparsecore::sparse_forward", mutates_args=())
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None,
+    formats: str, tensors: list[Tensor], numbers: list[int],
+) -> Tensor:  # fmt: skip
+    plan = Plan.of(formats, tensors, numbers)
+    format, storage = plan.product("forward")
+    if x.numel() and plan.nnz:
+        return _strided(format.forward(x, values, bias, plan.layer, storage), x, format)
+    y = _like(x, plan.layer.output(x.shape), format).zero_()
+    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+
+
+@_forward.register_fake
+def _(x, values, bias, formats, tensors, numbers):
+    plan = Plan.of(formats, tensors, numbers)
+    return _like(x, plan.layer.output(x.shape), plan.product("forward")[0])
+
+
+@torch.library.custom_op("sparsecore::sparse_dx", mutates_args=())
+def _dx(
+    dy: Tensor, values: Tensor, shape: list[int],
+    formats: str, tensors: list[Tensor], numbers: list[int],
+) -> Tensor:  # fmt: skip
+    plan = Plan.of(formats, tensors, numbers)
+    format, storage = plan.product("dx")
+    if dy.numel() and plan.nnz:
+        return _strided(format.grad_input(dy, values, plan.layer, storage, shape), dy, format)
+    return _like(dy, shape, format).zero_()
+
+
+@_dx.register_fake
+def _(dy, values, shape, formats, tensors, numbers):
+    return _like(dy, shape, Plan.of(formats, tensors, numbers).product("dx")[0])
+
+
+@torch.library.custom_op("sparsecore::sparse_dw", mutates_args=())
+def _dw(
+    dy: Tensor, x: Tensor, values: Tensor, formats: str, tensors: list[Tensor], numbers: list[int]
+) -> Tensor:
+    plan = Plan.of(formats, tensors, numbers)
+    format, storage = plan.product("dw")
+    if dy.numel() and plan.nnz:
+        return format.grad_values(dy, x, values, plan.layer, storage)
+    return torch.zeros_like(values)
+
+
+@_dw.register_fake
+def _(dy, x, values, formats, tensors, numbers):
+    return torch.empty_like(values)
+
+
+def _none(ctx) -> tuple:
+    """The gradients of a plan's parts."""
+    return None, [None] * len(ctx.plan[1]), None
+
+
+def _keep_forward(ctx, inputs, output) -> None:
+    x, values, bias, *ctx.plan = inputs
+    ctx.save_for_backward(x, values)
+    ctx.bias = None if bias is None else bias.dtype
+
+
+def _forward_backward(ctx, dy: Tensor):
+    x, values = ctx.saved_tensors
+    want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+    dx = _dx(dy, values, list(x.shape), *ctx.plan) if want_x else None
+    dw = _dw(dy, x, values, *ctx.plan) if want_values else None
+    dbias = None
+    if want_bias:
+        over = [d for d in range(dy.ndim) if d != 1]
+        dbias = dy.sum(over, dtype=wide(dy.dtype)).to(ctx.bias)
+    return dx, dw, dbias, *_none(ctx)
+
+
+def _keep_dx(ctx, inputs, output) -> None:
+    dy, values, _, *ctx.plan = inputs
+    ctx.save_for_backward(dy, values)
+
+
+def _dx_backward(ctx, grad: Tensor):
+    dy, values = ctx.saved_tensors
+    want_dy, want_values = ctx.needs_input_grad[:2]
+    return (
+        _forward(grad, values, None, *ctx.plan) if want_dy else None,
+        _dw(dy, grad, values, *ctx.plan) if want_values else None,
+        None,
+        *_none(ctx),
+    )
+
+
+def _keep_dw(ctx, inputs, output) -> None:
+    dy, x, _, *ctx.plan = inputs
+    ctx.save_for_backward(dy, x)
+
+
+def _dw_backward(ctx, grad: Tensor):
+    dy, x = ctx.saved_tensors
+    want_dy, want_x = ctx.needs_input_grad[:2]
+    return (
+        _forward(x, grad, None, *ctx.plan) if want_dy else None,
+        _dx(dy, grad, list(x.shape), *ctx.plan) if want_x else None,
+        None,
+        *_none(ctx),
+    )
+
+
+_forward.register_autograd(_forward_backward, setup_context=_keep_forward)
+_dx.register_autograd(_dx_backward, setup_context=_keep_dx)
+_dw.register_autograd(_dw_backward, setup_context=_keep_dw)
+
+
+# --- Public functions -------------------------------------------------------------------------------
+
+
+def sparse_layer(
+    x: Float[Tensor, "*batch k"] | Float[Tensor, "b k h w"],
+    values: Float[Tensor, " nnz"],
+    bias: Float[Tensor, " n"] | None,
+    plan: Plan,
+) -> Tensor:
+    """x @ W.T + bias or conv2d(x, W, bias), W holding `values` in row-major order of the plan's mask.
+
+    Computes in x's dtype, under autocast in autocast's, with float32 sums; differentiable to any order
+    in x, values and bias.  A linear layer's result may be strided (1, T) ("csr", "panel").
+
+    Errors: ValueError for shapes or devices that are not the plan's.
+    """
+    layer, device = plan.layer, plan.storages[0].tensors[0].device
+    if values.shape != (plan.nnz,):
+        raise ValueError(
+            f"values: expected ({plan.nnz},) for the plan's mask, got {tuple(values.shape)}; "
+            "a plan belongs to one mask"
+        )
+    channel = 1 if layer.conv else -1
+    if (layer.conv and x.ndim != 4) or x.ndim < 1 or x.shape[channel] != layer.inputs:
+        wanted = "(b, k, h, w)" if layer.conv else "(*batch, k)"
+        raise ValueError(f"x: expected {wanted} with k = {layer.inputs}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != layer.shape[:1]:
+        raise ValueError(f"bias: expected ({layer.shape[0]},), got {tuple(bias.shape)}")
+    for name, value in (("x", x), ("values", values), ("bias", bias)):
+        if value is not None and value.device != device:
+            raise ValueError(f"{name}: expected it on {device} as the plan is, got {value.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if layer.conv:
+        if min(layer.output(x.shape)[2:]) < 1:
+            raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
+        return _forward(x, values, bias, *plan.flat())
+    y = _forward(x.reshape(-1, layer.inputs), values, bias, *plan.flat())
+    return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y

@@ -1,0 +1,162 @@
+"""Dense compute, sparse state (K9): the vendor's dense product of a weight that only holds the kept values.
+
+A dense weight in the compute dtype, zero but for the kept places, is written once and kept: each
+forward scatters the values into it, so nothing weight-sized is allocated or cleared, and dX scatters
+again, since the values may have changed in between (4 to 12 bytes a kept weight, a few percent of a
+product).  dW is made a slab of rows at a time and gathered, so it never exists as a whole; a slab fits
+the cache.  The optimiser sees the kept values alone: its state and its time are theirs.
+
+The dense weight is scratch of these operators: whoever reads it has filled it before.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from .device import on_its_device
+from .formats import Format, Layer, Storage, kept_index
+from .static import StaticCase, static_case
+
+_SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
+_BLOCK = 1024
+
+# --- Kernels ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scatter_kernel(dense_ptr, values_ptr, index_ptr, NNZ, BLOCK: tl.constexpr):
+    """dense [index] = values, in dense's dtype."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = at < NNZ
+    place = tl.load(index_ptr + at, mask=mask, other=0)
+    value = tl.load(values_ptr + at, mask=mask, other=0.0)
+    tl.store(dense_ptr + place, value.to(dense_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gather_kernel(out_ptr, dense_ptr, index_ptr, NNZ, BLOCK: tl.constexpr):
+    """out = dense [index], in out's dtype; 0 where the index is negative."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    mask = at < NNZ
+    place = tl.load(index_ptr + at, mask=mask, other=-1)
+    value = tl.load(dense_ptr + place, mask=place >= 0, other=0.0)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- Launchers --------------------------------------------------------------------------------------
+
+
+@on_its_device
+def scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    """dense.flatten()[index] = values; dense [numel] is contiguous, the index has each place once."""
+    if dense.is_cuda:
+        grid = (triton.cdiv(index.numel(), _BLOCK),)
+        _scatter_kernel[grid](dense, values, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
+    else:
+        # `data`: scratch has no version that autograd should watch.
+        dense.data.index_copy_(0, index.long(), values.to(dense.dtype))
+
+
+@on_its_device
+def gather(dense: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """out = dense.flatten()[index] in out's dtype, 0 where the index is negative (on a GPU)."""
+    if dense.is_cuda:
+        grid = (triton.cdiv(index.numel(), _BLOCK),)
+        _gather_kernel[grid](out, dense, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
+        return out
+    if dense.dtype == out.dtype:
+        return torch.index_select(dense, 0, index, out=out)
+    return out.copy_(dense.index_select(0, index))
+
+
+def static_cases() -> list[StaticCase]:
+    """Both directions between a bf16 weight and float32 values."""
+    types = {"dense_ptr": "*bf16", "index_ptr": "*i32", "NNZ": "i32"}
+    what, constants = "bf16 weight", {"BLOCK": _BLOCK}
+    return [
+        static_case(_scatter_kernel, what, types | {"values_ptr": "*fp32"}, constants),
+        static_case(_gather_kernel, what, types | {"out_ptr": "*fp32"}, constants),
+    ]
+
+
+# --- The format -------------------------------------------------------------------------------------
+
+
+def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
+    """[places in the dense weight's storage, dense weight, places in their slab] and where slabs end."""
+    weight = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    index = kept_index(mask)
+    if layer.conv and mask.is_cuda:  # cuDNN's tensor cores want channels last
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        n, k, r, s = mask.shape
+        place = torch.arange(mask.numel(), dtype=index.dtype, device=mask.device)
+        index = place.view(n, r, s, k).permute(0, 3, 1, 2)[mask]
+    if layer.conv:
+        return Storage([index, weight], [])
+    rows = max(1, _SLAB[mask.device.type] // max(mask.shape[1], 1))
+    slabs = [int(slab.sum()) for slab in mask.split(rows)]
+    return Storage(
+        [index, weight, index % (rows * mask.shape[1])], [rows, *itertools.accumulate(slabs)]
+    )
+
+
+def _dense(values: Tensor, storage: Storage) -> Tensor:
+    index, weight = storage.tensors[:2]
+    scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
+    return weight
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+) -> Tensor:
+    weight = _dense(values, storage)
+    bias = None if bias is None else bias.to(x.dtype)
+    if layer.conv:
+        return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
+    return F.linear(x, weight, bias)
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+) -> Tensor:
+    weight = _dense(values, storage)
+    if layer.conv:
+        x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
+        return _conv_backward(dy, x, weight, layer, [True, False, False])[0]
+    return dy @ weight
+
+
+def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
+    out = torch.empty_like(values)
+    if layer.conv:
+        index, weight = storage.tensors
+        dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
+        dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
+        return gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+    local, (rows, *ends) = storage.tensors[2], storage.numbers
+    slab = dy.new_empty(min(rows, layer.shape[0]), layer.shape[1])
+    start = 0
+    for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
+        part = dy[:, first : first + rows]
+        dw = torch.mm(part.T, x, out=slab[: part.shape[1]])
+        gather(dw.flatten(), local[start:end], out[start:end])
+        start = end
+    return out
+
+
+def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]):
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
+    )
+
+
+STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)
