@@ -4,7 +4,8 @@ from . import control, gates, granularity, kernels, models, objectives, scores
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
 from .nn import SparseConv2d, SparseLinear
-from .patterns import Dense, Gated, Masked, gated_weight
+from .patterns import Dense, Gated, Masked, Planned, gated_weight
+from .plans import plan_, report
 from .search import ConcreteSearch, OneShot
 from .tickets import Ticket, TicketError
 from .training import Recipe, evaluate, train
@@ -18,6 +19,7 @@ __all__ = [
     "Gated",
     "Masked",
     "OneShot",
+    "Planned",
     "Recipe",
     "SparseConv2d",
     "SparseLinear",
@@ -35,6 +37,8 @@ __all__ = [
     "load",
     "models",
     "objectives",
+    "plan_",
+    "report",
     "scores",
     "sparse_layers",
     "sparsify_",

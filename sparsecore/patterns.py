@@ -13,7 +13,7 @@ from . import kernels
 from .gates import AbstractGate
 from .granularity import Granularity, Weight
 
-Formats = str | tuple[str, str, str]  # of all products, or of forward, dX and dW
+Formats = str | tuple[str, ...]  # of all products, or of forward, dX and dW
 
 
 class _GatedWeight(torch.autograd.Function):
@@ -135,6 +135,7 @@ class Masked(nn.Module):
     """A decided mask; it travels in the state_dict as `<layer>.pattern.mask`."""
 
     mask: Tensor
+    choice: Any = None  # why a plan left it so
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
@@ -166,7 +167,7 @@ class Planned(nn.Module):
         mask: bool [n, k, *taps].
         formats: one format, or three for forward, dX and dW; None: `choose` is asked at the first use.
         slide, groups: of a convolution, as `kernels.plan_of` takes them.
-        choose: f(pattern, x) -> formats, which may measure.
+        choose: f(pattern, x) -> a choice with `formats` (None for the floor), which may measure.
 
     Errors: those of `kernels.plan_of`, for formats that cannot do this.
     """
@@ -178,13 +179,14 @@ class Planned(nn.Module):
         *,
         slide: Sequence[int] = (),
         groups: int = 1,
-        choose: "Callable[[Planned, Tensor], Formats] | None" = None,
+        choose: "Callable[[Planned, Tensor], Any] | None" = None,
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
         self.index = kernels.kept_index(mask)  # no buffer: averaging or casting it would break it
         self.layer = kernels.Layer(tuple(mask.shape), tuple(slide), groups)
         self.formats, self.choose = formats, choose
+        self.choice: Any = None  # what `choose` said, with its reason
         self._plans: dict[torch.dtype, kernels.Plan] = {}
         self._prepare(dtype)
 
@@ -230,7 +232,8 @@ class Planned(nn.Module):
         ):  # nothing can be prepared inside a graph, and all plans compute alike
             return self._plans.get(dtype) or next(iter(self._plans.values()))
         if self.formats is None and self.choose is not None and x.numel():
-            self.formats = self.choose(self, x)
+            self.choice = self.choose(self, x)
+            self.formats = self.choice.formats or kernels.FLOOR
             self._plans.clear()
         return self._plans.get(dtype) or self._prepare(dtype)
 
@@ -250,7 +253,7 @@ class Planned(nn.Module):
         index = fn(self.index)
         if index.device != self.index.device:
             if self.choose is not None:
-                self.formats = None  # what was measured there says nothing here
+                self.formats = self.choice = None  # what was measured there says nothing here
             self.index = index
             dtypes = list(self._plans)
             self._plans = {}

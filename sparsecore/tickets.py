@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from . import safefile
 from .convert import require_sparse_layers
-from .granularity import NM, Granularity, Weight, parse_granularity
+from .granularity import NM, Block, Granularity, Weight, parse_granularity
 from .patterns import Dense
+from .plans import plan_
 from .sparsities import masks_from_scores, top_k
 
 
@@ -61,7 +62,7 @@ class Ticket:
         """
         granularity = granularity or Weight()
         layers = require_sparse_layers(model)
-        shapes = {name: layers[name].raw_weight.shape for name in scores}
+        shapes = {name: layers[name].weight_shape for name in scores}
         masks = masks_from_scores(scores, shapes, sparsity, granularity)
         return cls(
             {name: mask.cpu() for name, mask in masks.items()},
@@ -97,15 +98,21 @@ class Ticket:
         """Fraction removed, by layer."""
         return {name: 1 - int(m.sum()) / m.numel() for name, m in self.masks.items()}
 
-    def apply_(self, model: nn.Module, *, weights: bool = True) -> nn.Module:
+    def apply_(
+        self, model: nn.Module, *example: Any, weights: bool = True, plan: str = "mask"
+    ) -> nn.Module:
         """Loads the start weights and fixes the masks; returns the model.
 
         Sparse layers that the ticket does not name become dense.  Everything is checked first:
         after an error the model is what it was.
 
-        Args: weights: False keeps the model's own weights under the masks.
+        Args:
+            example: the model's inputs of a training step, for plan="auto" to measure with at once.
+            weights: False keeps the model's own weights under the masks.
+            plan: how layers compute, as `plan_` takes it; "mask": a mask over dense weights, "auto": the
+                fastest way.  "block" and "panel" take the ticket's own sides where it has some.
 
-        Errors: TicketError for a ticket of another model.
+        Errors: TicketError for a ticket of another model; those of `plan_`, which leave it masked.
         """
         try:
             layers = require_sparse_layers(model)
@@ -113,21 +120,34 @@ class Ticket:
             raise TicketError(str(error)) from None
         state = model.state_dict()
         own = {key: value for key, value in state.items() if ".pattern." not in f".{key}"}
-        found = {name: layer.raw_weight for name, layer in layers.items()}
+        found = {name: layer.weight_shape for name, layer in layers.items()}
         _check_names("sparse layers", self.masks, found, subset=True)
         _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
         if weights:
             _check_names("weights", self.weights, own)
-            _check_shapes({key: (w, own[key]) for key, w in self.weights.items()})
+            _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
+        for layer in layers.values():
+            layer.unplan_()
+        if weights:
+            state = (
+                model.state_dict()
+            )  # that of the dense parameters, which alone can be written to
             with torch.no_grad():
                 for key, value in self.weights.items():
-                    own[key].copy_(value)
+                    state[key].copy_(value)
         for name, layer in layers.items():
             if name in self.masks:
                 layer.set_mask_(self.masks[name])
             else:
                 layer.pattern = Dense()
-        return model
+        return plan_(model, self._sided(plan), *example)
+
+    def _sided(self, plan: str) -> str:
+        """ "block" and "panel" with the sides that the masks were searched with."""
+        granularity = self.granularity
+        if isinstance(granularity, Block) and plan == ("panel" if granularity.w == 1 else "block"):
+            return f"{plan}:{str(granularity).partition(':')[2]}"
+        return plan
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with bit-packed masks.  Errors: TicketError if it cannot."""
@@ -206,7 +226,7 @@ class Ticket:
         """
         plain = {key: w for key, w in weights.items() if ".pattern." not in f".{key}"}
         _check_names("weights", plain, self.weights)
-        _check_shapes({key: (w, self.weights[key]) for key, w in plain.items()})
+        _check_shapes({key: (w, self.weights[key].shape) for key, w in plain.items()})
         fresh = {key: w.detach().cpu().clone() for key, w in plain.items()}
         return replace(self, weights=fresh, meta=self.meta | {"sanity": "reinit"})
 
@@ -255,12 +275,12 @@ def _check_names(
         )
 
 
-def _check_shapes(pairs: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    for name, (ticket, model) in pairs.items():
-        if ticket.shape != model.shape:
+def _check_shapes(pairs: Mapping[str, tuple[Tensor, torch.Size]]) -> None:
+    for name, (ticket, shape) in pairs.items():
+        if ticket.shape != shape:
             raise TicketError(
                 f"the ticket is for another model: {name} has shape {tuple(ticket.shape)}, "
-                f"the model's is {tuple(model.shape)}"
+                f"the model's is {tuple(shape)}"
             )
 
 

@@ -1,0 +1,274 @@
+"""The fastest way for one layer of a ticket: candidates, left out by a cost model, measured, remembered.
+
+A choice is made for real shapes, dtype and batch, for forward, dX and dW separately, and is kept in a file;
+with the same file it is always the same.  The floor is dense compute with sparse state, and a mask over a
+dense weight where even that would be slower.
+"""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import kernels
+from .costs import Facts, Machine, Times, predicted, seconds, stored
+from .kernels import Layer
+
+_WORTH = 0.95  # another format must take less than this share of the floor's time
+_HOPELESS = 1.6  # what should take this many times the best prediction is not measured
+SIDES = ((128, 128), (64, 64), (32, 32), (16, 16))
+PANELS = (128, 64, 32, 16)
+_FILL = 0.5  # a block format stores at most this share of padding
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a layer does, why, and what it was weighed against (milliseconds of forward, dX and dW).
+
+    formats: of forward, dX and dW; None: a mask over a dense weight.
+    """
+
+    formats: tuple[str, ...] | None
+    reason: str
+    measured: Mapping[str, Times] = field(default_factory=dict)
+    predicted: Mapping[str, Times] = field(default_factory=dict)
+    update: Mapping[str, float] = field(default_factory=dict)
+
+    def time(self, format: str) -> float | None:
+        """Milliseconds of a measured candidate, its optimiser's step included."""
+        if format not in self.measured:
+            return None
+        return (
+            self.measured[format].total
+            + self.update["dense" if format in ("dense", "mask") else "kept"]
+        )
+
+    @property
+    def chosen(self) -> float | None:
+        """The same of what was chosen."""
+        if self.formats is None:
+            return self.time("mask")
+        if not all(f in self.measured for f in self.formats):
+            return None
+        return sum(self.measured[f][i] for i, f in enumerate(self.formats)) + self.update["kept"]
+
+
+class Cache:
+    """Choices in a JSON file; each is written as it is made."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.entries: dict[str, Any] = json.loads(self.path.read_text())
+            assert isinstance(self.entries, dict)
+        except (OSError, ValueError, AssertionError):
+            self.entries = {}  # absent or damaged: what it held is measured again
+
+    def get(self, key: str, make: Callable[[], Any]) -> Any:
+        """The entry, made and written if it is new; a folder that cannot be written costs only time."""
+        if key not in self.entries:
+            self.entries[key] = make()
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+                part.write_text(json.dumps(self.entries, indent=1))
+                part.replace(self.path)
+            except OSError:
+                pass
+        return self.entries[key]
+
+
+@functools.cache
+def _cache_at(path: Path) -> Cache:
+    return Cache(path)
+
+
+def cache_of(path: str | Path | None = None) -> Cache:
+    """The cache at a path; by default at $SPARSECORE_PLANS, else plans.json in the user's cache folder."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsecore"
+    return _cache_at(Path(path or os.environ.get("SPARSECORE_PLANS") or folder / "plans.json"))
+
+
+def _where(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    return f"{name}, torch {torch.__version__}"
+
+
+def _processor() -> str:
+    return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+
+
+def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:
+    """The device's speed, measured once and remembered."""
+    key = f"machine | {_where(device)} | {dtype}"
+    return Machine(**cache.get(key, lambda: asdict(Machine.measured(device, dtype))))
+
+
+# --- One layer --------------------------------------------------------------------------------------
+
+
+def candidates(mask: Tensor, layer: Layer, dtype: torch.dtype) -> list[str]:
+    """Formats that can do this and whose storage is not mostly padding, the floor first."""
+    names, facts = ["state", "csr"], Facts.of(mask)
+    if facts.live_rows * facts.live_columns < 0.9 * layer.shape[0] * layer.shape[1]:
+        names.append("compact")
+    if mask.is_cuda:
+        names += [f"block:{h}x{w}" for h, w in SIDES if stored(mask, h, w) * _FILL <= facts.nnz]
+        names += [f"panel:{v}" for v in PANELS if stored(mask, v, 1) * _FILL <= facts.nnz]
+        names.append("semi")
+    known = [name for name in names if name.partition(":")[0] in kernels.FORMATS]
+    return [n for n in known if kernels.obstacle(n, mask.device, layer, dtype) is None]
+
+
+def choose(mask: Tensor, layer: Layer, x: Tensor, *, grad: bool = True, cache: Cache) -> Choice:
+    """The fastest way to compute a layer, measured on inputs like x (forward, dX and dW).
+
+    Args:
+        x: [*, k] or [b, k, h, w] in the compute dtype, on the mask's device.
+        grad: whether dX is wanted.
+    """
+    facts, dtype = Facts.of(mask), x.dtype
+    if facts.nnz == 0:
+        return Choice(("state",) * 3, "nothing is kept: the layer is its bias")
+    names = candidates(mask, layer, dtype)
+    fills = {n: stored(mask, *_sides(n)) for n in names if ":" in n}
+    key = " | ".join(map(str, (
+        _where(x.device), dtype, layer.numbers, list(x.shape), bool(grad), facts, fills, ",".join(names)
+    )))  # fmt: skip
+
+    def make() -> dict[str, Any]:
+        of = machine(x.device, dtype, cache)
+        return asdict(_weigh(mask, layer, x, grad, names, facts, of))
+
+    entry = cache.get(key, make)
+    times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
+    formats = None if entry["formats"] is None else tuple(entry["formats"])
+    return Choice(formats, entry["reason"], update=entry["update"], **times)
+
+
+def _sides(name: str) -> tuple[int, int]:
+    sides = [int(side) for side in name.partition(":")[2].split("x")]
+    return (sides[0], sides[1]) if len(sides) == 2 else (sides[0], 1)
+
+
+def _weigh(
+    mask: Tensor,
+    layer: Layer,
+    x: Tensor,
+    grad: bool,
+    names: Sequence[str],
+    facts: Facts,
+    of: Machine,
+) -> Choice:
+    """Predicts all candidates, measures those that may win, and decides."""
+    x = x.detach() if layer.conv else x.detach().reshape(-1, layer.inputs)
+    shape = layer.output(x.shape)
+    tokens = math.prod(shape) // layer.shape[0]
+    guesses = {
+        name: predicted(name, mask, facts, layer, tokens, x.element_size(), of)
+        for name in ("dense", "mask", *names)
+    }
+    best = min(guesses[name].total for name in names)
+    tried = [n for n in names if n == "state" or guesses[n].total <= _HOPELESS * best]
+    weight = torch.empty(layer.shape, dtype=x.dtype, device=x.device).uniform_(-1, 1)
+    products = {n: _products(n, mask, layer, weight, x) for n in tried}
+    products |= {n: _dense_products(n, mask, layer, weight, x) for n in ("dense", "mask")}
+    measured = _measured(products, x.device, grad)
+    update = {
+        "dense": 1e3 * math.prod(layer.shape) / of.updates,
+        "kept": 1e3 * facts.nnz / of.updates,
+    }
+    formats, reason = _decided(measured, update, tried)
+    return Choice(formats, reason, measured, guesses, update)
+
+
+Products = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
+
+
+def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
+    """Forward, dX and dW of a format, ready to be timed."""
+    plan = kernels.plan_of(mask, name, dtype=x.dtype, slide=layer.slide, groups=layer.groups)
+    format, storage = plan.product("forward")
+    values = weight[mask].float()
+    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    return (
+        lambda: format.forward(x, values, None, layer, storage),
+        lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
+        lambda: format.grad_values(dy, x, values, layer, storage),
+    )
+
+
+def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
+    """The same of a dense weight ("dense") or of weight times mask ("mask")."""
+    masked = name == "mask"
+    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    closed = ~mask
+
+    def effective() -> Tensor:
+        return weight.masked_fill(closed, 0) if masked else weight
+
+    def forward() -> Tensor:
+        if layer.conv:
+            return F.conv2d(x, effective(), None, *layer.pairs, groups=layer.groups)
+        return F.linear(x, effective())
+
+    def backward(want_x: bool) -> Tensor:
+        if layer.conv:
+            wanted = [want_x, not want_x, False]
+            dx, dw, _ = torch.ops.aten.convolution_backward(
+                dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
+            )
+            result = dx if want_x else dw
+        else:
+            result = dy @ weight if want_x else dy.T @ x
+        return result if want_x or not masked else result.masked_fill(closed, 0)
+
+    return forward, lambda: backward(True), lambda: backward(False)
+
+
+def _measured(
+    products: Mapping[str, Products], device: torch.device, grad: bool
+) -> dict[str, Times]:
+    """Twice in turn, the smaller of two medians, since other programs only ever add time."""
+    found: dict[str, Times] = {}
+    with torch.no_grad():
+        for _ in range(2):
+            for name, steps in products.items():
+                wanted = (True, grad, True)
+                now = [
+                    1e3 * seconds(s, device) if w else 0.0
+                    for s, w in zip(steps, wanted, strict=True)
+                ]
+                found[name] = Times(*map(min, now, found.get(name, now)))
+    return found
+
+
+def _decided(
+    measured: Mapping[str, Times], update: Mapping[str, float], names: Sequence[str]
+) -> tuple[tuple[str, ...] | None, str]:
+    """The formats and the reason, from what was measured."""
+    formats: list[str] = []
+    for i in range(3):
+        if measured["state"][i] == 0:  # not wanted
+            formats.append(formats[0])
+            continue
+        fastest = min(names, key=lambda name, i=i: measured[name][i])
+        floor = measured["state"][i]
+        formats.append(fastest if measured[fastest][i] < _WORTH * floor else "state")
+    total = sum(measured[f][i] for i, f in enumerate(formats)) + update["kept"]
+    masked = measured["mask"].total + update["dense"]
+    dense = measured["dense"].total + update["dense"]
+    told = f"{total:.3g} ms a step, dense*mask {masked:.3g}, dense {dense:.3g}"
+    if masked < _WORTH * total:
+        return None, f"no format is faster than dense*mask: {told}"
+    if set(formats) == {"state"}:
+        return ("state",) * 3, f"dense compute is fastest here, its state sparse: {told}"
+    return tuple(formats), f"measured: {told}"

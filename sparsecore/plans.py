@@ -1,0 +1,182 @@
+"""Plans of whole models: how each masked layer of a ticket computes, what it costs, and why."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels
+from .convert import require_sparse_layers, sparse_layers
+from .costs import stored
+from .kernels import Layer
+from .nn import SparseLayer
+from .patterns import Dense, Masked, Planned
+from .planner import PANELS, SIDES, Choice, cache_of, choose
+
+_MOSTLY = (
+    0.6  # kept shares above this stay a mask unless measured: indices would cost what they save
+)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """A row of a model's plan."""
+
+    name: str
+    shape: tuple[int, ...]
+    kept: int
+    choice: Choice
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.kept / max(torch.Size(self.shape).numel(), 1)
+
+
+@dataclass(frozen=True)
+class _Chooser:
+    """What a planned layer asks at its first use."""
+
+    cache: str | Path | None
+
+    def __call__(self, pattern: Planned, x: Tensor) -> Choice:
+        kind = x.device.type
+        grad = x.requires_grad
+        if torch.is_autocast_enabled(kind):
+            x = x.to(torch.get_autocast_dtype(kind))
+        return choose(pattern.mask, pattern.layer, x, grad=grad, cache=cache_of(self.cache))
+
+
+def plan_(
+    model: nn.Module, plan: str = "auto", *example: Any, cache: str | Path | None = None
+) -> nn.Module:
+    """Makes the masked layers of a model compute by a plan; returns the model.
+
+    Parameters become the vectors of kept weights (the objects stay), so make the optimiser afterwards.
+
+    Args:
+        plan: "auto" measures each layer; "mask" is a mask over dense weights; a format ("state", "csr",
+            "compact", "block:64x64", "panel:64") is used for all, "block" and "panel" with the sides that
+            store least.  A named format never falls back.
+        example: the model's inputs of a training step, on its device and in its precision: "auto" then
+            measures now.  Without them it does at each layer's first use.
+        cache: file of remembered choices; see `planner.cache_of`.
+
+    Errors: ValueError for an unknown plan, a layer that a named format cannot take, or a weight that
+    several layers share; nothing changes then.
+    """
+    found = require_sparse_layers(model)
+    layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
+    if plan == "mask":
+        for layer in layers.values():
+            layer.unplan_()
+        return model
+    _refuse_shared(model, layers)
+    formats = {name: _named(plan, layer) for name, layer in layers.items()}
+    for name, layer in layers.items():
+        if formats[name] is None:
+            _open_(layer, cache, measured=bool(example))
+        else:
+            layer.plan_(formats[name])
+    if plan == "auto" and example:
+        _measure(model, example)
+    return model
+
+
+def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> None:
+    """A layer that is to choose by itself, unless its mask says enough."""
+    mask = _mask(layer)
+    assert mask is not None
+    share = float(mask.float().mean())
+    if share == 1:
+        layer.unplan_()
+        layer.pattern = Dense()
+    elif share > _MOSTLY and not measured:
+        _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
+    else:
+        layer.plan_(None, _Chooser(cache))
+
+
+def _masked_(layer: SparseLayer, choice: Choice) -> None:
+    """A mask over a dense weight, and why."""
+    pattern = layer.unplan_().pattern
+    assert isinstance(pattern, Masked)
+    pattern.choice = choice
+
+
+def _mask(layer: SparseLayer) -> Tensor | None:
+    pattern = layer.pattern
+    return pattern.mask if isinstance(pattern, Masked | Planned) else None
+
+
+def _refuse_shared(model: nn.Module, layers: Mapping[str, SparseLayer]) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+    for name, layer in layers.items():
+        held = owners[id(layer.raw_weight)]
+        if len(held) > 1:
+            raise ValueError(
+                f"plan: expected a weight of its own in {name}, got one shared by {', '.join(held)}; "
+                "give each its own, or use plan='mask'"
+            )
+
+
+def _named(plan: str, layer: SparseLayer) -> str | None:
+    """The format of a layer under a named plan; None under "auto"."""
+    if plan == "auto":
+        return None
+    mask = _mask(layer)
+    assert mask is not None
+    if plan in ("block", "panel"):
+        sides = SIDES if plan == "block" else [(v, 1) for v in PANELS]
+        h, w = min(sides, key=lambda side: stored(mask, *side))
+        plan = f"block:{h}x{w}" if plan == "block" else f"panel:{h}"
+    of = Layer(tuple(layer.weight_shape), *layer._slide().values())
+    reason = kernels.obstacle(plan, mask.device, of, layer.raw_weight.dtype)
+    if reason is not None:
+        raise ValueError(f"plan {plan!r}: {reason}; use 'auto' or 'state'")
+    return plan
+
+
+def _measure(model: nn.Module, example: Sequence[Any]) -> None:
+    """One forward in training mode, so that each layer chooses; random state and buffers are put back."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = {b: b.detach().clone() for b in model.buffers()}
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+            model(*example)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, kept in buffers.items():
+                buffer.copy_(kept)
+    for layer in sparse_layers(model).values():
+        choice = layer.pattern.choice if isinstance(layer.pattern, Planned) else None
+        if choice is not None and choice.formats is None:
+            _masked_(layer, choice)
+
+
+def report(model: nn.Module) -> list[LayerPlan]:
+    """What each masked layer of a planned model does, and why."""
+    rows = []
+    for name, layer in sparse_layers(model).items():
+        pattern = layer.pattern
+        if not isinstance(pattern, Masked | Planned):
+            continue
+        choice = pattern.choice
+        if choice is None:
+            formats = pattern.formats if isinstance(pattern, Planned) else None
+            waits = isinstance(pattern, Planned) and formats is None
+            reason = "to be measured at its first use" if waits else "asked for"
+            choice = Choice((formats,) * 3 if isinstance(formats, str) else formats, reason)
+        mask = pattern.mask
+        rows.append(LayerPlan(name, tuple(mask.shape), int(mask.sum()), choice))
+    return rows
