@@ -46,7 +46,7 @@ def _forward(
         y = x.new_zeros(shape)
     else:
         wide = bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-        y = wide.expand(shape).contiguous()
+        y = x.new_empty(shape).copy_(wide)
         small += wide[rows]
     return y.index_copy_(1, rows, small)
 

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+# Tests run side by side: threads of their own would wait for each other's.
+torch.set_num_threads(1)
+
 # Without a GPU the kernels run in Triton's interpreter, chosen before anything imports them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"

@@ -1,0 +1,207 @@
+"""Products with kept weights, in every format, against a dense weight that has zeros for the others."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsecore import kernels
+from sparsecore.kernels import sparse_layers
+from sparsecore.kernels.formats import Layer
+from helpers import rand, randn
+
+CPU = ["state", "csr", "compact"]
+MIXED = ("csr", "state", "compact")
+LINEAR = ((7, 13), (), 1, (5, 13))
+CONVS = {
+    "stride, dilation": ((6, 5, 3, 3), (2, 1, 1, 0, 1, 2), 1, (2, 5, 9, 8)),
+    "pointwise": ((6, 4, 1, 1), (1, 1, 0, 0, 1, 1), 1, (2, 4, 3, 3)),
+    "pointwise, stride": ((6, 4, 1, 1), (2, 2, 0, 0, 1, 1), 1, (2, 4, 5, 5)),
+    "groups": ((6, 2, 3, 3), (1, 1, 1, 1, 1, 1), 3, (2, 6, 5, 4)),
+}
+
+
+def dense(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values)
+
+
+def reference(
+    x: Tensor, values: Tensor, bias: Tensor | None, mask: Tensor, slide=(), groups=1
+) -> Tensor:
+    weight = dense(values, mask)
+    if mask.ndim == 2:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, *Layer(tuple(mask.shape), slide).pairs, groups)
+
+
+def error(found: Tensor, exact: Tensor) -> float:
+    return float((found.double() - exact).norm() / exact.norm().clamp_min(1e-30))
+
+
+def compare(format, mask: Tensor, x: Tensor, slide=(), groups=1) -> None:
+    """y, dx, dvalues and dbias: at most twice PyTorch's error in the same dtype, plus 1e-6."""
+    plan = kernels.plan_of(mask, format, dtype=x.dtype, slide=slide, groups=groups)
+    values, bias = randn(plan.nnz, seed=1).to(x.dtype), randn(mask.shape[0], seed=2).to(x.dtype)
+
+    def run(product, dtype: torch.dtype) -> list[Tensor]:
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, values, bias)]
+        y = product(*inputs)
+        dy = randn(*y.shape, seed=3).to(dtype)
+        return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
+
+    ours = run(lambda a, v, b: kernels.sparse_layer(a, v, b, plan), x.dtype)
+    theirs = run(lambda a, v, b: reference(a, v, b, mask, slide, groups), x.dtype)
+    exact = run(lambda a, v, b: reference(a, v, b, mask, slide, groups), torch.float64)
+    for name, mine, other, right in zip(
+        ["y", "dx", "dvalues", "dbias"], ours, theirs, exact, strict=True
+    ):
+        assert mine.shape == right.shape and mine.dtype == x.dtype
+        assert error(mine, right) <= 2 * error(other, right) + 1e-6, name
+
+
+@pytest.mark.parametrize("format", [*CPU, MIXED])
+@settings(max_examples=25, deadline=None)
+@given(
+    n=st.integers(1, 70),
+    k=st.integers(1, 70),
+    tokens=st.sampled_from([1, 2, 63, 64, 65, 130]),
+    density=st.sampled_from([0.0, 0.02, 0.3, 1.0]),
+    major=st.booleans(),
+)
+def test_any_linear_layer(format, n: int, k: int, tokens: int, density: float, major: bool) -> None:
+    mask = rand(n, k, seed=n + 100 * k) < density
+    x = randn(k, tokens).T if major else randn(tokens, k)
+    compare(format, mask, x)
+
+
+@pytest.mark.parametrize("case", CONVS)
+@pytest.mark.parametrize("format", [*CPU, MIXED])
+def test_convolutions(format, case: str) -> None:
+    shape, slide, groups, image = CONVS[case]
+    if groups > 1 and "compact" in format:
+        with pytest.raises(ValueError, match="takes one group"):
+            kernels.plan_of(torch.ones(shape, dtype=torch.bool), format, slide=slide, groups=groups)
+        return
+    for density, last in itertools.product((0.0, 0.4), (False, True)):
+        x = randn(*image)
+        x = x.contiguous(memory_format=torch.channels_last) if last else x
+        compare(format, rand(*shape) < density, x, slide, groups)
+
+
+@pytest.mark.parametrize("format", CPU)
+def test_lower_precision_and_more_dimensions(format: str) -> None:
+    mask = rand(20, 30) < 0.3
+    compare(format, mask, randn(2, 3, 30))
+    compare(format, mask, randn(50, 30).bfloat16())
+    plan = kernels.plan_of(mask, format, dtype=torch.bfloat16)
+    values, x = randn(plan.nnz).requires_grad_(), randn(9, 30).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = kernels.sparse_layer(x, values, None, plan)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert x.grad.dtype == values.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("format", [*CPU, MIXED])
+def test_gradients_of_gradients_and_operators(format) -> None:
+    for shape, slide, groups, image in (LINEAR, CONVS["stride, dilation"]):
+        mask = rand(*shape) < 0.3
+        plan = kernels.plan_of(mask, format, dtype=torch.float64, slide=slide, groups=groups)
+        x = randn(*image, dtype=torch.float64).requires_grad_()
+        values = randn(plan.nnz, dtype=torch.float64).requires_grad_()
+        bias = randn(shape[0], dtype=torch.float64).requires_grad_()
+
+        def layer(*inputs: Tensor, plan=plan) -> Tensor:
+            return kernels.sparse_layer(*inputs, plan)
+
+        with torch.random.fork_rng(devices=[]):  # these checks draw, and so does opcheck
+            assert torch.autograd.gradcheck(layer, (x, values, bias))
+            assert torch.autograd.gradgradcheck(layer, (x, values, bias))
+        flat = plan.flat()
+        y = sparse_layers._forward(x, values, bias, *flat).detach().requires_grad_()
+        torch.library.opcheck(sparse_layers._forward, (x, values, bias, *flat))
+        sparse_layers._dx(
+            y, values, list(x.shape), *flat
+        )  # a dense weight that already holds the values
+        torch.library.opcheck(sparse_layers._dx, (y, values, list(x.shape), *flat))
+        torch.library.opcheck(sparse_layers._dw, (y, x, values, *flat))
+
+
+def test_a_plan_survives_its_own_schema() -> None:
+    mask = rand(6, 5, 3, 3) < 0.5
+    plan = kernels.plan_of(mask, MIXED, slide=(1, 1, 1, 1, 1, 1))
+    again = kernels.Plan.of(*plan.flat())
+    assert again.layer == plan.layer and again.formats == plan.formats and again.nnz == plan.nnz
+    for mine, theirs in zip(again.storages, plan.storages, strict=True):
+        assert list(mine.numbers) == list(theirs.numbers)
+        assert all(a is b for a, b in zip(mine.tensors, theirs.tensors, strict=True))
+
+
+def test_feature_major_results_feed_the_next_layer_without_a_copy() -> None:
+    plan = kernels.plan_of(rand(40, 30) < 0.3, "csr")
+    y = kernels.sparse_layer(randn(16, 30), randn(plan.nnz), None, plan)
+    assert y.shape == (16, 40) and y.T.is_contiguous() and y.relu().T.is_contiguous()
+
+
+def test_the_dense_weight_of_state_never_holds_anything_else() -> None:
+    mask = rand(30, 40) < 0.2
+    plan = kernels.plan_of(mask, "state")
+    weight = plan.storages[0].tensors[1]
+    for seed in range(3):
+        values, x = randn(plan.nnz, seed=seed).requires_grad_(), randn(8, 40).requires_grad_()
+        y = kernels.sparse_layer(x, values, None, plan)
+        kernels.sparse_layer(x, values.detach() * 3, None, plan)  # another use before the backward
+        y.sum().backward()
+        assert torch.equal(weight, dense(values.detach(), mask))
+        exact = torch.ones(8, 30) @ dense(values.detach(), mask)
+        torch.testing.assert_close(x.grad, exact)
+
+
+@pytest.mark.parametrize(
+    ("format", "message"),
+    [
+        ("nope", "expected state, csr"),
+        ("block", "sides as block:64x64"),
+        ("state:3", "expected state"),
+        (("csr", "csr"), "one, or three"),
+    ],
+)
+def test_unknown_formats(format, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kernels.plan_of(torch.ones(4, 4, dtype=torch.bool), format)
+
+
+def test_bad_input_is_told_before_anything_runs() -> None:
+    mask = rand(6, 5) < 0.5
+    plan = kernels.plan_of(mask, "csr")
+    values, x = randn(plan.nnz), randn(3, 5)
+    with pytest.raises(TypeError, match="bool"):
+        kernels.plan_of(mask.float())
+    with pytest.raises(ValueError, match=r"\(n, k\)"):
+        kernels.plan_of(mask[0])
+    with pytest.raises(ValueError, match="six integers"):
+        kernels.plan_of(rand(6, 5, 3, 3) < 0.5)
+    for bad, message in (
+        ((x, values[1:], None), "belongs to one mask"),
+        ((x[:, 1:], values, None), "k = 5"),
+        ((x, values, randn(5)), r"expected \(6,\)"),
+        ((x, values.to("meta"), None), "expected it on cpu"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.sparse_layer(*bad, plan)
+    conv = kernels.plan_of(rand(6, 5, 3, 3) < 0.5, slide=(1, 1, 0, 0, 1, 1))
+    with pytest.raises(ValueError, match="filter fits"):
+        kernels.sparse_layer(randn(1, 5, 2, 2), randn(conv.nnz), None, conv)
+
+
+def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
+    mask = torch.zeros(3, 4, dtype=torch.bool)
+    mask[0, 0] = mask[1, 1] = True
+    for format in CPU:
+        plan = kernels.plan_of(mask, format)
+        y = kernels.sparse_layer(torch.ones(2, 4), torch.tensor([torch.nan, 1.0]), None, plan)
+        assert y[:, 0].isnan().all() and torch.equal(y[:, 1], torch.ones(2))
