@@ -5,7 +5,7 @@ from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Dense, Gated, Masked, Planned, gated_weight
-from .plans import plan_, report
+from .plans import plan_, remask_, report
 from .search import ConcreteSearch, OneShot
 from .tickets import Ticket, TicketError
 from .training import Recipe, evaluate, train
@@ -38,6 +38,7 @@ __all__ = [
     "models",
     "objectives",
     "plan_",
+    "remask_",
     "report",
     "scores",
     "sparse_layers",

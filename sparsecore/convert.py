@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .nn import SparseConv2d, SparseLayer, SparseLinear
-from .patterns import Gated
+from .patterns import Gated, Planned
 
 Filter = Callable[[str, nn.Module], bool] | type | str | Iterable[str]
 
@@ -81,6 +81,18 @@ def require_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no sparse layers: call sparsecore.sparsify_(model) first"
+        )
+    return layers
+
+
+def require_dense_parameters(model: nn.Module) -> dict[str, SparseLayer]:
+    """Sparse layers whose parameters are weights, as searches need them, or a ValueError."""
+    layers = require_sparse_layers(model)
+    planned = [name for name, layer in layers.items() if isinstance(layer.pattern, Planned)]
+    if planned:
+        raise ValueError(
+            f"expected dense weights to search in, got kept weights alone in {', '.join(planned[:4])}: "
+            "call sparsecore.plan_(model, 'mask') first"
         )
     return layers
 

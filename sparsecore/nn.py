@@ -63,7 +63,7 @@ class SparseLayer(nn.Module):
             )
         pattern = Masked(mask.to(self.raw_weight.device).clone())
         self.unplan_()
-        self.pattern = pattern
+        self.pattern = pattern.train(self.training)
         with torch.no_grad():
             self.raw_weight.masked_fill_(~self.pattern.mask, 0)
         return self
@@ -114,8 +114,13 @@ class SparseLayer(nn.Module):
 
     def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
         """Another pattern and what the same Parameter object then holds."""
-        self.raw_weight.data, self.raw_weight.grad = parameter, None
-        self.pattern = pattern
+        raw = self.raw_weight
+        # Through another dtype, so that autograd forgets the old shape, which a graph that is still alive
+        # (the last step's loss) would keep.
+        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
+        raw.data = parameter
+        self.pattern = pattern.train(self.training)
 
     def _decided_mask(self) -> Tensor:
         if isinstance(self.pattern, Masked | Planned):

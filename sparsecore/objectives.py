@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import Batch
-from .convert import require_sparse_layers
+from .convert import require_dense_parameters
 from .patterns import Gated
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
@@ -48,7 +48,7 @@ class Net:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.layers = require_sparse_layers(model)
+        self.layers = require_dense_parameters(model)
         self.memory: TeacherMemory | None = None
         self.side: Any = None  # a CUDA stream for the teacher, beside the sparse network's
 

@@ -53,6 +53,16 @@ ChannelsLast = Annotated[
 LayersGlob = Annotated[
     str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
 ]
+PlanName = Annotated[
+    str,
+    typer.Option(
+        "--plan",
+        help="auto (the fastest), mask, state, csr, compact, block, block:HxW, panel or panel:V.",
+    ),
+]
+PlanCache = Annotated[
+    Path | None, typer.Option("--plan-cache", help="File of remembered measurements.")
+]
 ImageSize = Annotated[int | None, typer.Option(help="Side of folder images, in pixels.")]
 
 

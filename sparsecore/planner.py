@@ -60,6 +60,15 @@ class Choice:
             return None
         return sum(self.measured[f][i] for i, f in enumerate(self.formats)) + self.update["kept"]
 
+    @property
+    def guess(self) -> float | None:
+        """What the cost model says of what was chosen."""
+        chosen = self.formats or ("mask",) * 3
+        if not all(f in self.predicted for f in chosen):
+            return None
+        update = self.update["dense" if self.formats is None else "kept"]
+        return sum(self.predicted[f][i] for i, f in enumerate(chosen)) + update
+
 
 class Cache:
     """Choices in a JSON file; each is written as it is made."""
@@ -178,7 +187,8 @@ def _weigh(
     }
     best = min(guesses[name].total for name in names)
     tried = [n for n in names if n == "state" or guesses[n].total <= _HOPELESS * best]
-    weight = torch.empty(layer.shape, dtype=x.dtype, device=x.device).uniform_(-1, 1)
+    weight = torch.linspace(-1, 1, math.prod(layer.shape), device=x.device, dtype=x.dtype)
+    weight = weight.view(layer.shape)
     products = {n: _products(n, mask, layer, weight, x) for n in tried}
     products |= {n: _dense_products(n, mask, layer, weight, x) for n in ("dense", "mask")}
     measured = _measured(products, x.device, grad)

@@ -1,7 +1,7 @@
 """Plans of whole models: how each masked layer of a ticket computes, what it costs, and why."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +40,18 @@ class _Chooser:
     """What a planned layer asks at its first use."""
 
     cache: str | Path | None
+    final: bool  # parameters are what they are: a mask over dense ones is no longer to be had
 
     def __call__(self, pattern: Planned, x: Tensor) -> Choice:
         kind = x.device.type
         grad = x.requires_grad
         if torch.is_autocast_enabled(kind):
             x = x.to(torch.get_autocast_dtype(kind))
-        return choose(pattern.mask, pattern.layer, x, grad=grad, cache=cache_of(self.cache))
+        choice = choose(pattern.mask, pattern.layer, x, grad=grad, cache=cache_of(self.cache))
+        if choice.formats is None and self.final:
+            reason = f"{choice.reason}; an example given to plan_ would have kept the mask"
+            return replace(choice, formats=(kernels.FLOOR,) * 3, reason=reason)
+        return choice
 
 
 def plan_(
@@ -96,7 +101,7 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> N
     elif share > _MOSTLY and not measured:
         _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
     else:
-        layer.plan_(None, _Chooser(cache))
+        layer.plan_(None, _Chooser(cache, final=not measured))
 
 
 def _masked_(layer: SparseLayer, choice: Choice) -> None:
@@ -162,6 +167,45 @@ def _measure(model: nn.Module, example: Sequence[Any]) -> None:
         choice = layer.pattern.choice if isinstance(layer.pattern, Planned) else None
         if choice is not None and choice.formats is None:
             _masked_(layer, choice)
+
+
+def remask_(
+    model: nn.Module,
+    masks: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Other masks for planned layers, as dynamic sparse training wants them; returns the model.
+
+    Weights that stay keep their values and, in every state tensor that `optimizer` holds for them, their
+    entries; what has grown starts at 0.  Formats stay, nothing is measured anew.
+
+    Errors: ValueError for a layer that is not there or not planned, or a mask of another shape; nothing
+    changes then.
+    """
+    layers = sparse_layers(model)
+    for name, mask in masks.items():
+        layer = layers.get(name)
+        planned = layer is not None and isinstance(layer.pattern, Planned)
+        if layer is None or not planned or mask.shape != layer.weight_shape:
+            found = (
+                "no such layer"
+                if layer is None
+                else f"{layer.pattern}, {tuple(layer.weight_shape)}"
+            )
+            raise ValueError(
+                f"remask_: expected a planned layer {name} of shape {tuple(mask.shape)}, got {found}"
+            )
+    for name, mask in masks.items():
+        layer = layers[name]
+        old, size = layer.pattern, layer.raw_weight.shape
+        layer.remask_(mask)
+        new = layer.pattern
+        assert isinstance(old, Planned) and isinstance(new, Planned)
+        slots = {} if optimizer is None else optimizer.state.get(layer.raw_weight, {})
+        for slot, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == size:
+                slots[slot] = new.kept(old(value))
+    return model
 
 
 def report(model: nn.Module) -> list[LayerPlan]:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .batches import Batch
-from .convert import batch_statistics, require_sparse_layers
+from .convert import batch_statistics, require_dense_parameters
 
 Score = Callable[[nn.Module, Iterable[Batch], int], dict[str, Tensor]]
 
@@ -17,13 +17,13 @@ def random(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, T
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(layer.raw_weight.shape, generator=generator).to(layer.raw_weight.device)
-        for name, layer in require_sparse_layers(model).items()
+        for name, layer in require_dense_parameters(model).items()
     }
 
 
 def magnitude(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
     """|theta|."""
-    layers = require_sparse_layers(model)
+    layers = require_dense_parameters(model)
     return {name: layer.raw_weight.detach().abs() for name, layer in layers.items()}
 
 
@@ -32,7 +32,7 @@ def snip(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Ten
 
     More data than the paper's single batch only makes this baseline stronger.
     """
-    layers = require_sparse_layers(model)
+    layers = require_dense_parameters(model)
     weights = [layer.raw_weight for layer in layers.values()]
     required = [w.requires_grad for w in weights]
     for w in weights:

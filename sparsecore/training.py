@@ -79,6 +79,11 @@ class Recipe:
             if not good:
                 raise ValueError(f"recipe {name}: expected {expected}, got {getattr(self, name)!r}")
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context that forwards run in."""
+        dtype = _DTYPES.get(self.amp or "")
+        return torch.autocast(device.type, dtype, enabled=dtype is not None)
+
     def lr_at(self, epoch: float, total: float) -> float:
         """The learning rate at an absolute, fractional epoch of a run of `total` epochs."""
         if epoch < self.warmup_epochs:
@@ -234,8 +239,7 @@ class _Run:
         self.optimizer.zero_grad()
         parts = zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True)
         for part, labels in parts:
-            dtype = _DTYPES.get(recipe.amp or "")
-            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
+            with recipe.autocast(self.device):
                 scores = self.model(part)
                 loss = F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)
             loss = loss * (len(labels) / len(y))

@@ -14,7 +14,7 @@ from torch import nn
 from .. import checkpoints
 from ..batches import EpochBatches
 from ..control import AbstractController, GradBalance
-from ..convert import batch_statistics, require_sparse_layers
+from ..convert import batch_statistics, require_dense_parameters
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
@@ -144,7 +144,7 @@ class ConcreteSearch:
         checkpoint: Path | None,
     ) -> list[Ticket]:
         """The ticket of each (sparsity, seed)."""
-        layers = require_sparse_layers(model)
+        layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         for sparsity, _ in members:
             if check_sparsity(sparsity) == 0:

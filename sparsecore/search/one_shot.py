@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..batches import Batch
-from ..convert import require_sparse_layers
+from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
 from ..scores import Score
 from ..tickets import Ticket
@@ -25,7 +25,7 @@ class OneShot:
 
         Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores.
         """
-        layers = require_sparse_layers(model)
+        layers = require_dense_parameters(model)
         scores = {}
         for name, values in self.score(model, batches, self.seed).items():
             sizes = self.granularity.sizes(layers[name].raw_weight.shape).to(values.device)

@@ -1,0 +1,198 @@
+"""The planner: what it weighs, how it decides, and that a remembered choice stays."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import mlp, rand, randn
+from torch import Tensor
+
+import sparsecore as sc
+from sparsecore import planner
+from sparsecore.convert import sparse_layers
+from sparsecore.costs import Facts, Machine, Times, predicted, stored
+from sparsecore.kernels import Layer
+from sparsecore.patterns import Masked, Planned
+from sparsecore.planner import Choice, _decided, cache_of, candidates, choose
+
+MACHINE = Machine(flops=1e11, bandwidth=1e10, updates=1e9)
+UPDATE = {"dense": 2.0, "kept": 0.2}
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "deep" / "plans.json"
+
+
+def test_every_product_takes_its_own_fastest_format() -> None:
+    measured = {
+        "state": Times(3, 3, 3), "csr": Times(1, 4, 2), "dense": Times(3, 3, 3), "mask": Times(4, 3, 4),
+    }  # fmt: skip
+    formats, reason = _decided(measured, UPDATE, ["state", "csr"])
+    assert formats == ("csr", "state", "csr")
+    assert "6.2 ms" in reason and "dense*mask 13" in reason and "dense 11" in reason
+
+
+def test_a_format_must_win_by_more_than_noise() -> None:
+    measured = {"state": Times(3, 3, 3), "csr": Times(2.9, 2.9, 2.9), "dense": Times(3, 3, 3)}
+    measured["mask"] = Times(4, 3, 4)
+    assert _decided(measured, UPDATE, ["state", "csr"])[0] == ("state",) * 3
+
+
+def test_never_slower_than_the_mask_it_replaces() -> None:
+    measured = {"state": Times(3, 3, 3), "dense": Times(1, 1, 1), "mask": Times(1, 1, 1)}
+    formats, reason = _decided(measured, {"dense": 0.1, "kept": 0.1}, ["state"])
+    assert formats is None and "no format is faster" in reason
+    choice = Choice(formats, reason, measured, {}, {"dense": 0.1, "kept": 0.1})
+    assert choice.chosen == choice.time("mask") == pytest.approx(3.1)
+
+
+def test_a_product_that_nobody_wants_follows_forward() -> None:
+    measured = {"state": Times(3, 0, 3), "csr": Times(1, 0, 1), "dense": Times(3, 0, 3)}
+    measured["mask"] = Times(4, 0, 4)
+    assert _decided(measured, UPDATE, ["state", "csr"])[0] == ("csr",) * 3
+
+
+def test_a_model_that_measures_slow_stays_a_mask(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(products, device, grad):
+        return {name: Times(1, 1, 1) if name == "mask" else Times(2, 2, 2) for name in products}
+
+    monkeypatch.setattr(planner, "_measured", slow)
+    model, x = sc.sparsify_(mlp()), randn(8, 12)
+    for layer in sparse_layers(model).values():
+        layer.set_mask_(rand(*layer.weight_shape) < 0.3)
+    expected = model(x)
+    sc.plan_(model, "auto", x, cache=cache)
+    assert all(isinstance(layer.pattern, Masked) for layer in sparse_layers(model).values())
+    assert all(
+        row.choice.formats is None and "no format" in row.choice.reason for row in sc.report(model)
+    )
+    assert torch.equal(model(x), expected)
+
+
+def test_a_fixed_cache_gives_the_same_plan_without_measuring(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def plan() -> list:
+        model = sc.sparsify_(mlp())
+        for layer in sparse_layers(model).values():
+            layer.set_mask_(rand(*layer.weight_shape) < 0.1)
+        return sc.report(sc.plan_(model, "auto", randn(8, 12), cache=cache))
+
+    first = plan()
+    assert all(row.choice.measured and row.choice.predicted for row in first)
+    assert all({"dense", "mask", "state"} <= set(row.choice.measured) for row in first)
+    planner._cache_at.cache_clear()  # as a new process would find it
+    monkeypatch.setattr(planner, "_measured", lambda *_: pytest.fail("measured again"))
+    assert plan() == first
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "null"])
+def test_a_damaged_cache_is_made_again(cache: Path, text: str) -> None:
+    cache.parent.mkdir()
+    cache.write_text(text)
+    mask = rand(20, 30) < 0.1
+    found = choose(mask, Layer((20, 30)), randn(8, 30), cache=cache_of(cache))
+    assert found.measured and len(json.loads(cache.read_text())) == 2
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found = cache_of(tmp_path / "file" / "plans.json")
+    assert choose(rand(20, 30) < 0.1, Layer((20, 30)), randn(8, 30), cache=found).measured
+
+
+def test_lazy_layers_choose_at_their_first_use(cache: Path) -> None:
+    model = sc.sparsify_(mlp())
+    for i, layer in enumerate(sparse_layers(model).values()):
+        layer.set_mask_(rand(*layer.weight_shape) < (0.1, 0.9)[i])
+    sc.plan_(model, cache=cache)
+    first, last = sc.report(model)
+    assert first.choice.formats is None and "first use" in first.choice.reason
+    assert isinstance(model[2].pattern, Masked) and "is kept" in last.choice.reason
+    model(randn(8, 12))
+    chosen = sc.report(model)[0].choice
+    assert chosen.formats is not None and chosen.measured
+    formats = model[0].pattern.formats
+    model(randn(99, 12))
+    assert isinstance(model[0].pattern, Planned) and model[0].pattern.formats == formats  # once
+
+
+def test_a_lazy_layer_cannot_go_back_to_a_mask(
+    cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Choice(None, "slow")
+    monkeypatch.setattr("sparsecore.plans.choose", lambda *_, **__: slow)
+    model = sc.sparsify_(mlp())
+    model[0].set_mask_(rand(24, 12) < 0.1)
+    sc.plan_(model, cache=cache)(randn(8, 12))
+    (row,) = sc.report(model)
+    assert row.choice.formats == ("state",) * 3 and "an example" in row.choice.reason
+
+
+def test_planning_leaves_the_model_as_it_was(cache: Path) -> None:
+    model = torch.nn.Sequential(mlp(), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5)).eval()
+    sc.sparsify_(model)
+    for layer in sparse_layers(model).values():
+        layer.set_mask_(rand(*layer.weight_shape) < 0.2)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    sc.plan_(model, "auto", randn(8, 12), cache=cache)
+    assert not any(module.training for module in model.modules())
+    after = model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def brute_stored(mask: Tensor, h: int, w: int) -> int:
+    n, k = mask.shape[:2]
+    plane = mask.reshape(n, k, -1)
+    blocks = [
+        plane[i : i + h, j : j + w, t].any()
+        for i in range(0, n, h) for j in range(0, k, w) for t in range(plane.shape[2])
+    ]  # fmt: skip
+    return int(sum(blocks)) * h * w
+
+
+@pytest.mark.parametrize("shape", [(7, 9), (16, 16), (5, 6, 3, 3)])
+@pytest.mark.parametrize("sides", [(2, 3), (4, 4), (16, 1)])
+def test_what_blocks_store(shape: tuple[int, ...], sides: tuple[int, int]) -> None:
+    mask = rand(*shape) < 0.2
+    assert stored(mask, *sides) == brute_stored(mask, *sides)
+
+
+def test_the_cost_model_counts_operations_and_bytes() -> None:
+    layer, mask = Layer((1000, 2000)), torch.ones(1000, 2000, dtype=torch.bool)
+    facts = Facts.of(mask)
+    assert facts == Facts(2_000_000, 1000, 2000)
+
+    def guess(name: str, tokens: int) -> Times:
+        return predicted(name, mask, facts, layer, tokens, 4, MACHINE)
+
+    work = 1e3 * 2 * 500 * 2e6 / MACHINE.flops
+    assert guess("dense", 500).forward == pytest.approx(work)
+    masks = 1e3 * 9 * 2e6 / MACHINE.bandwidth
+    assert guess("mask", 500).forward == pytest.approx(work + masks)
+    assert guess("mask", 500).dx == pytest.approx(work)
+    assert guess("csr", 500).total > guess("dense", 500).total  # nothing is pruned
+    half = mask.clone()
+    half[500:], half[:, 1000:] = False, False
+    small = predicted("compact", half, Facts.of(half), layer, 500, 4, MACHINE)
+    assert small.forward < 0.3 * work + 1
+
+
+def test_candidates_leave_out_what_cannot_be() -> None:
+    layer = Layer((64, 64))
+    assert candidates(rand(64, 64) < 0.5, layer, torch.float32) == ["state", "csr"]
+    dead = rand(64, 64) < 0.5
+    dead[:32] = False
+    assert candidates(dead, layer, torch.float32) == ["state", "csr", "compact"]
+    grouped = Layer((64, 32, 1, 1), (1, 1, 0, 0, 1, 1), 2)
+    assert "compact" not in candidates(dead[:, :32, None, None], grouped, torch.float32)
+
+
+def test_an_empty_layer_needs_no_measurement(cache: Path) -> None:
+    nothing = torch.zeros(4, 5, dtype=torch.bool)
+    found = choose(nothing, Layer((4, 5)), randn(3, 5), cache=cache_of(cache))
+    assert found.formats == ("state",) * 3 and not found.measured and not cache.exists()
