@@ -24,6 +24,7 @@ from .reference import (
     slope_ref,
 )
 from .sparse_layers import FLOOR, FORMATS, PRODUCTS, Plan, obstacle, plan_of, sparse_layer
+from .state_semi import fits as fits_2_4
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "concrete_slope_ref",
     "density_ref",
     "density_slope_ref",
+    "fits_2_4",
     "forget",
     "gated_conv2d",
     "gated_linear",

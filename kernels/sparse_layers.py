@@ -5,7 +5,8 @@ and dW may each have a format of their own; what a format keeps of a mask is pre
 
 state    dense compute on a weight that holds the kept values, for any mask and device;
 csr      compressed rows and columns, on the CPU;
-compact  dense compute on live rows and columns only.
+compact  dense compute on live rows and columns only;
+semi     2:4 through torch, forward only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,8 +20,9 @@ from .compact import COMPACT
 from .csr import CSR
 from .formats import Format, Layer, Storage, check_mask, wide
 from .state import STATE
+from .state_semi import SEMI
 
-FORMATS: dict[str, Format] = {"state": STATE, "csr": CSR, "compact": COMPACT}
+FORMATS: dict[str, Format] = {"state": STATE, "csr": CSR, "compact": COMPACT, "semi": SEMI}
 PRODUCTS = ("forward", "dx", "dw")
 FLOOR = "state"  # what can do everything
 

@@ -109,7 +109,8 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     )
 
 
-def _dense(values: Tensor, storage: Storage) -> Tensor:
+def dense_weight(values: Tensor, storage: Storage) -> Tensor:
+    """The layer's dense weight, holding the values."""
     index, weight = storage.tensors[:2]
     scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
     return weight
@@ -118,7 +119,7 @@ def _dense(values: Tensor, storage: Storage) -> Tensor:
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    weight = _dense(values, storage)
+    weight = dense_weight(values, storage)
     bias = None if bias is None else bias.to(x.dtype)
     if layer.conv:
         return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
@@ -128,7 +129,7 @@ def _forward(
 def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    weight = _dense(values, storage)
+    weight = dense_weight(values, storage)
     if layer.conv:
         x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
         return _conv_backward(dy, x, weight, layer, [True, False, False])[0]

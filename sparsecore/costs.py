@@ -114,6 +114,9 @@ def predicted(
     if kind == "state":
         moved = 1e3 * facts.nnz * (8 + size) / machine.bandwidth
         return Times(*[time(n * k, 1.0) + moved] * 3)
+    if kind == "semi":
+        moved = 1e3 * (facts.nnz * (8 + size) + 2 * size * n * k) / machine.bandwidth
+        return Times(time(n * k, 1.5) + moved, time(n * k, 1.0), time(n * k, 1.0))
     if kind == "csr":
         return Times(time(facts.nnz, _BAGS), time(facts.nnz, _BAGS), time(facts.nnz, _SAMPLED))
     if kind == "compact":

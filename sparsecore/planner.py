@@ -132,7 +132,8 @@ def candidates(mask: Tensor, layer: Layer, dtype: torch.dtype) -> list[str]:
     if mask.is_cuda:
         names += [f"block:{h}x{w}" for h, w in SIDES if stored(mask, h, w) * _FILL <= facts.nnz]
         names += [f"panel:{v}" for v in PANELS if stored(mask, v, 1) * _FILL <= facts.nnz]
-        names.append("semi")
+        if kernels.fits_2_4(mask):
+            names.append("semi")
     known = [name for name in names if name.partition(":")[0] in kernels.FORMATS]
     return [n for n in known if kernels.obstacle(n, mask.device, layer, dtype) is None]
 

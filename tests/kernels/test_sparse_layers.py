@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from helpers import rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +13,6 @@ from torch.nn import functional as F
 from sparsecore import kernels
 from sparsecore.kernels import sparse_layers
 from sparsecore.kernels.formats import Layer
-from helpers import rand, randn
 
 CPU = ["state", "csr", "compact"]
 MIXED = ("csr", "state", "compact")
@@ -196,6 +196,27 @@ def test_bad_input_is_told_before_anything_runs() -> None:
     conv = kernels.plan_of(rand(6, 5, 3, 3) < 0.5, slide=(1, 1, 0, 0, 1, 1))
     with pytest.raises(ValueError, match="filter fits"):
         kernels.sparse_layer(randn(1, 5, 2, 2), randn(conv.nnz), None, conv)
+
+
+def test_two_of_four() -> None:
+    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 0, 1, 0]], dtype=torch.bool)
+    assert (
+        kernels.fits_2_4(mask) and not kernels.fits_2_4(mask[:, 1:]) and not kernels.fits_2_4(~mask)
+    )
+    assert not kernels.fits_2_4(mask[..., None, None])
+    with pytest.raises(ValueError, match=r"compute capability|at most 2|multiples of"):
+        kernels.plan_of(~mask, "semi", dtype=torch.float16)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's 2:4 products need a GPU")
+@pytest.mark.gpu
+def test_two_of_four_on_a_gpu() -> None:
+    mask = (torch.arange(64 * 128).view(64, 128) % 4 < 2).cuda()
+    x, outputs = randn(48, 128).cuda().bfloat16(), []
+    for format in ("state", "semi"):
+        plan = kernels.plan_of(mask, format, dtype=torch.bfloat16)
+        outputs.append(kernels.sparse_layer(x, randn(plan.nnz).cuda(), None, plan))
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.02)
 
 
 def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
