@@ -52,26 +52,34 @@ def _gather_kernel(out_ptr, dense_ptr, index_ptr, NNZ, BLOCK: tl.constexpr):
 
 
 @on_its_device
-def scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
-    """dense.flatten()[index] = values; dense [numel] is contiguous, the index has each place once."""
+def launch_scatter(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    """dense [numel] at each index = its value; an index has each place once."""
+    grid = (triton.cdiv(index.numel(), _BLOCK),)
+    _scatter_kernel[grid](dense, values, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
+
+
+@on_its_device
+def launch_gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
+    """out = dense [numel] at each index, 0 where that is negative, in out's dtype."""
+    grid = (triton.cdiv(index.numel(), _BLOCK),)
+    _gather_kernel[grid](out, dense, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
+
+
+def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
     if dense.is_cuda:
-        grid = (triton.cdiv(index.numel(), _BLOCK),)
-        _scatter_kernel[grid](dense, values, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
+        launch_scatter(dense, values.contiguous(), index)
     else:
         # `data`: scratch has no version that autograd should watch.
         dense.data.index_copy_(0, index.long(), values.to(dense.dtype))
 
 
-@on_its_device
-def gather(dense: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out = dense.flatten()[index] in out's dtype, 0 where the index is negative (on a GPU)."""
+def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
     if dense.is_cuda:
-        grid = (triton.cdiv(index.numel(), _BLOCK),)
-        _gather_kernel[grid](out, dense, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
-        return out
-    if dense.dtype == out.dtype:
-        return torch.index_select(dense, 0, index, out=out)
-    return out.copy_(dense.index_select(0, index))
+        launch_gather(dense, index, out)
+    elif dense.dtype == out.dtype:
+        torch.index_select(dense, 0, index, out=out)
+    else:
+        out.copy_(dense.index_select(0, index))
 
 
 def static_cases() -> list[StaticCase]:
@@ -112,7 +120,7 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
 def dense_weight(values: Tensor, storage: Storage) -> Tensor:
     """The layer's dense weight, holding the values."""
     index, weight = storage.tensors[:2]
-    scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
+    _scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
     return weight
 
 
@@ -142,14 +150,15 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
         index, weight = storage.tensors
         dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
         dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
-        return gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+        _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+        return out
     local, (rows, *ends) = storage.tensors[2], storage.numbers
     slab = dy.new_empty(min(rows, layer.shape[0]), layer.shape[1])
     start = 0
     for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
         part = dy[:, first : first + rows]
         dw = torch.mm(part.T, x, out=slab[: part.shape[1]])
-        gather(dw.flatten(), local[start:end], out[start:end])
+        _gather(dw.flatten(), local[start:end], out[start:end])
         start = end
     return out
 
