@@ -27,10 +27,11 @@ bench: .venv/.test
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 OUT ?= build/gpu
 DATA ?= $(SPARSECORE_DATA)
-GPU_TEST_SECONDS ?= 140
-GPU_SEARCH_SECONDS ?= 250
-GPU_STEP_SECONDS ?= 35
-GPU_TICKET_SECONDS ?= 165
+GPU_TEST_SECONDS ?= 130
+GPU_SEARCH_SECONDS ?= 150
+GPU_STEP_SECONDS ?= 30
+GPU_TRAIN_SECONDS ?= 150
+GPU_TICKET_SECONDS ?= 125
 
 gpu:
 	@mkdir -p $(OUT); : > $(OUT)/gpu.log; status=0; \
@@ -43,6 +44,7 @@ gpu:
 	part $(GPU_TEST_SECONDS) $(PY) -m pytest -q -n 12 -m gpu -p no:cacheprovider; \
 	part $(GPU_SEARCH_SECONDS) $(PY) -m bench run --suite search --device cuda --out $(OUT); \
 	part $(GPU_STEP_SECONDS) $(PY) -m bench run --suite step --device cuda --out $(OUT); \
+	part $(GPU_TRAIN_SECONDS) $(PY) -m bench run --suite ticket --device cuda --out $(OUT); \
 	part $(GPU_TICKET_SECONDS) $(PY) -m bench tickets --suite cts-resnet20 --lengths short --device cuda \
 	  --out $(OUT) $(if $(DATA),--data-dir $(DATA)); \
 	grep -E "^== |^FAILED|^(FAILED|ERROR) |passed|failed|error:" $(OUT)/gpu.log; ls $(OUT); exit $$status

@@ -13,6 +13,7 @@ from bench import report, static
 from bench.rows import RESULTS, Rows, path_of
 from bench.search_suite import PARTS, search_suite
 from bench.step_suite import step_suite
+from bench.ticket_suite import parts_on, ticket_suite
 from bench.tickets import LENGTHS, PAPER, QUICK, tickets
 
 QUICK_RESULTS = Path("build") / "bench"
@@ -26,13 +27,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return commands.add_parser(name, help=text, description=text)
 
     run = command("run", "measure a suite and write its rows")
-    run.add_argument("--suite", choices=("step", "search"), default="step")
-    run.add_argument("--parts", default=",".join(PARTS), help="of the search suite, with commas")
+    run.add_argument("--suite", choices=("step", "search", "ticket"), default="step")
+    run.add_argument("--parts", help="of the search and ticket suites, with commas; all by default")
     table = command("table", "print committed rows")
     table.add_argument("--suite", choices=report.SUITES)
     table.add_argument("--markdown", action="store_true")
     table.add_argument("--cases", default="", metavar="TEXT", help="only cases whose name has it")
-    plot = command("plot", "draw speed-ups over eager")
+    plot = command("plot", "draw speed-ups")
     plot.add_argument("--suite", default="search")
     plot.add_argument("--out", type=Path, help="picture; next to the rows by default")
     for made in (table, plot):
@@ -56,9 +57,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
             parser.error(f"--device {arguments.device}: expected a usable GPU, found none")
     if arguments.command == "run":
-        arguments.parts = arguments.parts.split(",")
-        if unknown := set(arguments.parts) - set(PARTS):
-            run.error(f"--parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}")
+        known = PARTS
+        if arguments.suite == "ticket":
+            known = parts_on(torch.device(arguments.device), quick=arguments.quick)
+        arguments.parts = arguments.parts.split(",") if arguments.parts else list(known)
+        if unknown := set(arguments.parts) - set(known):
+            run.error(f"--parts: expected some of {', '.join(known)}, got {', '.join(unknown)}")
         if arguments.suite == "search" and arguments.device == "cpu" and not arguments.quick:
             run.error("the search suite measures a GPU: expected --device cuda, or --quick")
     if arguments.command == "tickets":
@@ -94,6 +98,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = Rows(path_of(folder, device, suite), suite, device)
     if arguments.suite == "step":
         failed = step_suite(rows, device, quick=quick)
+    elif arguments.suite == "ticket":
+        failed = ticket_suite(rows, device, quick=quick, parts=arguments.parts)
     else:
         failed = search_suite(rows, device, quick=quick, parts=arguments.parts)
     print(f"rows  {rows.path}")

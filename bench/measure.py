@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from .rows import Rows, number
 
 _FLUSHED = 256 << 20  # bytes written to empty a GPU's level-2 cache, several times its size
+_AHEAD = 500_000  # clock cycles
 
 
 class Spread(NamedTuple):
@@ -70,11 +71,14 @@ class Job:
         prepare: runs before each call and outside the measured time.
         cold: on a GPU, begin with an empty level-2 cache; otherwise several steps run back to back, as
             in a training loop, where the host runs ahead if it can.
+        ahead: on a GPU, let the host run ahead of the clock by about 0.3 ms: the time of the kernels alone,
+            for what takes the host longer to launch than the device to do.
     """
 
     step: Callable[[], Any]
     prepare: Callable[[], Any] | None = None
     cold: bool = False
+    ahead: bool = False
 
 
 def times(
@@ -83,6 +87,26 @@ def times(
     """Host-clock times of the steps in turn, A B C A B C ..., so that a drifting machine slows all alike."""
     jobs = {name: Job(step) for name, step in steps.items()}
     return _in_turn(jobs, _host_seconds, dict.fromkeys(jobs, 1), rounds, warmup)
+
+
+def times_within(
+    steps: Mapping[str, Callable[[], Any]], budget: float, *, least: int = 3, most: int = 60
+) -> dict[str, Spread]:
+    """`times` of as many rounds as fit into about `budget` seconds, but at least `least`; no warm-up.
+
+    A step that takes four times as long as the median one leaves after `least` rounds; the others go on.
+    """
+    seen: dict[str, list[float]] = {name: [] for name in steps}
+    left, begin = dict(steps), perf_counter()
+    for done in range(1, most + 1):
+        for name, step in left.items():
+            seen[name].append(_host_seconds(Job(step), 1))
+        if done >= least and perf_counter() - begin > budget:
+            break
+        if done == least:
+            longest = 4 * statistics.median(min(values) for values in seen.values())
+            left = {name: step for name, step in left.items() if min(seen[name]) <= longest}
+    return {name: spread_of(values) for name, values in seen.items()}
 
 
 def timed(
@@ -148,6 +172,8 @@ def _event_seconds(job: Job, repeats: int, scratch: Tensor) -> float:
         job.prepare()
     if job.cold:
         scratch.zero_()
+    if job.ahead:
+        torch.cuda._sleep(_AHEAD)
     start.record()
     for _ in range(repeats):
         job.step()

@@ -8,12 +8,17 @@ from rich.table import Table
 
 from .rows import Row, read
 
-SUITES = ("step", "search", "cts-resnet20")
-PARTS = ("ceiling", "layer", "network", "ops", "strategy")  # of the search suite, a table each
+SUITES = ("step", "search", "ticket", "cts-resnet20")
+# What cases' names begin with, of the search and the ticket suite: a table each.
+PARTS = (
+    "ceiling", "layer", "network", "ops", "strategy", "mlp", "lenet", "model", "op", "conv",
+)  # fmt: skip
 # Columns of a table, where a suite has them, in this order; anything else follows.
 METRICS = (
     "time", "bandwidth", "share of copy bandwidth", "rate", "time over dense", "speed-up over eager",
-    "speed-up over compiled", "peak memory", "peak memory beyond state", "density kept", "accuracy", "rewind time",
+    "speed-up over compiled", "speed-up over dense*mask", "speed-up over dense",
+    "speed-up over dense*mask, compiled", "speed-up over dense, compiled", "optimiser state", "parameters",
+    "formats", "peak memory", "peak memory beyond state", "density kept", "accuracy", "rewind time",
     "search time", "search epoch", "training time", "training epoch",
 )  # fmt: skip
 
@@ -106,34 +111,41 @@ def _print(path: Path, rows: Sequence[Row], markdown: bool) -> None:
     Console(width=max(140, wide + 16 * len(head))).print(grid)
 
 
-def curves(rows: Sequence[Row]) -> dict[str, dict[tuple[str, str], dict[float, float]]]:
-    """Speed-up over eager by layer or model, then (provider, mode), then the number its cases end in."""
+def curves(
+    rows: Sequence[Row], baseline: str = "eager"
+) -> dict[str, dict[tuple[str, str], dict[float, float]]]:
+    """Speed-up by layer or model, then (provider, mode), then the number its cases end in."""
     found: dict[str, dict[tuple[str, str], dict[float, float]]] = {}
     for row in rows:
         name, _, last = row["case"].rpartition("/")
         _, equals, value = last.partition("=")
-        if row["metric"] == "speed-up over eager" and equals:
+        if row["metric"] == f"speed-up over {baseline}" and equals:
             lines = found.setdefault(name, {}).setdefault((row["provider"], row["mode"]), {})
             lines[float(value)] = float(row["median"])
     return found
 
 
 def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
-    """Draws speed-up over eager, one panel for each layer or model, a picture for each device.
+    """Draws speed-ups, one panel for each layer or model, a picture for each device.
 
-    Losing points stay: the line at 1 parts them.
+    Over eager against the tokens or the batch; of tickets over dense*mask against the sparsity.  Losing
+    points stay: the line at 1 parts them.
     """
     # A backend of its own, so that no display is needed and no caller's choice is changed.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = []
+    tickets = suite.startswith("ticket")
+    baseline = "dense*mask" if tickets else "eager"
     for path in files(folder, suite):
         rows = read(path)
-        panels = curves(rows)
+        panels = curves(rows, baseline)
+        if tickets:  # one point is no curve
+            panels = {n: p for n, p in panels.items() if any(len(at) > 1 for at in p.values())}
         if not panels:
             continue
-        columns = min(3, len(panels))
+        columns = min(4 if tickets else 3, len(panels))
         count = -(-len(panels) // columns)
         figure = Figure(figsize=(max(9, 4.6 * columns), 1.2 + 3 * count), layout="constrained")
         FigureCanvasAgg(figure)
@@ -144,7 +156,7 @@ def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
         for axes, (name, lines) in zip(grid.flat, panels.items(), strict=False):
             axes.set_visible(True)
             for (provider, mode), points in lines.items():
-                if provider == "eager":
+                if provider == baseline:
                     continue  # 1 by definition
                 x = sorted(points)
                 colour = colours.setdefault(provider, f"C{len(colours) % 10}")
@@ -152,12 +164,19 @@ def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
                 label = f"{provider} ({mode})"
                 axes.plot(x, [points[t] for t in x], style, color=colour, marker="o", ms=3, label=label)  # fmt: skip
             axes.axhline(1, color="grey", linewidth=1)
-            axes.set_xscale("log", base=2)
-            axes.set_ylim(bottom=0)
-            axes.set_xlabel("batch" if suite.startswith("step") else "T")
+            if tickets:
+                shown = sorted({at for points in lines.values() for at in points})
+                axes.set_xscale("logit")
+                axes.set_xticks(shown, [f"{100 * at:g} %" for at in shown], fontsize=7)
+                axes.set_xticks([], minor=True)
+                axes.set_yscale("log")
+            else:
+                axes.set_xscale("log", base=2)
+                axes.set_ylim(bottom=0)
+            axes.set_xlabel("sparsity" if tickets else "batch" if suite.startswith("step") else "T")
             axes.set_title(name, fontsize=9)
             axes.grid(alpha=0.3)
-        grid[0][0].set_ylabel("speed-up over eager (same mode)")
+        grid[0][0].set_ylabel(f"speed-up over {baseline} (same mode)")
         handles = {}
         for axes in grid.flat:
             for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

@@ -2,22 +2,27 @@
 
 from typing import Any
 
-from . import block_gemm, block_weights
+from . import block_gemm, block_values, block_weights
 from .block_problem import Geometry, Problem
 from .static import StaticCase
 from .units import Unit
 
 
 def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCase:
-    """bf16 activations and scaled weights; float32 weights (channels last), bias, gain and sums."""
+    """bf16 activations and scaled or packed weights; float32 weights (channels last), values, bias and sums."""
     constants, compiler = options
+    if not constants.get("PACKED", True):  # these come with a plan
+        absent = {"rank_ptr", "slot_ptr"} & set(kernel.arg_names)
+        constants = constants | dict.fromkeys(absent)
     if "WK" in kernel.arg_names:
         constants = constants | {"WK": 1}  # as a launch specialises a stride of 1
-    single = ["bias_ptr", "gain_ptr", "z_ptr", "partial_ptr", "dw_ptr"]
+    single = ["bias_ptr", "gain_ptr", "z_ptr", "partial_ptr", "dw_ptr", "values_ptr", "dvalues_ptr"]
     single += ["w_ptr"] if kernel.__module__ == block_weights.__name__ else []
-    types = {"order_ptr": "*i32", "count_ptr": "*i32", **dict.fromkeys(single, "*fp32")}
+    lists = ("order", "count", "start", "rank", "slot", "source", "tile")
+    types = {**{f"{name}_ptr": "*i32" for name in lists}, **dict.fromkeys(single, "*fp32")}
     # A launch sees that these are multiples of 16; sides of images and lengths of lists need not be.
-    even = {"T", "P", "N", "K", "DN", "XB", "XH", "XW", "WN", "WTAP", "width", "split_stride"}
+    even = {"T", "P", "N", "K", "DN", "XB", "XH", "XW"}
+    even |= {"WN", "WTAP", "width", "split_stride", "size"}
     signature, attributes = {}, {}
     for i, arg in enumerate(kernel.arg_names):
         pointer = arg.endswith("_ptr")
@@ -31,7 +36,7 @@ def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCa
 
 
 def static_cases() -> list[StaticCase]:
-    """Forward, dX, the gates' gradient and the scaling: 8192 x 4096 x 4096, and 3x3 of 256 channels at 32 x 28 x 28."""
+    """Gated and decided, 8192 x 4096 x 4096 and 3x3 of 256 channels at 32 x 28 x 28, in all blocks."""
     cases = []
     pixels = (32, 28, 28)
     for side in (16, 32, 64, 128, 0):
@@ -40,15 +45,35 @@ def static_cases() -> list[StaticCase]:
         conv = Problem(256, 256, unit, Geometry((3, 3), padding=(1, 1)), pixels, pixels)
         for layer, problem in (("linear", linear), ("conv 3x3", conv)):
             what = f"{layer} {f'block {side}' if side else 'channel'}"
-            fwd = block_gemm.fwd_options(problem, 2, "ieee")
-            dx = block_gemm.dx_options(problem, 2, "ieee")
-            dgate = block_weights.dgate_options(problem, 2, "ieee", True)
-            cases += [
-                _static_case(block_gemm._fwd_kernel, what, fwd),
-                _static_case(block_gemm._dx_kernel, what, dx),
-                _static_case(block_weights._dgate_kernel, what, dgate),
-                _static_case(
-                    block_weights._scale_kernel, what, block_weights.scale_options(problem)
-                ),
-            ]
-    return cases
+            cases += _gated_cases(what, problem)
+            if side:
+                cases += _packed_cases(f"{what} packed", problem._replace(packed=True))
+    pack = ({"BLOCK": block_values.PACK_BLOCK}, {"num_warps": 4})
+    return [*cases, _static_case(block_values._pack_kernel, "packed", pack)]
+
+
+def _gated_cases(what: str, problem: Problem) -> list[StaticCase]:
+    """Forward, dX, the gates' gradient and the scaling."""
+    fwd = block_gemm.fwd_options(problem, 2, "ieee")
+    dx = block_gemm.dx_options(problem, 2, "ieee")
+    dgate = block_weights.dgate_options(problem, 2, "ieee", True)
+    return [
+        _static_case(block_gemm._fwd_kernel, what, fwd),
+        _static_case(block_gemm._dx_kernel, what, dx),
+        _static_case(block_weights._dgate_kernel, what, dgate),
+        _static_case(block_weights._scale_kernel, what, block_weights.scale_options(problem)),
+    ]
+
+
+def _packed_cases(what: str, problem: Problem) -> list[StaticCase]:
+    """Forward, dX and the gradient of the kept weights."""
+    fwd = block_gemm.fwd_options(problem, 2, "ieee")
+    fwd[0]["gain_ptr"] = None
+    dx = block_gemm.dx_options(problem, 2, "ieee")
+    dx[0]["gain_ptr"] = None
+    dvalues = block_values.dvalues_options(problem, 2, "ieee")
+    return [
+        _static_case(block_gemm._fwd_kernel, what, fwd),
+        _static_case(block_gemm._dx_kernel, what, dx),
+        _static_case(block_values._dvalues_kernel, what, dvalues),
+    ]

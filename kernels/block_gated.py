@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import block_gemm, block_lists, block_weights
-from .block_problem import ROW_TILE, Geometry, Problem
-from .conv_tiles import output_size
+from .block_layout import empty, gradient_rows, output_shape, readable, rows
+from .block_problem import problem_of
 from .device import on_its_device
 from .philox import uniform_
 from .reference import BERNOULLI, GateSpec, sample_ref, slope_ref
@@ -25,57 +25,9 @@ from .units import Unit, apply_ref, gather_ref, unit_shape
 # --- Shapes and layouts -----------------------------------------------------------------------------
 
 
-def _problem(x: Tensor, weight: Tensor, unit: list[int], axes: list[int]) -> Problem:
-    """axes: stride, padding and dilation, two each; of no consequence to a linear layer."""
-    n, k, *taps = weight.shape
-    if not taps:
-        pixels = (1, 1, x.shape[0])
-        return Problem(n, k, Unit(*unit), Geometry(), pixels, pixels)
-    geometry = Geometry(
-        (taps[0], taps[1]), (axes[0], axes[1]), (axes[2], axes[3]), (axes[4], axes[5])
-    )
-    b, _, h, w = x.shape
-    oh, ow = (
-        output_size(size, *of) for size, of in zip((h, w), zip(*geometry, strict=True), strict=True)
-    )
-    return Problem(n, k, Unit(*unit), geometry, (b, h, w), (b, oh, ow))
-
-
-def _empty(x: Tensor, shape: Sequence[int], last: bool) -> Tensor:
-    """Unset, of x's dtype and device; images channels last if asked."""
-    layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
-
-
-def _output_shape(x: Tensor, problem: Problem) -> tuple[int, ...]:
-    b, oh, ow = problem.out
-    return (problem.tokens, problem.n) if x.ndim == 2 else (b, problem.n, oh, ow)
-
-
 def _last(x: Tensor) -> bool:
     """Whether results are channels last: always on a GPU, on the CPU as x is."""
     return x.is_cuda or not x.is_contiguous()
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x [T, c] or channels-last [B, c, H, W] as [T, c], without a copy."""
-    return x if x.ndim == 2 else x.permute(0, 2, 3, 1).flatten(0, 2)
-
-
-def _readable(x: Tensor, problem: Problem) -> Tensor:
-    """x as the kernels read it: unit channel stride, [T, k] where output pixels are input pixels."""
-    if x.ndim == 2:
-        return x if x.stride(1) == 1 else x.contiguous()
-    if problem.geometry.pointwise:
-        return _rows(x.contiguous(memory_format=torch.channels_last))
-    x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-    (_, h, w), (_, oh, ow) = problem.image, problem.out
-    reach = h * abs(x.stride(2)) + w * abs(x.stride(3)) + problem.k
-    if max(reach, oh * ow * (problem.n + ROW_TILE), h * w * problem.k) >= 2**31:
-        raise ValueError(
-            f"expected images below 2**31 elements, got {tuple(x.shape)} -> {problem.out}"
-        )
-    return x
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -97,14 +49,14 @@ def launch_forward(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
 ) -> Tensor:  # fmt: skip
-    problem, spec = _problem(x, weight, unit, axes), GateSpec.of(gate)
-    y = _empty(x, _output_shape(x, problem), last=True)
+    problem, spec = problem_of(x.shape, weight.shape, Unit(*unit), axes), GateSpec.of(gate)
+    y = empty(x, output_shape(x, problem), last=True)
     if y.numel() == 0:
         return y
     lists = block_lists.draw(logits, seed, step, layer, spec, problem.unit, problem.n)
     scaled = block_weights.scale(_dense(weight), lists, problem, x.dtype)
     bias = None if bias is None else bias.contiguous()
-    block_gemm.launch_fwd(_rows(y), _readable(x, problem), scaled, bias, gain, lists, problem)
+    block_gemm.launch_fwd(rows(y), readable(x, problem), scaled, bias, gain, lists, problem)
     return y
 
 
@@ -115,9 +67,9 @@ def launch_backward(
     want_x: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dx or nothing, dweight or nothing, dlogits, dgain)."""
-    problem, spec = _problem(x, weight, unit, axes), GateSpec.of(gate)
+    problem, spec = problem_of(x.shape, weight.shape, Unit(*unit), axes), GateSpec.of(gate)
     dense = _dense(weight)
-    dx = _empty(x, x.shape if want_x else (0,), last=True)
+    dx = empty(x, x.shape if want_x else (0,), last=True)
     dw = torch.zeros_like(dense) if want_weight else weight.new_empty(0)
     if dy.numel() == 0:
         return (
@@ -126,9 +78,7 @@ def launch_backward(
             torch.zeros_like(logits),
             torch.zeros((), dtype=_sum_type(logits), device=x.device),
         )
-    dy = (
-        _rows(dy.contiguous(memory_format=torch.channels_last)) if dy.ndim == 4 else dy.contiguous()
-    )
+    dy = gradient_rows(dy)
     lists = block_lists.draw(logits, seed, step, layer, spec, problem.unit, problem.n)
     skip = spec.kind != BERNOULLI
     if problem.rows:
@@ -136,9 +86,9 @@ def launch_backward(
     if want_x and dx.numel():
         across = lists if problem.rows else block_lists.transposed(lists)
         scaled = block_weights.scale(dense, lists, problem, x.dtype)
-        block_gemm.launch_dx(_rows(dx), dy, scaled, gain, across, problem)
+        block_gemm.launch_dx(rows(dx), dy, scaled, gain, across, problem)
     partial = block_weights.launch_dgate(
-        dw if want_weight else None, _readable(x, problem), dy, dense, gain, lists, problem, skip
+        dw if want_weight else None, readable(x, problem), dy, dense, gain, lists, problem, skip
     )
     dlogits, dz = block_lists.logit_gradients(
         partial, lists.z, logits, gain, spec, problem.unit.h if problem.rows else 1, skip
@@ -159,12 +109,12 @@ def _block_gated(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
 ) -> Tensor:  # fmt: skip
-    problem = _problem(x, weight, unit, axes)
+    problem = problem_of(x.shape, weight.shape, Unit(*unit), axes)
     z = _sampled(logits, seed, step, layer, gate)
     product = apply_ref(weight, z, problem.unit)
     product = (product if gain is None else product * gain).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    y = _empty(x, _output_shape(x, problem), _last(x))
+    y = empty(x, output_shape(x, problem), _last(x))
     if x.ndim == 2:
         return y.copy_(F.linear(x, product, bias))
     return y.copy_(F.conv2d(x, product, bias, *problem.geometry[1:]))
@@ -175,7 +125,7 @@ _block_gated.register_kernel("cuda")(launch_forward)
 
 @_block_gated.register_fake
 def _(x, weight, logits, bias, gain, seed, step, layer, gate, unit, axes):
-    return _empty(x, _output_shape(x, _problem(x, weight, unit, axes)), _last(x))
+    return empty(x, output_shape(x, problem_of(x.shape, weight.shape, Unit(*unit), axes)), _last(x))
 
 
 @torch.library.custom_op("sparsecore::block_gated_backward", mutates_args=(), device_types="cpu")
@@ -184,11 +134,11 @@ def _backward(
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
     want_x: bool, want_weight: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    problem = _problem(x, weight, unit, axes)
+    problem = problem_of(x.shape, weight.shape, Unit(*unit), axes)
     z = _sampled(logits, seed, step, layer, gate)
     product = apply_ref(weight, z, problem.unit)
     product = (product if gain is None else product * gain).to(x.dtype)
-    dx = _empty(x, x.shape if want_x else (0,), _last(x))
+    dx = empty(x, x.shape if want_x else (0,), _last(x))
     if x.ndim == 2:
         if want_x:
             dx.copy_(dy @ product)
@@ -217,7 +167,7 @@ _backward.register_kernel("cuda")(launch_backward)
 @_backward.register_fake
 def _(dy, x, weight, logits, gain, seed, step, layer, gate, unit, axes, want_x, want_weight):
     dw = torch.empty_like(_dense(weight)) if want_weight else weight.new_empty(0)
-    dx = _empty(x, x.shape if want_x else (0,), _last(x))
+    dx = empty(x, x.shape if want_x else (0,), _last(x))
     dgain = torch.empty((), dtype=_sum_type(logits), device=x.device)
     return dx, dw, torch.empty_like(logits), dgain
 
@@ -368,7 +318,7 @@ def block_gated_conv2d(
     _check(x, weight, logits, bias, unit, seed, step, gain)
     axes = [*_pair(stride, "stride", 1), *_pair(padding, "padding", 0)]
     axes += _pair(dilation, "dilation", 1)
-    out = _problem(x, weight, list(unit), axes).out
+    out = problem_of(x.shape, weight.shape, unit, axes).out
     if min(out[1:]) < 1:
         raise ValueError(f"expected a filter within the padded image, got outputs of {out[1:]}")
     return _block_gated(

@@ -1,4 +1,4 @@
-"""Products that skip closed gates: forward and dX over lists of open blocks or rows.
+"""Products that skip what is closed: forward and dX over lists of open blocks or rows, or of stored blocks.
 
 y = x @ (gain * W * z).T + bias.  Closed blocks (z exactly 0) are neither read nor multiplied.  The
 open ones are scaled by z and rounded to x's dtype once, by `block_weights.scale`, at the price of
@@ -9,6 +9,9 @@ pipeline of a dense product with one indirection.
 Letters: T tokens or output pixels, P input pixels (T for a linear layer), N outputs, K inputs, TAPS of
 the filter.  Activations are rows of unit stride, i.e. channels last; scaled weights are [N, TAPS, K].
 A unit covers UNIT_N x UNIT_K.  ROWS means channel gates: lists then hold output rows.
+
+PACKED means a decided mask: weights are packed [blocks, UNIT_N, UNIT_K] and lists are those of a
+`BlockPlan`, where K counts the inputs of one of GROUPS.  Programs take long rows of blocks first.
 """
 
 import triton
@@ -16,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .block_lists import Lists
+from .block_plan import Walk
 from .block_problem import (
     ROW_TILE,
     Problem,
@@ -58,6 +62,16 @@ def _steps(count, UNIT: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _packed(i, inner, UNIT_N: tl.constexpr, UNIT_K: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Where inputs `inner` of step i stand in a row of packed blocks, which follow each other."""
+    if UNIT_K >= BLOCK_K:
+        return i // (UNIT_K // BLOCK_K) * (UNIT_N * UNIT_K) + inner
+    else:  # noqa: RET505
+        slot = i * (BLOCK_K // UNIT_K) + tl.arange(0, BLOCK_K) // UNIT_K
+        return slot * (UNIT_N * UNIT_K) + inner
+
+
+@triton.jit
 def input_tile(
     x_ptr, t, tap, k, real, H, W, OH, OW, XB, XH, XW, CONV: tl.constexpr, EVEN: tl.constexpr,
     TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
@@ -86,17 +100,19 @@ def input_tile(
 
 @triton.jit
 def _fwd_kernel(
-    y_ptr, x_ptr, w_ptr, bias_ptr, gain_ptr, order_ptr, count_ptr,
+    y_ptr, x_ptr, w_ptr, bias_ptr, gain_ptr, order_ptr, count_ptr, rank_ptr,
     T, N, K, entries, H, W, OH, OW, XB, XH, XW,
-    ROWS: tl.constexpr, UNIT_N: tl.constexpr, UNIT_K: tl.constexpr, TAPS: tl.constexpr,
-    CONV: tl.constexpr, EVEN: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, UNIT_N: tl.constexpr,
+    UNIT_K: tl.constexpr, TAPS: tl.constexpr, CONV: tl.constexpr, EVEN: tl.constexpr,
+    TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, PRECISION: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """y [T, N].  Rows of blocks run fastest, so that programs in flight share the tile of x."""
     tiles = tl.cdiv(N, BLOCK_N)
     tile = tl.program_id(0) % tiles
+    if PACKED:
+        tile = tl.load(rank_ptr + tile)
     t = tl.program_id(0) // tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     stored = n < N
@@ -109,12 +125,23 @@ def _fwd_kernel(
         is_open = lane < count
         n_read = tl.load(order_ptr + tl.maximum(tl.minimum(lane, count - 1), 0))
         steps = tl.where(tile * BLOCK_N < count, entries, 0)
+    elif PACKED:
+        first = tl.load(count_ptr + tile)
+        count = tl.load(count_ptr + tile + 1) - first
+        order_ptr += first
+        steps = _steps(count, UNIT_K, BLOCK_K)
+        if GROUPS > 1:
+            x_ptr += tile // (tiles // GROUPS) * K
     else:
         count = tl.load(count_ptr + tile)
         order_ptr += tile.to(tl.int64) * entries
         n_read = tl.minimum(n, N - 1)
         steps = _steps(count, UNIT_K, BLOCK_K)
-    rows = w_ptr + n_read.to(tl.int64) * (TAPS * K)
+    if PACKED:
+        w_ptr += first.to(tl.int64) * (UNIT_N * UNIT_K)
+        rows = w_ptr + tl.arange(0, BLOCK_N) * UNIT_K
+    else:
+        rows = w_ptr + n_read.to(tl.int64) * (TAPS * K)
     acc = tl.zeros([BLOCK_N if SWAP else BLOCK_T, BLOCK_T if SWAP else BLOCK_N], tl.float32)
     if ROWS == 0:
         following, following_inner = _entry(order_ptr, count, 0, UNIT_K, BLOCK_K)
@@ -135,7 +162,10 @@ def _fwd_kernel(
             x_ptr, t_read, tap, k, real, H, W, OH, OW, XB, XH, XW, CONV, EVEN,
             TAPS_W, STRIDE_H, STRIDE_W, PAD_H, PAD_W, DIL_H, DIL_W,
         )  # fmt: skip
-        at = rows[:, None] + (tap * K + k[None, :])  # [BLOCK_N, BLOCK_K]
+        if PACKED:
+            at = rows[:, None] + _packed(i, inner, UNIT_N, UNIT_K, BLOCK_K)[None, :]
+        else:
+            at = rows[:, None] + (tap * K + k[None, :])  # [BLOCK_N, BLOCK_K]
         w = tl.load(at) if EVEN else tl.load(at, mask=real[None, :], other=0.0)
         if SWAP:
             acc = tl.dot(w, tl.trans(x), acc, input_precision=PRECISION)
@@ -156,22 +186,29 @@ def _fwd_kernel(
 
 @triton.jit
 def _dx_kernel(
-    dx_ptr, dy_ptr, w_ptr, gain_ptr, order_ptr, count_ptr,
+    dx_ptr, dy_ptr, w_ptr, gain_ptr, order_ptr, count_ptr, rank_ptr, slot_ptr,
     P, N, K, entries, DN, H, W, OH, OW,
-    ROWS: tl.constexpr, UNIT_N: tl.constexpr, UNIT_K: tl.constexpr, TAPS: tl.constexpr,
-    CONV: tl.constexpr, EVEN: tl.constexpr, TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr,
-    STRIDE_W: tl.constexpr, PAD_H: tl.constexpr, PAD_W: tl.constexpr, DIL_H: tl.constexpr,
-    DIL_W: tl.constexpr, PRECISION: tl.constexpr, SWAP: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PACKED: tl.constexpr, GROUPS: tl.constexpr, ROWS: tl.constexpr, UNIT_N: tl.constexpr,
+    UNIT_K: tl.constexpr, TAPS: tl.constexpr, CONV: tl.constexpr, EVEN: tl.constexpr,
+    TAPS_W: tl.constexpr, STRIDE_H: tl.constexpr, STRIDE_W: tl.constexpr, PAD_H: tl.constexpr,
+    PAD_W: tl.constexpr, DIL_H: tl.constexpr, DIL_W: tl.constexpr, PRECISION: tl.constexpr,
+    SWAP: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dx [P, K] = gain * dy @ (W * z), over the transposed lists, or over the open rows and all taps.
 
     dy [T, DN]: of all outputs, or (ROWS) of the open ones in the order of the list, filled up by finite values.
     """
     tiles = tl.cdiv(K, BLOCK_K)
+    if GROUPS > 1:
+        tiles *= GROUPS
     tile = tl.program_id(0) % tiles
+    if PACKED:
+        tile = tl.load(rank_ptr + tile)
     p = tl.program_id(0) // tiles * BLOCK_T + tl.arange(0, BLOCK_T)
     k = tile * BLOCK_K + tl.arange(0, BLOCK_K)
+    if GROUPS > 1:
+        group = tile // (tiles // GROUPS)
+        k -= group * (tiles // GROUPS) * BLOCK_K
     p_read = tl.minimum(p, P - 1)
     real_k = k < K  # a mask here, since a minimum would hide that the columns are contiguous
     lane = tl.arange(0, BLOCK_N)
@@ -180,8 +217,15 @@ def _dx_kernel(
         steps = tl.cdiv(count, BLOCK_N) * TAPS
         following = tl.load(order_ptr + lane, mask=lane < count, other=0)
     else:
-        count = tl.load(count_ptr + tile)
-        order_ptr += tile.to(tl.int64) * entries
+        if PACKED:
+            first = tl.load(count_ptr + tile)
+            count = tl.load(count_ptr + tile + 1) - first
+            order_ptr += first
+            slot_ptr += first
+            following_slot, _ = _entry(slot_ptr, count, 0, UNIT_N, BLOCK_N)
+        else:
+            count = tl.load(count_ptr + tile)
+            order_ptr += tile.to(tl.int64) * entries
         steps = _steps(count, UNIT_N, BLOCK_N)
         following, following_inner = _entry(order_ptr, count, 0, UNIT_N, BLOCK_N)
     acc = tl.zeros([BLOCK_K if SWAP else BLOCK_T, BLOCK_T if SWAP else BLOCK_K], tl.float32)
@@ -223,9 +267,15 @@ def _dx_kernel(
         else:
             at = dy_ptr + (p_read.to(tl.int64)[:, None] * DN + column[None, :])
             dy = tl.load(at) if EVEN or ROWS else tl.load(at, mask=real[None, :], other=0.0)
-        rows = (n.to(tl.int64) * TAPS + filters) * K
+        if PACKED:
+            rows = following_slot.to(tl.int64) * (UNIT_N * UNIT_K) + inner * UNIT_K
+            following_slot, _ = _entry(slot_ptr, count, i + 1, UNIT_N, BLOCK_N)
+            columns = tl.arange(0, BLOCK_K)
+        else:
+            rows = (n.to(tl.int64) * TAPS + filters) * K
+            columns = k
         mask = real_k[None, :] if EVEN else real[:, None] & real_k[None, :]
-        at = w_ptr + (rows[:, None] + k[None, :])  # [BLOCK_N, BLOCK_K]
+        at = w_ptr + (rows[:, None] + columns[None, :])  # [BLOCK_N, BLOCK_K]
         w = tl.load(at, mask=mask, other=0.0)
         if SWAP:
             acc = tl.dot(tl.trans(w), tl.trans(dy), acc, input_precision=PRECISION)
@@ -235,12 +285,20 @@ def _dx_kernel(
         acc = tl.trans(acc)
     if gain_ptr is not None:
         acc *= tl.load(gain_ptr).to(tl.float32)
-    at = p.to(tl.int64)[:, None] * K + k[None, :]
+    if GROUPS > 1:
+        at = p.to(tl.int64)[:, None] * (K * GROUPS) + (group * K + k)[None, :]
+    else:
+        at = p.to(tl.int64)[:, None] * K + k[None, :]
     mask = (p < P)[:, None] & real_k[None, :]
     tl.store(dx_ptr + at, acc.to(dx_ptr.dtype.element_ty), mask=mask)
 
 
 # --- Launchers --------------------------------------------------------------------------------------
+
+
+def _ends(lists: Lists | Walk) -> tuple[Tensor, Tensor | None]:
+    """Where the lists end, and in which order programs take them."""
+    return (lists.start, lists.rank) if isinstance(lists, Walk) else (lists.count, None)
 
 
 def fwd_options(problem: Problem, size: int, precision: str) -> tuple[dict, dict]:
@@ -250,18 +308,21 @@ def fwd_options(problem: Problem, size: int, precision: str) -> tuple[dict, dict
     config = config_of("fwd", problem.unit, size, problem.tokens, tiles)
     shape = shape_constants(problem, config.k)
     even = whole(problem.k, shape["UNIT_K"], config.k)
-    return config.onto({**shape, "EVEN": even, "PRECISION": precision, "SWAP": config.swap})
+    stored = {"PACKED": problem.packed, "GROUPS": problem.groups}
+    return config.onto(
+        {**stored, **shape, "EVEN": even, "PRECISION": precision, "SWAP": config.swap}
+    )
 
 
 def launch_fwd(
-    y: Tensor, x: Tensor, scaled: Tensor, bias: Tensor | None, gain: Tensor | None, lists: Lists,
-    problem: Problem, precision: str = "ieee",
+    y: Tensor, x: Tensor, scaled: Tensor, bias: Tensor | None, gain: Tensor | None,
+    lists: Lists | Walk, problem: Problem, precision: str = "ieee",
 ) -> None:  # fmt: skip
     """Fills y [T, n] (contiguous rows); x [T, k] or [B, k, H, W] of unit channel stride."""
     constants, options = fwd_options(problem, x.element_size(), precision)
     tiles = triton.cdiv(problem.n, constants["BLOCK_N"])
     _fwd_kernel[(tiles * triton.cdiv(problem.tokens, constants["BLOCK_T"]),)](
-        y, x, scaled, bias, gain, lists.order, lists.count,
+        y, x, scaled, bias, gain, lists.order, *_ends(lists),
         problem.tokens, problem.n, problem.k, entries_per_row(problem, constants["UNIT_K"]),
         *problem.image[1:], *problem.out[1:], *image_strides(x), **constants, **options,
     )  # fmt: skip
@@ -269,26 +330,30 @@ def launch_fwd(
 
 def dx_options(problem: Problem, size: int, precision: str) -> tuple[dict, dict]:
     """(constants, compiler options) of `_dx_kernel` for elements of `size` bytes."""
-    tiles = triton.cdiv(problem.k, problem.unit.w or ROW_TILE)
+    tiles = triton.cdiv(problem.k, problem.unit.w or ROW_TILE) * problem.groups
     config = config_of("dx", problem.unit, size, problem.pixels, tiles)
     even = not problem.rows and whole(problem.n, problem.unit.h, config.n)
     shape = shape_constants(problem, config.k)
-    return config.onto({**shape, "EVEN": even, "PRECISION": precision, "SWAP": config.swap})
+    stored = {"PACKED": problem.packed, "GROUPS": problem.groups}
+    return config.onto(
+        {**stored, **shape, "EVEN": even, "PRECISION": precision, "SWAP": config.swap}
+    )
 
 
 def launch_dx(
-    dx: Tensor, dy: Tensor, scaled: Tensor, gain: Tensor | None, lists: Lists, problem: Problem,
-    precision: str = "ieee",
+    dx: Tensor, dy: Tensor, scaled: Tensor, gain: Tensor | None, lists: Lists | Walk,
+    problem: Problem, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """Fills contiguous dx [P, k] from contiguous dy.
+    """Fills contiguous dx [P, groups * k] from contiguous dy.
 
     Blocks: dy [T, n] and transposed lists.  Rows: dy from `block_weights.open_columns`, lists as drawn.
     """
     constants, options = dx_options(problem, dy.element_size(), precision)
-    tiles = triton.cdiv(problem.k, constants["BLOCK_K"])
+    tiles = triton.cdiv(problem.k, constants["BLOCK_K"]) * problem.groups
     entries = triton.cdiv(problem.n, problem.unit.h) * constants["TAPS"]
     _dx_kernel[(tiles * triton.cdiv(problem.pixels, constants["BLOCK_T"]),)](
-        dx, dy, scaled, gain, lists.order, lists.count,
+        dx, dy, scaled, gain, lists.order, *_ends(lists),
+        lists.slot if isinstance(lists, Walk) else None,
         problem.pixels, problem.n, problem.k, entries, dy.shape[1], *problem.image[1:], *problem.out[1:],
         **constants, **options,
     )  # fmt: skip

@@ -1,10 +1,12 @@
-"""One gated layer on one batch as the block kernels see it, and the tiles they take."""
+"""One layer in blocks on one batch as the kernels see it, and the tiles they take."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import triton
 from torch import Tensor
 
+from .conv_tiles import output_size
 from .units import Unit
 
 
@@ -37,7 +39,10 @@ class Geometry(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One layer on one batch as the kernels see it.  `image` and `out` are (B, H, W), of a linear layer (1, 1, T)."""
+    """One layer on one batch as the kernels see it.  `image` and `out` are (B, H, W), of a linear layer (1, 1, T).
+
+    packed: the weight is stored by blocks and the lists are those of a plan; `k` is then of one group.
+    """
 
     n: int
     k: int
@@ -45,6 +50,8 @@ class Problem(NamedTuple):
     geometry: Geometry
     image: tuple[int, int, int]
     out: tuple[int, int, int]
+    groups: int = 1
+    packed: bool = False
 
     @property
     def tokens(self) -> int:
@@ -57,6 +64,25 @@ class Problem(NamedTuple):
     @property
     def rows(self) -> bool:
         return self.unit.w == 0
+
+
+def problem_of(
+    x: Sequence[int], weight: Sequence[int], unit: Unit, axes: Sequence[int], groups: int = 1,
+    packed: bool = False,
+) -> Problem:  # fmt: skip
+    """Of the shapes of x and weight.  axes: stride, padding and dilation, two each; none for a linear layer."""
+    n, k, *taps = weight
+    if not taps:
+        pixels = (1, 1, x[0])
+        return Problem(n, k, unit, Geometry(), pixels, pixels, groups, packed)
+    geometry = Geometry(
+        (taps[0], taps[1]), (axes[0], axes[1]), (axes[2], axes[3]), (axes[4], axes[5])
+    )
+    b, _, h, w = x
+    oh, ow = (
+        output_size(size, *of) for size, of in zip((h, w), zip(*geometry, strict=True), strict=True)
+    )
+    return Problem(n, k, unit, geometry, (b, h, w), (b, oh, ow), groups, packed)
 
 
 class Config(NamedTuple):

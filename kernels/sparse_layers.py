@@ -6,6 +6,8 @@ and dW may each have a format of their own; what a format keeps of a mask is pre
 state    dense compute on a weight that holds the kept values, for any mask and device;
 csr      compressed rows and columns, on the CPU;
 compact  dense compute on live rows and columns only;
+block    whole blocks that hold anything, on a GPU ("block:64x64");
+panel    panels of rows that share their columns, on a GPU ("panel:64");
 semi     2:4 through torch, forward only.
 """
 
@@ -16,13 +18,22 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from .block_format import BLOCK
 from .compact import COMPACT
 from .csr import CSR
 from .formats import Format, Layer, Storage, check_mask, wide
+from .panel_format import PANEL
 from .state import STATE
 from .state_semi import SEMI
 
-FORMATS: dict[str, Format] = {"state": STATE, "csr": CSR, "compact": COMPACT, "semi": SEMI}
+FORMATS: dict[str, Format] = {
+    "state": STATE,
+    "csr": CSR,
+    "compact": COMPACT,
+    "block": BLOCK,
+    "panel": PANEL,
+    "semi": SEMI,
+}
 PRODUCTS = ("forward", "dx", "dw")
 FLOOR = "state"  # what can do everything
 

@@ -1,4 +1,4 @@
-"""The command line: `sparsecore demo | search | train | info | compare`."""
+"""The command line: `sparsecore demo | search | train | plan | info | compare`."""
 
 import dataclasses
 import json
@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from safetensors.torch import save_file
 
 from . import data as datasets
 from .compare import Comparison, check_method
+from .describe import layers_of, plans_of
 from .experiment import (
     METHODS,
     SANITIES,
@@ -22,6 +22,7 @@ from .experiment import (
     choose,
     find_ticket,
     model_of,
+    plan_for,
     rewind_point,
     setup_of,
     train_on,
@@ -40,6 +41,8 @@ from .options import (
     ModelName,
     ModelOption,
     Objective,
+    PlanCache,
+    PlanName,
     RecipeOption,
     RewindEpochs,
     SearchBatch,
@@ -148,6 +151,8 @@ def search(
 def train(
     ticket: Annotated[Path, typer.Argument(help="A ticket file.")],
     epochs: Annotated[int, typer.Option(help="Epochs to train after the rewind point.")] = 12,
+    plan: PlanName = "mask",
+    cache: PlanCache = None,
     sanity: Annotated[
         str | None, typer.Option(help=f"Train a control instead: {', '.join(SANITIES)}.")
     ] = None,
@@ -179,19 +184,21 @@ def train(
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with Progress() as progress:
         model = model_of(loaded, dataset, target)
+        chosen = recipe_with(setup.recipe, recipe)
+        planned = plan_for(model, plan, dataset, chosen, cache)
         history = train_on(
-            model,
+            planned.model,
             setup,
             dataset,
             epochs,
-            recipe=recipe_with(setup.recipe, recipe),
+            recipe=chosen,
             seed=seed,
             metrics=metrics,
             checkpoint=checkpoint,
             progress=progress,
         )
     if save is not None:
-        save_file(dense_state(model), save)
+        save_file(dense_state(planned.restored()), save)
     write_json(
         json_file,
         {
@@ -199,6 +206,7 @@ def train(
             "sparsity": loaded.sparsity,
             "seconds": history.seconds,
             "sanity": sanity,
+            "plan": plan,
             "epochs": history.epochs,
         },
     )
@@ -218,37 +226,7 @@ def info(
     """Show a ticket's layers, live rows and columns, and where it comes from."""
     check_folder(json_file)
     loaded = Ticket.load(ticket)
-    table = Table(title=str(ticket))
-    for column in ("layer", "shape", "kept", "sparsity", "live rows", "live columns"):
-        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
-    rows = []
-    for name, mask in loaded.masks.items():
-        plane = mask.flatten(2).any(2) if mask.ndim > 2 else mask  # any tap keeps a channel alive
-        live_rows, live_columns = int(plane.any(1).sum()), int(plane.any(0).sum())
-        kept = int(mask.sum())
-        sparsity = 1 - kept / mask.numel()
-        table.add_row(
-            name,
-            "×".join(map(str, mask.shape)),
-            f"{kept:,}",
-            f"{100 * sparsity:.3f} %",
-            f"{live_rows}/{plane.shape[0]}",
-            f"{live_columns}/{plane.shape[1]}",
-        )
-        rows.append(
-            {
-                "layer": name,
-                "shape": list(mask.shape),
-                "kept": kept,
-                "sparsity": sparsity,
-                "live_rows": live_rows,
-                "live_columns": live_columns,
-            }
-        )
-    total = sum(mask.numel() for mask in loaded.masks.values())
-    kept = sum(row["kept"] for row in rows)
-    table.add_section()
-    table.add_row("all", "", f"{kept:,} of {total:,}", f"{100 * loaded.sparsity:.3f} %", "", "")
+    table, rows = layers_of(loaded, str(ticket))
     console.print(table)
     console.print_json(json.dumps(loaded.meta))
     console.print(f"mask hash {loaded.hash}", soft_wrap=True)
@@ -256,6 +234,38 @@ def info(
         json_file,
         {"sparsity": loaded.sparsity, "hash": loaded.hash, "layers": rows, "meta": loaded.meta},
     )
+
+
+@app.command()
+def plan(
+    ticket: Annotated[Path, typer.Argument(help="A ticket file.")],
+    batch: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
+    plan: PlanName = "auto",
+    cache: PlanCache = None,
+    data: Annotated[str | None, typer.Option(help="Default: the ticket's own.")] = None,
+    data_dir: DataDir = None,
+    recipe: RecipeOption = None,
+    image_size: ImageSize = None,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Show how each layer of a ticket would train fastest here, and why: measured, and remembered."""
+    target = device_of(device)
+    check_folder(json_file)
+    loaded = Ticket.load(ticket)
+    setup = setup_of(loaded)
+    chosen = recipe_with(setup.recipe, recipe)
+    if batch is not None:
+        chosen = dataclasses.replace(chosen, batch=batch)
+    dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
+    model = model_of(loaded, dataset, target)
+    planned = plan_for(model, plan, dataset, chosen, cache)
+    table, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
+    if planned.small is not None:
+        console.print(planned.small.table(), soft_wrap=True)
+    console.print(table)
+    write_json(json_file, {"plan": plan, "batch": chosen.batch, "layers": rows})
 
 
 @app.command()

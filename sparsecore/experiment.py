@@ -12,12 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .compaction import Compacted, compact
 from .control import CONTROLS
 from .convert import Filter, is_prunable, sparsify_
 from .data import Batches, Dataset
 from .gates import Concrete
 from .granularity import parse_granularity
 from .objectives import OBJECTIVES
+from .plans import plan_
 from .progress import QUIET, Progress
 from .recipes import build, recipe_for
 from .scores import SCORES
@@ -212,6 +214,39 @@ def train_on(
 def model_of(ticket: Ticket, dataset: Dataset, device: torch.device) -> nn.Module:
     """The model a ticket was found in, at the ticket's start weights and under its masks."""
     return ticket.apply_(new_model(setup_of(ticket), dataset, seed=0)).to(device)
+
+
+@dataclass(frozen=True)
+class PlannedModel:
+    """A ticket's model as it trains: the full one, or a smaller one without its dead units."""
+
+    full: nn.Module
+    small: Compacted | None
+
+    @property
+    def model(self) -> nn.Module:
+        return self.full if self.small is None else self.small.model
+
+    def restored(self) -> nn.Module:
+        """The full model with what has been trained."""
+        return self.full if self.small is None else self.small.restore_(self.full)
+
+
+def plan_for(
+    model: nn.Module, plan: str, dataset: Dataset, recipe: Recipe, cache: Path | None = None
+) -> PlannedModel:
+    """Plans a masked model for a recipe's batch and precision on its device; "auto" drops dead units first."""
+    device = next(model.parameters()).device
+    x = next(iter(Batches(dataset, "train", recipe.batch, device=device)))[0]
+    x = x.chunk(recipe.accumulate)[0]
+    small = None
+    if plan == "auto":
+        small = compact(model, x[:2])
+        small = small if small.removed else None
+    planned = PlannedModel(model, small)
+    with recipe.autocast(device):
+        plan_(planned.model, plan, *([x] if plan == "auto" else []), cache=cache)
+    return planned
 
 
 def apply_sanity(ticket: Ticket, sanity: str, dataset: Dataset, seed: int) -> Ticket:

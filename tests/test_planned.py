@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import Blobs, mlp, rand, randn, seeded
+from helpers import DEVICE, Blobs, mlp, rand, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -96,6 +96,22 @@ def test_convolutional_models_train_alike(plan: str) -> None:
         models[1].state_dict().items(), models[0].state_dict().values(), strict=True
     ):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("plan", ["block:16x16", "panel:16", "block", "panel"])
+def test_formats_of_kernels_train_alike(plan: str) -> None:
+    models = [sc.plan_(masked().to(DEVICE), name) for name in ("mask", plan)]
+    for model in models:
+        steps = torch.optim.AdamW(model.parameters(), 1e-2)
+        for x, y in Blobs():
+            steps.zero_grad()
+            F.cross_entropy(model(x.to(DEVICE)), y.to(DEVICE)).backward()
+            steps.step()
+    for (key, mine), other in zip(
+        models[1].state_dict().items(), models[0].state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4, msg=key)
 
 
 @pytest.mark.parametrize("options", CONVS, ids=str)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from helpers import rand, randn
+from helpers import DEVICE, rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -15,6 +15,8 @@ from sparsecore.kernels import sparse_layers
 from sparsecore.kernels.formats import Layer
 
 CPU = ["state", "csr", "compact"]
+KERNELS = ["block:16x16", "block:32x16", "panel:16"]
+DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 MIXED = ("csr", "state", "compact")
 LINEAR = ((7, 13), (), 1, (5, 13))
 CONVS = {
@@ -26,7 +28,7 @@ CONVS = {
 
 
 def dense(values: Tensor, mask: Tensor) -> Tensor:
-    return torch.zeros(mask.shape, dtype=values.dtype).masked_scatter(mask, values)
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
 
 def reference(
@@ -45,12 +47,12 @@ def error(found: Tensor, exact: Tensor) -> float:
 def compare(format, mask: Tensor, x: Tensor, slide=(), groups=1) -> None:
     """y, dx, dvalues and dbias: at most twice PyTorch's error in the same dtype, plus 1e-6."""
     plan = kernels.plan_of(mask, format, dtype=x.dtype, slide=slide, groups=groups)
-    values, bias = randn(plan.nnz, seed=1).to(x.dtype), randn(mask.shape[0], seed=2).to(x.dtype)
+    values, bias = randn(plan.nnz, seed=1).to(x), randn(mask.shape[0], seed=2).to(x)
 
     def run(product, dtype: torch.dtype) -> list[Tensor]:
         inputs = [t.detach().to(dtype).requires_grad_() for t in (x, values, bias)]
         y = product(*inputs)
-        dy = randn(*y.shape, seed=3).to(dtype)
+        dy = randn(*y.shape, seed=3).to(y)
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
     ours = run(lambda a, v, b: kernels.sparse_layer(a, v, b, plan), x.dtype)
@@ -90,6 +92,28 @@ def test_convolutions(format, case: str) -> None:
         x = randn(*image)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         compare(format, rand(*shape) < density, x, slide, groups)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("format", [*KERNELS, ("block:16x16", "panel:16", "state")])
+def test_formats_of_kernels(format, dtype: torch.dtype) -> None:
+    """Whatever the mask: unstructured ones fill their blocks up with zeros."""
+    for density in (0.0, 0.03, 1.0):
+        mask = (rand(50, 70) < density).to(DEVICE)
+        compare(format, mask, randn(20, 70).to(DEVICE, dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CONVS)
+def test_block_convolutions(case: str) -> None:
+    shape, slide, groups, image = CONVS[case]
+    mask, x = (rand(*shape) < 0.4).to(DEVICE), randn(*image).to(DEVICE)
+    if groups > 1:
+        with pytest.raises(ValueError, match="straddle groups"):
+            kernels.plan_of(mask, "block:16x16", slide=slide, groups=groups)
+        return
+    compare("block:16x16", mask, x, slide, groups)
 
 
 @pytest.mark.parametrize("format", CPU)
