@@ -33,30 +33,25 @@ def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | N
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     """[row offsets, columns] of the weight as [n, inputs * taps], the same of its transpose, and the
     place among the values of each weight of the transpose; int32 all."""
-    n = layer.shape[0]
-    taps = mask[0, 0].numel()
-    flat = check_mask(mask).reshape(n, -1)
-    width = flat.shape[1]
-    if layer.groups > 1:  # each row's columns stand in its group's part of all inputs
-        full = flat.new_zeros(layer.groups, n // layer.groups, layer.groups, width)
-        group = torch.arange(layer.groups)
-        full[group, :, group] = flat.view(layer.groups, -1, width)
-        flat = full.reshape(n, -1)
-    rank = (flat.flatten().cumsum(0, dtype=torch.int32) - 1).view(flat.shape)
-    rows, order = _compressed(flat), None
-    columns = _compressed(flat.T.contiguous())
-    order = rank.T[flat.T]
+    n, k, *filters = check_mask(mask).shape
+    taps = filters[0] * filters[1] if filters else 1
+    at = mask.flatten().nonzero().squeeze(1)
+    row, column = at // (k * taps), at % (k * taps)
+    column += row // (n // layer.groups) * (k * taps)  # a group's part of all inputs
+    width = layer.inputs * taps
+    column, order = column.int(), torch.sort(column.int(), stable=True).indices
     with warnings.catch_warnings():  # tells once a process that such tensors are in beta
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
-    return Storage([*rows, *columns, order], [layer.inputs * taps])
+    rows = [_offsets(row, n), column]
+    columns = [_offsets(column, width), row[order].int()]
+    return Storage([*rows, *columns, order.int()], [width])
 
 
-def _compressed(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Offsets of the rows and the columns of a mask [n, k]."""
-    offsets = torch.zeros(mask.shape[0] + 1, dtype=torch.int32)
-    torch.cumsum(mask.sum(1), 0, out=offsets[1:])
-    return offsets, mask.nonzero()[:, 1].int()
+def _offsets(places: Tensor, count: int) -> Tensor:
+    """Where each of `count` rows begins, and the last one ends."""
+    ends = torch.bincount(places, minlength=count).cumsum(0, dtype=torch.int32)
+    return torch.cat([ends.new_zeros(1), ends])
 
 
 def _bags(table: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Tensor:

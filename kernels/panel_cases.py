@@ -1,0 +1,46 @@
+"""Panel kernels at a real size, to be compiled and inspected without a GPU."""
+
+from typing import Any
+
+from . import panel_gemm
+from .panel_gemm import Shape
+from .static import StaticCase
+
+
+def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCase:
+    """bf16 activations and packed weights; float32 values, bias and sums."""
+    constants, compiler = options
+    single = ("bias", "values", "dvalues", "part")
+    types = {f"{name}_ptr": "*fp32" for name in single}
+    if kernel is panel_gemm._outer_kernel:
+        types["out_ptr"] = "*fp32"
+    lists = ("column", "start", "rank", "order", "tile", "source")
+    types |= {f"{name}_ptr": "*i32" for name in lists}
+    even = {"T", "N", "XK", "DN", "DXK", "span", "split_stride", "size"}  # multiples of 16
+    signature, attributes = {}, {}
+    for i, arg in enumerate(kernel.arg_names):
+        pointer = arg.endswith("_ptr")
+        signature[arg] = types.get(arg, "*bf16" if pointer else "i32")
+        if arg in constants:
+            signature[arg] = "constexpr"
+        elif pointer or arg in even:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    name = "panel_" + kernel.__name__.strip("_").removesuffix("_kernel")
+    return StaticCase(name, what, kernel, signature, constants, attributes, compiler)
+
+
+def static_cases() -> list[StaticCase]:
+    """Forward, dX and the gradient of the kept weights at 8192 x 4096 x 4096."""
+    cases = []
+    for height in (16, 32, 64, 128):
+        shape, what = Shape(8192, 4096, 4096, height, 2), f"linear panel {height}"
+        for kernel, options in (
+            (panel_gemm._fwd_kernel, panel_gemm.fwd_options),
+            (panel_gemm._outer_kernel, panel_gemm.outer_options),
+            (panel_gemm._dvalues_kernel, panel_gemm.dvalues_options),
+        ):
+            cases.append(_static_case(kernel, what, options(shape, "ieee")))
+    gather = ({"BLOCK": panel_gemm.GATHER_BLOCK}, {"num_warps": 4})
+    pack = ({"BLOCK": panel_gemm.PACK_BLOCK}, {"num_warps": 4})
+    cases.append(_static_case(panel_gemm._gather_kernel, "panel", gather))
+    return [*cases, _static_case(panel_gemm._pack_kernel, "panel", pack)]
