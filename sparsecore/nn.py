@@ -251,10 +251,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             if gated.impl in ("auto", "materialise"):
                 return super().forward(input)
-        raise ValueError(
-            f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
-            f"{self.padding_mode!r}; use 'auto'"
-        )
+            raise ValueError(
+                f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
+                f"{self.padding_mode!r}; use 'auto'"
+            )
         return kernels.gated_conv2d(
             input,
             self.raw_weight,

@@ -24,7 +24,15 @@ SHARED = {
     "conv_tiles",
     "formats",
 }
-COMPOSITIONS = {"__init__", "gates", "gate_operator", "gate_bank", "gated_layers", "sparse_layers", "epilogue"}
+COMPOSITIONS = {
+    "__init__",
+    "gates",
+    "gate_operator",
+    "gate_bank",
+    "gated_layers",
+    "sparse_layers",
+    "epilogue",
+}
 FILES = [p for d in ("kernels", "models", "sparsecore") for p in sorted((ROOT / d).rglob("*.py"))]
 
 

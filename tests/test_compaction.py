@@ -1,0 +1,736 @@
+"""Compaction is exact: the small model computes, trains and is restored as the full one does."""
+
+import copy
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from helpers import generator, rand, randn, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import sparsecore as sc
+from sparsecore.compaction import Compacted, compact
+from sparsecore.gates import Concrete
+from sparsecore.models.resnet_cifar import ResNet
+from sparsecore.patterns import Gated
+
+
+def small_lenet() -> nn.Module:
+    return sc.models.lenet_300_100((1, 8, 8), 10)
+
+
+def conv_4_like() -> nn.Module:
+    """Conv-4 with fewer channels."""
+    layers: list[nn.Module] = []
+    for a, b in ((1, 16), (16, 16), (16, 32), (32, 32)):
+        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
+        layers += [nn.MaxPool2d(2)] if a == b else []
+    head = [nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+def vgg_like() -> nn.Module:
+    """BatchNorm, pooling, and a flatten that gives every channel four features."""
+    layers: list[nn.Module] = []
+    for i, (a, b) in enumerate(((3, 24), (24, 32), (32, 48))):
+        layers += [nn.Conv2d(a, b, 3, padding=1, bias=i == 1), nn.BatchNorm2d(b), nn.ReLU()]
+        layers += [nn.MaxPool2d(2) if i else nn.AvgPool2d(2)]
+    head = [nn.Linear(192, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.0), nn.Linear(64, 10)]
+    return nn.Sequential(*layers, nn.Flatten(), *head)
+
+
+def resnet_8(shortcut: str, affine: bool = True) -> Callable[[], nn.Module]:
+    return lambda: ResNet((3, 16, 16), 10, 1, shortcut, "ones", affine)
+
+
+def small_vit() -> nn.Module:
+    return sc.models.vit_small((3, 16, 16), 10, dim=24, depth=2, heads=3, hidden=64)
+
+
+def torchvision_vit() -> nn.Module:
+    return torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 64, num_classes=10)
+
+
+def bottlenecks() -> nn.Module:
+    """torchvision's ResNet-50 with one block in each stage."""
+    block = torchvision.models.resnet.Bottleneck
+    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10, width_per_group=16)
+
+
+class DenseNetLike(nn.Module):
+    """Every layer reads all before it, BatchNorm after the concatenation; the end is a plain view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 16, 3, 1, 1)
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.BatchNorm2d(16 + 8 * i), nn.ReLU(inplace=True), nn.Conv2d(16 + 8 * i, 8, 3, 1, 1)
+            )
+            for i in range(4)
+        )
+        self.fc = nn.Linear(48 * 16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.stem(x))
+        for layer in self.layers:
+            x = torch.cat([x, layer(x).relu()], 1)
+        x = F.avg_pool2d(x, 4)
+        return self.fc(x.view(x.size(0), -1))
+
+
+class Tangle(nn.Module):
+    """A random network: chains, residual sums, concatenation, depthwise, gated channels, any activation."""
+
+    ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU, nn.ReLU6, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity)
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        draw = generator(seed)
+
+        def pick(options: Any) -> Any:
+            return options[int(torch.randint(len(options), (), generator=draw))]
+
+        self.stem = nn.Conv2d(3, 12, 3, padding=1)
+        self.blocks, self.kinds = nn.ModuleList(), []
+        self.afters = nn.ModuleList()
+        width = 12
+        for _ in range(5):
+            kind = pick(("chain", "chain", "sum", "sum", "cat", "scale", "depthwise"))
+            out = width if kind in ("sum", "scale", "depthwise") else pick((8, 12))
+            size, groups = pick((1, 3)), width if kind == "depthwise" else 1
+            block: list[nn.Module] = [nn.AdaptiveAvgPool2d(1)] if kind == "scale" else []
+            block += [
+                nn.Conv2d(width, out, size, 1, size // 2, groups=groups, bias=pick((True, False)))
+            ]
+            if kind != "scale" and pick((True, False)):
+                block += [nn.BatchNorm2d(out, affine=pick((True, True, False)))]
+            block += [nn.Sigmoid() if kind == "scale" else pick(self.ACTIVATIONS)()]
+            self.blocks.append(nn.Sequential(*block))
+            self.afters.append(pick(self.ACTIVATIONS)())
+            self.kinds.append(kind)
+            width = width + out if kind == "cat" else out
+        self.hidden = nn.Linear(width * 4, 24, bias=pick((True, False)))
+        self.activation = pick(self.ACTIVATIONS)()
+        self.fc = nn.Linear(24, 5, bias=pick((True, False)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.stem(x))
+        for kind, block, after in zip(self.kinds, self.blocks, self.afters, strict=True):
+            y = block(x)
+            if kind in ("sum", "scale"):
+                y = x + y if kind == "sum" else x * y
+            x = after(torch.cat([x, y], 1) if kind == "cat" else y)
+        x = torch.flatten(F.max_pool2d(x, 2), 1)
+        return self.fc(self.activation(self.hidden(x)))
+
+
+def ticketed(
+    build: Callable[[], nn.Module],
+    density: float,
+    shape: tuple[int, ...],
+    seed: int = 0,
+    biases: bool = True,
+) -> nn.Module:
+    """A model in float64 with random masks, biases of all signs, and statistics of a few batches."""
+    model = sc.sparsify_(seeded(build, seed).double())
+    for i, layer in enumerate(sc.sparse_layers(model).values()):
+        layer.set_mask_(rand(*layer.raw_weight.shape, seed=1000 * seed + i) < density)
+    with torch.no_grad():
+        for i, module in enumerate(model.modules() if biases else ()):
+            if isinstance(getattr(module, "bias", None), Tensor):
+                signs = torch.randint(
+                    -1, 2, module.bias.shape, generator=generator(1000 * seed + i)
+                )
+                # BatchNorm of a constant is rounding, of either sign: a ReLU must not ask for it.
+                signs[(signs == 0) & isinstance(module, _BatchNorm)] = 1
+                module.bias.copy_(0.3 * signs * rand(*signs.shape, seed=i))
+        # Sparse layers pass on little; larger weights keep differences above rounding.
+        for layer in sc.sparse_layers(model).values():
+            layer.raw_weight.mul_((1 / density) ** 0.5)
+        # A chain of BatchNorms over nearly constant channels multiplies rounding by eps ** -0.5 each.
+        for module in model.modules():
+            if isinstance(module, _BatchNorm):
+                module.eps = 0.1
+        model.train()
+        for i in range(2):
+            model(randn(8, *shape, seed=50 + i, dtype=torch.float64))
+    return model
+
+
+def part(compacted: Compacted, key: str, tensor: Tensor) -> Tensor:
+    """What the small model has of a tensor of the full one."""
+    for dim, index in enumerate(compacted.places.get(key, ())):
+        tensor = tensor.index_select(dim, index)
+    return tensor
+
+
+def assert_close(a: Tensor, b: Tensor, what: str) -> None:
+    scale = max(b.abs().max().item(), 1e-3) if b.numel() else 1.0
+    assert ((a - b).abs() <= 1e-9 * scale).all(), f"{what}: {(a - b).abs().max() / scale:.2g}"
+
+
+def plain(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v for k, v in model.state_dict().items() if ".pattern." not in f".{k}"}
+
+
+def assert_exact(model: nn.Module, shape: tuple[int, ...], steps: int = 20) -> Compacted:
+    """Function, gradients, training and restoring agree in float64; the model is left untouched."""
+    before = copy.deepcopy(model.state_dict())
+    compacted = compact(model, randn(1, *shape, seed=9, dtype=torch.float64))
+    after = model.state_dict()
+    assert all(torch.equal(before[key], after[key]) for key in before | after)
+    assert all(p.grad is None for p in model.parameters())
+
+    full, small = copy.deepcopy(model), compacted.model
+    assert not {p.data_ptr() for p in small.parameters()} & {
+        p.data_ptr() for p in full.parameters()
+    }
+    test = randn(3, *shape, seed=8, dtype=torch.float64)
+    optimisers = [
+        torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01)
+        for m in (full, small)
+    ]
+    for step in range(steps):
+        if step in (0, steps - 1):
+            assert_close(small.eval()(test), full.eval()(test), f"evaluation, step {step}")
+        x = randn(8, *shape, seed=100 + step, dtype=torch.float64)
+        outputs = []
+        for m, optimiser in zip((full, small), optimisers, strict=True):
+            optimiser.zero_grad()
+            outputs.append(m.train()(x).flatten(1))
+            F.cross_entropy(outputs[-1], torch.arange(8) % outputs[-1].shape[1]).backward()
+        assert_close(outputs[1], outputs[0], f"training, step {step}")
+        if step == 0:
+            gradients = {k: p.grad for k, p in full.named_parameters() if p.grad is not None}
+            for key, p in small.named_parameters():
+                assert p.grad is not None or key not in gradients
+                if p.grad is not None:
+                    assert_close(p.grad, part(compacted, key, gradients[key]), f"gradient of {key}")
+        for optimiser in optimisers:
+            optimiser.step()
+    expected, found = plain(full), plain(small)
+    assert expected.keys() == found.keys()
+    for key, value in found.items():
+        assert_close(value, part(compacted, key, expected[key]), f"trained {key}")
+
+    restored = compacted.restore_(copy.deepcopy(model))
+    original = plain(model)
+    for key, value in plain(restored).items():
+        places = compacted.places.get(key, ())
+        assert torch.equal(part(compacted, key, value), found[key])
+        elsewhere = torch.ones_like(value, dtype=torch.bool)
+        elsewhere[torch.meshgrid(*places, indexing="ij") if places else ...] = False
+        assert torch.equal(value[elsewhere], original[key][elsewhere])
+    for name, layer in sc.sparse_layers(restored).items():
+        assert torch.equal(layer.weight, layer.raw_weight), name
+    assert_close(restored.eval()(test), full.eval()(test), "restored")
+    return compacted
+
+
+def kept(compacted: Compacted) -> float:
+    """Share of the weights that is left."""
+    sizes = [layer.weights for layer in compacted.layers.values()]
+    return sum(a for a, _ in sizes) / sum(b for _, b in sizes)
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], float, tuple[int, int, int], float]] = {
+    "lenet": (small_lenet, 0.01, (1, 8, 8), 0.15),
+    "conv-4": (conv_4_like, 0.01, (1, 8, 8), 0.6),
+    "vgg": (vgg_like, 0.01, (3, 16, 16), 0.5),
+    "resnet-8 A": (resnet_8("A"), 0.005, (3, 16, 16), 0.9),
+    "resnet-8 B": (resnet_8("B"), 0.005, (3, 16, 16), 0.6),
+    "resnet-8 without scale": (resnet_8("3x3", affine=False), 0.005, (3, 16, 16), 0.6),
+    "resnet-8 fresh": (resnet_8("B"), 0.005, (3, 16, 16), 0.5),
+    "vit": (small_vit, 0.03, (3, 16, 16), 0.99),
+    "torchvision vit": (torchvision_vit, 0.03, (3, 16, 16), 0.99),
+    "densenet": (DenseNetLike, 0.005, (3, 16, 16), 0.9),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Small tensors; several threads would wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_small_models_compute_train_and_restore_as_full_ones(case: str) -> None:
+    build, density, shape, at_most = CASES[case]
+    model = ticketed(build, density, shape, biases="fresh" not in case)
+    assert kept(assert_exact(model, shape)) < at_most
+
+
+@pytest.mark.parametrize(
+    ("build", "density"),
+    [
+        (lambda: torchvision.models.resnet18(num_classes=10), 0.001),
+        (bottlenecks, 0.005),
+        (
+            lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35, dropout=0.0),
+            0.05,
+        ),
+    ],
+    ids=["resnet18", "resnet of bottlenecks", "mobilenet_v2"],
+)
+def test_torchvision_models(build: Callable[[], nn.Module], density: float) -> None:
+    model = ticketed(build, density, (3, 32, 32))
+    assert kept(assert_exact(model, (3, 32, 32), steps=2)) < 0.95
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_random_networks(seed: int) -> None:
+    model = ticketed(lambda: Tangle(seed), (0.02, 0.05, 0.1, 0.3)[seed % 4], (3, 4, 4), seed)
+    assert_exact(model, (3, 4, 4))
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_folding_keeps_what_evaluation_computes(seed: int) -> None:
+    model = ticketed(lambda: Tangle(seed), (0.02, 0.05, 0.1)[seed % 3], (3, 4, 4), seed)
+    with torch.no_grad():
+        for i, module in enumerate(model.modules()):
+            if isinstance(module, _BatchNorm):
+                module.running_mean.copy_(randn(module.num_features, seed=i))
+                module.running_var.copy_(0.5 + rand(module.num_features, seed=i))
+    x = randn(5, 3, 4, 4, dtype=torch.float64)
+    trains, folds = (compact(model, x[:1], training=training) for training in (True, False))
+    # A layer that is constant as a whole keeps a unit, with all that it reads.
+    assert kept(folds) <= kept(trains) or "the only unit" in str(folds)
+    assert_close(folds.model.eval()(x), model.eval()(x), "evaluation")
+
+
+def reports(compacted: Compacted) -> str:
+    return "\n".join(f"{w} {s}" for x in compacted.layers.values() for _, s, w in x.stays)
+
+
+def silence_(layer: Any, bias: float) -> None:
+    """Masks the first two outputs."""
+    mask = torch.ones_like(layer.raw_weight, dtype=torch.bool)
+    mask[:2] = False
+    layer.set_mask_(mask)
+    if layer.bias is not None:
+        layer.bias.data[:2] = bias
+
+
+def both_silent(m: Any) -> nn.Module:
+    silence_(m.b, -1)
+    return m
+
+
+def chain(*layers: nn.Module, dead: tuple[int, ...] = (0,), bias: float = 0.0) -> nn.Module:
+    """A sequence in which the first two outputs of the given layers are masked, with this bias."""
+    model: Any = sc.sparsify_(nn.Sequential(*layers).double())
+    for i in dead:
+        silence_(model[i], bias)
+    return model
+
+
+def conv(a: int, b: int, **options: Any) -> nn.Module:
+    return nn.Conv2d(a, b, 3, padding=1, **options)
+
+
+class Wired(nn.Module):
+    """Three linear layers of six units, wired as a test says."""
+
+    def __init__(self, forward: Callable[["Wired", Tensor], Tensor]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.wiring = forward
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wiring(self, x)
+
+
+def wired(forward: Callable[[Any, Tensor], Tensor], bias: float = 0.0) -> nn.Module:
+    """`Wired` with the first two outputs of layer a masked."""
+    model: Any = sc.sparsify_(Wired(forward).double())
+    silence_(model.a, bias)
+    return model
+
+
+def overwriting(m: Any, x: Tensor) -> Tensor:
+    y = m.a(x)
+    return m.b(torch.relu_(y)) + m.c(y)
+
+
+def twice_read(m: Any, y: Tensor) -> Tensor:
+    return m.b(y.relu()) + m.c(y)
+
+
+def sliced(m: Any, y: Tensor) -> Tensor:
+    return m.b(torch.cat([y[:, 3:], y[:, :3]], 1))
+
+
+def by_width(m: Any, y: Tensor) -> Tensor:
+    return m.b(y) / y.shape[1]
+
+
+def sharing(m: Any) -> nn.Module:
+    m.b.bias = m.a.bias
+    return m
+
+
+def shifted(norm: Any) -> nn.Module:
+    norm.running_mean.fill_(0.1)
+    return norm
+
+
+def with_attribute(m: nn.Module, name: str, value: Any) -> nn.Module:
+    setattr(m, name, value)
+    return m
+
+
+def with_hook(m: Any) -> nn.Module:
+    m.a.register_forward_hook(lambda module, args, output: None)
+    return m
+
+
+IMAGE, POINT = (3, 4, 4), (6,)
+REASONS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool, str]] = {
+    "positive": (
+        lambda: chain(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 3), bias=0.5),
+        *(POINT, True, "the bias of a dead unit is positive and trains outputs"),
+    ),
+    "gelu": (
+        lambda: chain(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3), bias=-1),
+        *(POINT, True, "the bias of a dead unit trains: GELU 1 passes its gradient on outputs"),
+    ),
+    "beta": (
+        lambda: chain(conv(3, 5, bias=False), nn.BatchNorm2d(5), nn.SiLU(), conv(5, 3)),
+        *(IMAGE, True, "the bias of a dead unit trains: SiLU 2 passes its gradient on outputs"),
+    ),
+    "statistics": (
+        lambda: chain(conv(3, 5), nn.BatchNorm2d(5), nn.ReLU(), conv(5, 3), bias=-1),
+        *(IMAGE, True, "BatchNorm2d 1's statistics differ between training and evaluation outputs"),
+    ),
+    "running mean": (
+        lambda: chain(conv(3, 5, bias=False), shifted(nn.BatchNorm2d(5)), nn.ReLU(), conv(5, 3)),
+        *(IMAGE, True, "BatchNorm2d 1's statistics differ between training and evaluation outputs"),
+    ),
+    "batch statistics": (
+        lambda: chain(
+            conv(3, 5), nn.BatchNorm2d(5, track_running_stats=False), nn.ReLU(), conv(5, 3), bias=1
+        ),
+        *(IMAGE, True, "BatchNorm2d 1's statistics differ between training and evaluation outputs"),
+    ),
+    "sum of biases": (
+        lambda: both_silent(wired(lambda m, x: m.c(torch.relu(m.a(x) + m.b(x))), bias=0.5)),
+        *(POINT, True, "the bias of a dead unit is positive and trains outputs"),
+    ),
+    "sigmoid": (
+        lambda: chain(nn.Linear(6, 5, bias=False), nn.Sigmoid(), nn.Linear(5, 3)),
+        *(POINT, True, "Sigmoid 1 makes something else of 0 outputs"),
+    ),
+    "scalar": (
+        lambda: wired(lambda m, x: m.b(torch.relu(m.a(x)) + 1)),
+        *(POINT, True, "add makes something else of 0 outputs"),
+    ),
+    "moving scalar": (  # the bias decays: relu(bias + 1) is 0 only at first
+        lambda: wired(lambda m, x: m.b(torch.relu(m.a(x) + 1)), bias=-1),
+        *(POINT, True, "add makes something else of 0 outputs"),
+    ),
+    "residual": (
+        lambda: wired(lambda m, x: m.c(torch.relu(m.a(x)) + m.b(x))),
+        *(POINT, True, "a residual sum adds something alive to it outputs"),
+    ),
+    "second reader": (
+        lambda: wired(lambda m, x: twice_read(m, m.a(x)), bias=-1),
+        *(
+            POINT,
+            True,
+            "the bias of a dead unit trains: SparseLinear c passes its gradient on outputs",
+        ),
+    ),
+    "in place": (
+        lambda: wired(overwriting, bias=-1),
+        *(POINT, False, "an operation in place overwrites it under its other readers outputs"),
+    ),
+    "padding": (
+        lambda: chain(conv(3, 5), nn.ReLU(), conv(5, 3), bias=0.5),
+        *(IMAGE, False, "a convolution's zero padding does not continue its constant outputs"),
+    ),
+    "average": (
+        lambda: chain(conv(3, 5), nn.AvgPool2d(2), nn.Conv2d(5, 3, 1), bias=0.5),
+        *(IMAGE, False, "AvgPool2d 1 may pad with 0 outputs"),
+    ),
+    "surrounded": (
+        lambda: wired(lambda m, x: m.b(F.pad(m.a(x), (0, 0, 1, 1)))[:, 0], bias=1),
+        *((2, 6), False, "pad surrounds it with another number outputs"),
+    ),
+    "padded channels": (
+        lambda: wired(lambda m, x: m.b(F.pad(m.a(x), (1, -1)))),
+        *(POINT, True, "pad needs every unit outputs"),
+    ),
+    "input and output": (
+        lambda: wired(lambda m, x: m.a(x)),
+        *(POINT, True, "the model's output keeps its size outputs"),
+    ),
+    "layer norm": (
+        lambda: chain(nn.Linear(6, 5), nn.LayerNorm(5), nn.Linear(5, 3)),
+        *(POINT, True, "LayerNorm 1 needs every unit outputs"),
+    ),
+    "parameter": (
+        lambda: with_attribute(
+            wired(lambda m, x: m.b(m.a(x) * m.scale)), "scale", nn.Parameter(torch.ones(6).double())
+        ),
+        *(POINT, True, "mul needs every unit outputs"),
+    ),
+    "reshape": (
+        lambda: wired(lambda m, x: m.b(m.a(x).reshape(-1, 2, 3).reshape(-1, 6))),
+        *(POINT, True, "reshape needs every unit outputs"),
+    ),
+    "indexing": (
+        lambda: wired(lambda m, x: m.b(m.a(x)[:, [5, 4, 3, 2, 1, 0]])),
+        *(POINT, True, "getitem needs every unit outputs"),
+    ),
+    "slice": (
+        lambda: wired(lambda m, x: sliced(m, m.a(x))),
+        *(POINT, True, "getitem needs every unit outputs"),
+    ),
+    "mean of channels": (
+        lambda: wired(lambda m, x: m.b(x * m.a(x).mean(1, keepdim=True))),
+        *(POINT, True, "mean needs every unit outputs"),
+    ),
+    "view of tokens": (
+        lambda: wired(lambda m, x: m.b(m.a(x).reshape(x.size(0), -1)[:, :6])),
+        *((2, 6), True, "reshape needs every unit outputs"),
+    ),
+    "channel pooling": (
+        lambda: wired(lambda m, x: m.b(F.max_pool1d(m.a(x), 3, 1, 1))),
+        *((2, 6), True, "max_pool1d needs every unit outputs"),
+    ),
+    "number of channels": (
+        lambda: wired(lambda m, x: by_width(m, m.a(x))),
+        *(POINT, True, "getattr tells the number of channels outputs"),
+    ),
+    "grouped": (
+        lambda: chain(conv(3, 6), nn.ReLU(), conv(6, 6, groups=2), nn.Flatten(), nn.Linear(96, 2)),
+        *(IMAGE, True, "SparseConv2d 2 is grouped, and its groups stay whole outputs"),
+    ),
+    "depthwise": (
+        lambda: chain(conv(3, 6), nn.ReLU(), conv(6, 6, groups=6), conv(6, 2), dead=(2,)),
+        *(
+            IMAGE,
+            True,
+            "the bias of a dead unit trains: SparseConv2d 3 passes its gradient on outputs",
+        ),
+    ),
+    "twice": (
+        lambda: wired(lambda m, x: m.b(m.a(m.a(x)))),
+        *(POINT, True, "it is called more than once outputs"),
+    ),
+    "read": (
+        lambda: wired(lambda m, x: m.b(m.a(x) + m.a.bias)),
+        *(POINT, True, "its parameters are used outside of it or reparametrised outputs"),
+    ),
+    "shared": (
+        lambda: sharing(wired(lambda m, x: m.c(m.b(m.a(x))))),
+        *(POINT, True, "it shares a parameter with another module outputs"),
+    ),
+    "hook": (
+        lambda: with_hook(wired(lambda m, x: m.b(m.a(x)))),
+        *(POINT, True, "it has hooks, which may do anything outputs"),
+    ),
+    "uncalled": (
+        lambda: wired(lambda m, x: m.b(F.linear(x, m.a.weight))),
+        *(POINT, True, "it is not called as a module of its own outputs"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_reasons_to_keep_a_dead_unit(case: str) -> None:
+    make, shape, training, reason = REASONS[case]
+    model = seeded(make)
+    if training:
+        compacted = assert_exact(model, shape)
+    else:
+        x = randn(4, *shape, dtype=torch.float64)
+        compacted = compact(model, x[:1], training=False)
+        assert_close(compacted.model.eval()(x), model.eval()(x), "evaluation")
+    assert reason in reports(compacted)
+    assert reason.removesuffix(" outputs") in str(compacted)
+
+
+def pooled(m: Any, x: Tensor) -> Tensor:
+    y = torch.relu(m.a(x)).unsqueeze(0)[0]  # unknown operations keep units, those after them do not
+    return m.c(torch.relu(m.b(y)).mean(1))
+
+
+REMOVED: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]] = {
+    "gate": (lambda: wired(lambda m, x: m.c(torch.relu(m.a(x)) * m.b(x)), bias=-1), POINT, "a b"),
+    "sum": (
+        lambda: both_silent(wired(lambda m, x: m.c(torch.relu(m.a(x) + m.b(x))), bias=-1)),
+        *(POINT, "a b"),
+    ),
+    "tokens": (lambda: both_silent(wired(pooled, bias=-1)), (2, 6), "b"),
+    "depthwise": (
+        lambda: chain(
+            *(conv(3, 6), nn.ReLU(), conv(6, 6, groups=6), nn.BatchNorm2d(6), nn.ReLU6()),
+            *(nn.MaxPool2d(2), conv(6, 2)),
+        ),
+        *(IMAGE, "0 2"),
+    ),
+    "dropout": (lambda: chain(conv(3, 6), nn.Dropout(0.0), nn.ReLU(), conv(6, 2)), IMAGE, "0"),
+}
+
+
+@pytest.mark.parametrize("case", REMOVED)
+def test_dead_units_go_with_all_they_are_tied_to(case: str) -> None:
+    make, shape, names = REMOVED[case]
+    model = seeded(make)
+    if case == "depthwise":
+        model[2].bias.data[:2] = 0  # pyright: ignore
+    layers = assert_exact(model, shape).layers
+    assert {n for n, layer in layers.items() if layer.outputs == (4, 6)} == set(names.split())
+
+
+def with_masks(widths: tuple[int, ...], *masks: list[str], dtype: torch.dtype) -> nn.Module:
+    """Linear layers with ReLUs between them; one string per output, an x where a weight is kept."""
+
+    def build() -> nn.Module:
+        pairs = [(nn.Linear(a, b), nn.ReLU()) for a, b in pairwise(widths)]
+        return nn.Sequential(*[layer for pair in pairs for layer in pair][:-1])
+
+    model = sc.sparsify_(seeded(build).to(dtype))
+    for layer, mask in zip(sc.sparse_layers(model).values(), masks, strict=True):
+        layer.set_mask_(torch.tensor([[c == "x" for c in row] for row in mask]))
+        assert isinstance(layer.bias, Tensor)
+        layer.bias.data.fill_(-0.1)
+    return model
+
+
+def test_removal_cascades_both_ways_and_nothing_else_goes() -> None:
+    model = with_masks(
+        (3, 4, 4, 2),
+        ["xx.", "...", "..x", "x.x"],  # output 1 is constant
+        ["x...", ".x..", "..x.", "...x"],  # so output 1 is; nobody reads output 2
+        ["xx..", "xx.x"],
+        dtype=torch.float64,
+    )
+    compacted = assert_exact(model, (3,))
+    found = {name: (x.inputs, x.outputs, x.live) for name, x in compacted.layers.items()}
+    assert found == {"0": ((3, 3), (2, 4), 4), "2": ((2, 4), (2, 4), 2), "4": ((2, 4), (2, 2), 3)}
+    assert [len(p) for p in compacted.places["4.weight"]] == [2, 2]
+    small: Any = compacted.model
+    assert isinstance(small[2].pattern, sc.Masked) and small[2].in_features == 2
+    assert str(compacted).splitlines()[0].split() == [
+        "layer",
+        "inputs",
+        "outputs",
+        "weights",
+        "live",
+    ]
+    assert str(compacted).splitlines()[4].split() == ["all", "14", "of", "36", "9"]
+
+
+def test_where_nothing_is_pruned_the_pattern_is_dense() -> None:
+    model = with_masks((2, 3, 2), ["xx", "..", "xx"], ["..x", "xxx"], dtype=torch.float64)
+    small: Any = assert_exact(model, (2,)).model
+    assert isinstance(small[0].pattern, sc.Dense) and isinstance(small[2].pattern, sc.Masked)
+
+
+def test_a_layer_keeps_one_unit() -> None:
+    model = with_masks(
+        (3, 4, 4, 2), ["xxx"] * 4, ["...."] * 4, ["xx..", "...."], dtype=torch.float64
+    )
+    compacted = assert_exact(model, (3,))
+    assert compacted.layers["2"].inputs[0] == compacted.layers["2"].outputs[0] == 1
+    assert "1 dead outputs stay: it is the only unit left of its layer" in str(compacted)
+
+
+def test_constants_fold_into_a_new_bias() -> None:
+    model: Any = seeded(
+        lambda: chain(nn.Linear(6, 5), nn.GELU(), nn.Linear(5, 3, bias=False), bias=0.7)
+    )
+    x = randn(4, 6, dtype=torch.float64)
+    compacted = compact(model, x[:1], training=False)
+    small: Any = compacted.model
+    assert small[0].out_features == 3 and small[2].bias is not None and model[2].bias is None
+    assert_close(small.eval()(x), model.eval()(x), "evaluation")
+    with pytest.raises(ValueError, match=r"the biases of 2 hold constants.*training=True"):
+        compacted.restore_(model)
+
+
+def test_in_float32_as_models_are_used() -> None:
+    model = sc.sparsify_(seeded(lambda: sc.models.lenet_300_100((1, 28, 28), 10)))
+    for i, layer in enumerate(sc.sparse_layers(model).values()):
+        layer.set_mask_(rand(*layer.raw_weight.shape, seed=i) < 0.01)
+    x = randn(8, 1, 28, 28)
+    compacted = compact(model, x[:1])
+    expected = model(x)
+    assert (compacted.model(x) - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert kept(compacted) < 0.2
+    assert "dead inputs stay: the model's input keeps its size" in compacted.table()
+
+
+def test_modes_and_frozen_parameters_stay() -> None:
+    model = with_masks(
+        (3, 4, 2), ["xxx", "...", "xxx", "xxx"], ["xx.x", "xxxx"], dtype=torch.float32
+    )
+    model[2].eval()  # pyright: ignore
+    model[0].bias.requires_grad_(False)  # pyright: ignore
+    small: Any = compact(model, torch.zeros(1, 3)).model
+    assert small.training and small[0].training and not small[2].training
+    assert not small[0].bias.requires_grad and small[0].raw_weight.requires_grad
+
+
+def test_a_layer_by_itself_stays() -> None:
+    model: Any = seeded(lambda: chain(nn.Linear(4, 3)))
+    assert_exact(model[0], (4,))
+
+
+class Steered(nn.Module):
+    """Does something else for some inputs, or in training."""
+
+    def __init__(self, by_value: bool) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.fc, self.by_value = nn.Linear(4, 4), by_value
+
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        if scale is not None:
+            x = x * scale
+        if self.by_value:
+            return self.fc(x) if x.sum() > 0 else x
+        return self.fc(x).relu() if self.training else self.fc(x)
+
+
+def test_what_cannot_be_compacted_says_what_to_do() -> None:
+    x = torch.zeros(1, 4)
+    with pytest.raises(ValueError, match=r"no sparse layers: call sparsecore.sparsify_"):
+        compact(nn.ReLU(), x)
+    by_value = sc.sparsify_(seeded(lambda: nn.Sequential(Steered(True))))
+    with pytest.raises(ValueError, match=r"(?s)cannot be traced in '0'.*torch.fx.wrap"):
+        compact(by_value, x)
+    by_mode = sc.sparsify_(seeded(lambda: Steered(False)))
+    with pytest.raises(ValueError, match=r"other operations in training.*training=False"):
+        compact(by_mode, x)
+    assert compact(by_mode, x, training=False).layers["fc"].outputs == (4, 4)
+    with pytest.raises(ValueError, match=r"does not run on the example, \(1, 5\)"):
+        compact(by_mode, torch.zeros(1, 5), training=False)
+    gated: Any = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(4, 4))))
+    gated[0].pattern = Gated(gated[0].raw_weight.shape, Concrete(), density=0.5)
+    with pytest.raises(ValueError, match=r"expected a decided mask, 0 is Gated.*ticket.apply_"):
+        compact(gated, x)
+
+
+def test_restoring_into_another_model_changes_nothing() -> None:
+    rows, reads = ["xxx", "...", "xxx", "xxx"], ["xx.x", "xxxx"]
+    model = with_masks((3, 4, 2), rows, reads, dtype=torch.float32)
+    compacted = compact(model, torch.zeros(1, 3))
+    other = with_masks((3, 5, 2), [*rows, "xxx"], ["xxxxx"] * 2, dtype=torch.float32)
+    masked = with_masks((3, 4, 2), rows, ["xx..", "xxxx"], dtype=torch.float32)
+    for target, why in ((other, r"0\.bias, 0\.weight, 2\.weight"), (masked, "2 has another mask")):
+        before = copy.deepcopy(target.state_dict())
+        with pytest.raises(ValueError, match=why):
+            compacted.restore_(target)
+        assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
