@@ -1,6 +1,7 @@
 """Find a sparse ticket in a network and train it."""
 
 from . import control, gates, granularity, kernels, models, objectives, scores
+from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
 from .nn import SparseConv2d, SparseLinear
@@ -14,6 +15,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Batches",
+    "Compacted",
     "ConcreteSearch",
     "Dense",
     "Gated",
@@ -26,6 +28,7 @@ __all__ = [
     "Ticket",
     "TicketError",
     "advance_",
+    "compact",
     "control",
     "densify_",
     "evaluate",

@@ -9,26 +9,50 @@ from torch import Tensor, nn
 
 from . import safefile
 from .batches import EpochBatches
+from .convert import sparse_layers
+from .patterns import Planned
 
 
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON-able rest) of an optimiser's state_dict."""
-    state = optimizer.state_dict()
+def pack_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """(tensors, JSON-able rest) of an optimiser's state_dict.
+
+    What is held for kept weights alone is written as for dense ones, so that a file does not depend on the
+    plan of `model`.
+    """
+    state, planned = optimizer.state_dict(), _planned(optimizer, model)
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, slots in state["state"].items():
         for slot, value in slots.items():
             if isinstance(value, Tensor):
-                tensors[f"optimizer/{index}/{slot}"] = value
+                pattern = planned.get(int(index)) if value.ndim else None
+                dense = value if pattern is None else pattern(value)
+                tensors[f"optimizer/{index}/{slot}"] = dense
             else:
                 numbers[f"{index}/{slot}"] = value
     return tensors, {"groups": state["param_groups"], "numbers": numbers}
 
 
+def _planned(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[int, Planned]:
+    """The planned layers' patterns, by the place of their parameter in the optimiser."""
+    patterns: dict[int, Planned] = {}
+    for layer in sparse_layers(model).values() if model is not None else ():
+        if isinstance(layer.pattern, Planned):
+            patterns[id(layer.raw_weight)] = layer.pattern
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    return {i: patterns[id(p)] for i, p in enumerate(parameters) if id(p) in patterns}
+
+
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    rest: dict[str, Any],
+    model: nn.Module | None = None,
 ) -> None:
     """Puts back what `pack_optimizer` gave."""
+    planned = _planned(optimizer, model)
     state: dict[int, dict[str, Any]] = {}
     entries: dict[str, Any] = dict(rest["numbers"])
     for name, value in tensors.items():
@@ -36,6 +60,9 @@ def unpack_optimizer(
             entries[name.removeprefix("optimizer/")] = value
     for name, value in entries.items():
         index, slot = name.split("/")
+        pattern = planned.get(int(index))
+        if pattern is not None and isinstance(value, Tensor) and value.ndim:
+            value = pattern.kept(value)
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 
@@ -43,7 +70,7 @@ def unpack_optimizer(
 def fingerprint(model: nn.Module, batches: EpochBatches, *facts: Any) -> str:
     """Tells runs apart: the facts, the first batch, and the values a run starts from (masks included)."""
     x, y = next(iter(batches.epoch(0)))
-    data = (len(batches), y.tolist(), x.double().sum().item())
+    data = (len(batches), y.tolist(), f"{x.double().sum().item():.7g}")  # sums depend on threads
     digest = hashlib.sha256(repr((facts, data)).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())

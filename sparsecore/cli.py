@@ -261,10 +261,10 @@ def plan(
     dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache)
-    table, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
-    if planned.small is not None:
-        console.print(planned.small.table(), soft_wrap=True)
+    table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
+    console.print(planned.told, "", soft_wrap=True)
     console.print(table)
+    console.print(*lines, sep="\n", soft_wrap=True)
     write_json(json_file, {"plan": plan, "batch": chosen.batch, "layers": rows})
 
 

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 from .channel_groups import Groups, Kept, LayerUnits, keep
 from .channel_ops import trace
 from .channel_walk import constants, find_groups
-from .convert import require_sparse_layers, sparse_layers
+from .convert import require_dense_parameters, require_sparse_layers, sparse_layers
 from .nn import SparseLayer
-from .patterns import Dense, Masked
+from .patterns import Dense, Masked, Planned
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,18 @@ class Compacted:
     shapes: Mapping[str, torch.Size]
     folded: tuple[str, ...] = ()
 
+    @property
+    def removed(self) -> bool:
+        """Whether anything is gone."""
+        return any(layer.weights[0] < layer.weights[1] for layer in self.layers.values())
+
     def restore_(self, full: nn.Module) -> nn.Module:
         """Writes the small model's parameters and buffers to their places in `full`; returns `full`.
 
         What was removed keeps the values that `full` has.  Everything is checked first: after an error `full`
         is what it was.
+
+        The small model may be planned, `full` may not.
 
         Errors: ValueError for a model of other keys, shapes or masks, or if constants were folded.
         """
@@ -80,6 +87,7 @@ class Compacted:
                 f"restore_: the biases of {', '.join(self.folded)} hold constants of units that the full "
                 "model still computes; compact with training=True to train and restore"
             )
+        require_dense_parameters(full)
         small, target = _plain_state(self.model), _plain_state(full)
         shapes = {key: value.shape for key, value in target.items()}
         if shapes != self.shapes:
@@ -283,7 +291,7 @@ def _check(small: nn.Module, example: tuple[Tensor, ...], expected: Any) -> None
 
 
 def _mask(layer: SparseLayer) -> Tensor:
-    if isinstance(layer.pattern, Masked):
+    if isinstance(layer.pattern, Masked | Planned):
         return layer.pattern.mask
     return torch.ones_like(layer.raw_weight, dtype=torch.bool)
 

@@ -91,7 +91,7 @@ def require_dense_parameters(model: nn.Module) -> dict[str, SparseLayer]:
     planned = [name for name, layer in layers.items() if isinstance(layer.pattern, Planned)]
     if planned:
         raise ValueError(
-            f"expected dense weights to search in, got kept weights alone in {', '.join(planned[:4])}: "
+            f"expected dense weights, got kept weights alone in {', '.join(planned[:4])}: "
             "call sparsecore.plan_(model, 'mask') first"
         )
     return layers

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from rich import box
 from rich.table import Table
 
 from .experiment import PlannedModel
@@ -46,38 +47,30 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
     return table, rows
 
 
-def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[dict[str, Any]]]:
-    """What each layer of a planned model does and why, as a table and as rows; milliseconds a step."""
-    table = Table(title=title)
-    for column in (
-        "layer",
-        "shape",
-        "kept",
-        "forward, dX, dW",
-        "ms",
-        "predicted",
-        "dense*mask",
-        "dense",
-    ):
-        table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
-    table.add_column("AdamW state")
-    table.add_column("reason", overflow="fold")
-    rows, sums = [], [0.0] * 3
+def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[str], list[dict[str, Any]]]:
+    """What each layer of a planned model does (milliseconds a step), why in a line each, and all as rows."""
+    table = Table(title=title, box=box.SIMPLE)
+    for column in ("layer", "kept", "forward, dX, dW", "ms", "predicted", "dense*mask", "dense"):
+        table.add_column(
+            column, justify="left" if column in ("layer", "forward, dX, dW") else "right"
+        )
+    rows, lines, sums = [], [], [0.0] * 3
     for row in report(planned.model):
         choice = row.choice
         formats = choice.formats or ("mask",) * 3
-        told = formats[0] if len(set(formats)) == 1 else ", ".join(formats)
         times = (choice.chosen, choice.time("mask"), choice.time("dense"))
         sums = [a + (b or 0.0) for a, b in zip(sums, times, strict=True)]
         size = torch.Size(row.shape).numel()
         state = 8 * (size if choice.formats is None else row.kept)
         ms, masked, dense = (_ms(t) for t in times)
-        shape = "×".join(map(str, row.shape))
-        guess, state_mib = _ms(choice.guess), f"{state / 2**20:.2f} of {8 * size / 2**20:.2f} MiB"
         table.add_row(
-            row.name, shape, f"{100 * (1 - row.sparsity):.2f} %", told, ms, guess, masked, dense,
-            state_mib, choice.reason,
+            row.name,
+            f"{100 * (1 - row.sparsity):.2f} %",
+            formats[0] if len(set(formats)) == 1 else ", ".join(formats),
+            ms, _ms(choice.guess), masked, dense,
         )  # fmt: skip
+        memory = f"AdamW state {state / 2**20:.2f} of {8 * size / 2**20:.2f} MiB"
+        lines.append(f"{row.name} ({'×'.join(map(str, row.shape))}): {choice.reason}; {memory}")
         rows.append(
             {
                 "layer": row.name,
@@ -96,8 +89,8 @@ def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[dict[str, A
     if any(sums):
         table.add_section()
         ms, masked, dense = (_ms(t) for t in sums)
-        table.add_row("all", "", "", "", ms, "", masked, dense, "", "")
-    return table, rows
+        table.add_row("all", "", "", ms, "", masked, dense)
+    return table, lines, rows
 
 
 def _ms(time: float | None) -> str:

@@ -222,6 +222,7 @@ class PlannedModel:
 
     full: nn.Module
     small: Compacted | None
+    told: str  # what became of dead units
 
     @property
     def model(self) -> nn.Module:
@@ -239,14 +240,24 @@ def plan_for(
     device = next(model.parameters()).device
     x = next(iter(Batches(dataset, "train", recipe.batch, device=device)))[0]
     x = x.chunk(recipe.accumulate)[0]
-    small = None
+    small, told = None, "dead units stay under a named plan"
     if plan == "auto":
-        small = compact(model, x[:2])
-        small = small if small.removed else None
-    planned = PlannedModel(model, small)
+        small, told = _compacted(model, x, recipe)
+    planned = PlannedModel(model, small, told)
     with recipe.autocast(device):
         plan_(planned.model, plan, *([x] if plan == "auto" else []), cache=cache)
     return planned
+
+
+def _compacted(model: nn.Module, x: torch.Tensor, recipe: Recipe) -> tuple[Compacted | None, str]:
+    """The model without dead units, if there are any and it may train so, and what to say about it."""
+    if recipe.optimizer == "adam" and recipe.weight_decay:
+        return None, "dead units stay: Adam's coupled weight decay can bring one back to life"
+    try:
+        small = compact(model, x[:2])
+    except ValueError as error:  # a model that cannot be traced trains all the same
+        return None, f"dead units stay: {error}"
+    return (small if small.removed else None), small.table()
 
 
 def apply_sanity(ticket: Ticket, sanity: str, dataset: Dataset, seed: int) -> Ticket:

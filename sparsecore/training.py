@@ -160,7 +160,10 @@ def train(
     history = History()
     fingerprint = ""
     if checkpoint is not None:
-        facts = (asdict(recipe), start_epoch, run.total, seed)
+        shapes = [
+            tuple(p.shape) for p in model.parameters()
+        ]  # a plan's, which optimiser state has too
+        facts = (asdict(recipe), start_epoch, run.total, seed, shapes)
         fingerprint = checkpoints.fingerprint(model, train_batches, *facts)
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
@@ -263,7 +266,7 @@ class _Run:
             self.model.load_state_dict(self.average.module.state_dict())
 
     def save(self, path: Path, fingerprint: str, epochs: list[dict[str, Any]]) -> None:
-        tensors, meta = checkpoints.pack_optimizer(self.optimizer)
+        tensors, meta = checkpoints.pack_optimizer(self.optimizer, self.model)
         tensors |= {f"model/{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
@@ -284,7 +287,7 @@ class _Run:
         self.model.load_state_dict(part("model/"))
         if self.average is not None:
             self.average.load_state_dict(part("average/"))
-        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"], self.model)
         self.scaler.load_state_dict(meta["scaler"])
         return meta["epochs"]
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from sparsecore.cli import main
 from sparsecore.tickets import Ticket
@@ -71,8 +73,6 @@ def test_train_reports_accuracy_sparsity_and_every_epoch(ticket: Path, tmp_path:
     assert found["sparsity"] == pytest.approx(0.9, abs=1e-4) and found["seconds"] > 0
     assert [e["epoch"] for e in found["epochs"]] == [2, 3, 4]
     assert len(metrics.read_text().splitlines()) == 3
-    from safetensors.torch import load_file
-
     trained, masks = load_file(tmp_path / "w"), Ticket.load(ticket).masks
     for name, mask in masks.items():
         assert bool((trained[f"{name}.weight"][~mask] == 0).all())
@@ -198,3 +198,81 @@ def test_a_search_in_bf16_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert Ticket.load(out).meta["dtype"] == "bfloat16"
     assert main([*SEARCH, "--search-dtype", "int8", "--out", str(out)]) == 2
     assert "search dtype: expected one of fp32, bf16, fp16, got 'int8'" in capsys.readouterr().err
+
+
+def test_training_by_a_plan_gives_what_the_mask_gives(ticket: Path, tmp_path: Path) -> None:
+    cache = ["--plan-cache", str(tmp_path / "plans.json")]
+    accuracies, weights = {}, {}
+    for plan in ("mask", "auto", "csr", "state"):
+        out, saved = tmp_path / f"{plan}.json", tmp_path / plan
+        options = [
+            "--epochs",
+            "2",
+            "--plan",
+            plan,
+            "--json",
+            str(out),
+            "--save",
+            str(saved),
+            *cache,
+        ]
+        assert main(["train", str(ticket), *options]) == 0
+        found = json.loads(out.read_text())
+        assert found["plan"] == plan
+        accuracies[plan], weights[plan] = found["accuracy"], load_file(saved)
+    assert max(accuracies.values()) - min(accuracies.values()) < 1
+    for plan, state in weights.items():
+        assert list(state) == list(weights["mask"]), plan
+        for name, mask in Ticket.load(ticket).masks.items():
+            weight, other = state[f"{name}.weight"], weights["mask"][f"{name}.weight"]
+            assert weight.shape == mask.shape and bool((weight[~mask] == 0).all())
+            assert (weight - other).norm() < 0.05 * other.norm()
+
+
+def test_a_planned_run_killed_goes_on(ticket: Path, tmp_path: Path) -> None:
+    cache = ["--plan", "auto", "--plan-cache", str(tmp_path / "plans.json")]
+    whole, part = tmp_path / "whole", tmp_path / "part"
+    run = ["train", str(ticket), "--epochs", "3", *cache]
+    assert main([*run, "--save", str(whole)]) == 0
+    command = [sys.executable, "-c", KILLED.replace("order", "epoch").replace("== 1", "== 3"), *run]
+    command += ["--checkpoint", str(tmp_path / "c"), "--save", str(part)]
+    died = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert died.returncode == 1 and "killed" in died.stderr and not part.exists(), died.stderr
+    assert main([*run, "--checkpoint", str(tmp_path / "c"), "--save", str(part)]) == 0
+    for key, value in load_file(whole).items():
+        torch.testing.assert_close(load_file(part)[key], value, rtol=1e-4, atol=1e-5)
+
+
+def test_a_run_goes_on_under_another_plan(ticket: Path, tmp_path: Path) -> None:
+    run = ["train", str(ticket), "--recipe", "optimizer=adamw", "--recipe", "lr=0.002"]
+    assert main([*run, "--epochs", "3", "--save", str(tmp_path / "whole")]) == 0
+    for first, then in (("mask", "csr"), ("state", "mask"), ("csr", "state")):
+        checkpoint = ["--checkpoint", str(tmp_path / first), "--epochs", "3"]
+        command = [sys.executable, "-c", KILLED.replace("order", "epoch").replace("== 1", "== 3")]
+        died = subprocess.run(
+            [*command, *run, "--plan", first, *checkpoint], capture_output=True, check=False
+        )
+        assert died.returncode == 1
+        saved = tmp_path / f"{first}-{then}"
+        assert main([*run, "--plan", then, *checkpoint, "--save", str(saved)]) == 0
+        for key, value in load_file(tmp_path / "whole").items():
+            torch.testing.assert_close(load_file(saved)[key], value, rtol=1e-3, atol=1e-4)
+
+
+def test_plan_shows_choices_and_reasons(
+    ticket: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    result = tmp_path / "p.json"
+    options = ["--batch", "64", "--json", str(result), "--plan-cache", str(tmp_path / "plans.json")]
+    assert main(["plan", str(ticket), *options]) == 0
+    shown, found = capsys.readouterr().out, json.loads(result.read_text())
+    assert found["batch"] == 64 and len(found["layers"]) == 3
+    for word in ("dense*mask", "predicted", "AdamW state", "ms a step"):
+        assert word in shown
+    for layer in found["layers"]:
+        assert layer["reason"] and len(layer["formats"]) == 3
+        assert layer["milliseconds"] <= 1.3 * layer["dense_mask"]
+        assert layer["state_bytes"] <= 8 * layer["shape"][0] * layer["shape"][1]
+    assert main(["plan", str(ticket), *options]) == 0
+    assert json.loads(result.read_text()) == found  # remembered
+    assert main(["plan", str(ticket), "--plan", "nope"]) == 2
