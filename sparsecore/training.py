@@ -160,10 +160,9 @@ def train(
     history = History()
     fingerprint = ""
     if checkpoint is not None:
-        shapes = [
             tuple(p.shape) for p in model.parameters()
         ]  # a plan's, which optimiser state has too
-        facts = (asdict(recipe), start_epoch, run.total, seed, shapes)
+        facts = (asdict(recipe), start_epoch, run.total, seed)
         fingerprint = checkpoints.fingerprint(model, train_batches, *facts)
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
