@@ -9,10 +9,10 @@ from rich.table import Table
 from .rows import Row, read
 
 SUITES = ("step", "search", "ticket", "cts-resnet20")
-# What cases' names begin with, of the search and the ticket suite: a table each.
-PARTS = (
-    "ceiling", "layer", "network", "ops", "strategy", "mlp", "lenet", "model", "op", "conv",
-)  # fmt: skip
+# What cases' names begin with: a table each.
+SEARCH_PARTS = ("ceiling", "layer", "network", "ops", "strategy")
+TICKET_PARTS = ("mlp", "lenet", "model", "op", "conv")
+PARTS = SEARCH_PARTS + TICKET_PARTS
 # Columns of a table, where a suite has them, in this order; anything else follows.
 METRICS = (
     "time", "bandwidth", "share of copy bandwidth", "rate", "time over dense", "speed-up over eager",
@@ -54,7 +54,8 @@ def _units(metric: str, rows: Sequence[Row]) -> set[str]:
 
 def _heading(metric: str, rows: Sequence[Row]) -> str:
     units = _units(metric, rows)
-    return f"{metric}, {units.pop()}" if len(units) == 1 else metric
+    unit = units.pop() if len(units) == 1 else ""
+    return f"{metric}, {unit}" if unit else metric
 
 
 def _cell(row: Row, rows: Sequence[Row]) -> str:
@@ -169,7 +170,8 @@ def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
                 axes.set_xscale("logit")
                 axes.set_xticks(shown, [f"{100 * at:g} %" for at in shown], fontsize=7)
                 axes.set_xticks([], minor=True)
-                axes.set_yscale("log")
+                axes.set_yscale("log", base=2)
+                axes.yaxis.set_major_formatter("{x:g}")
             else:
                 axes.set_xscale("log", base=2)
                 axes.set_ylim(bottom=0)

@@ -160,8 +160,6 @@ def train(
     history = History()
     fingerprint = ""
     if checkpoint is not None:
-            tuple(p.shape) for p in model.parameters()
-        ]  # a plan's, which optimiser state has too
         facts = (asdict(recipe), start_epoch, run.total, seed)
         fingerprint = checkpoints.fingerprint(model, train_batches, *facts)
     if start_epoch in snapshots:
