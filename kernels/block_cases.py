@@ -48,8 +48,7 @@ def static_cases() -> list[StaticCase]:
             cases += _gated_cases(what, problem)
             if side:
                 cases += _packed_cases(f"{what} packed", problem._replace(packed=True))
-    pack = ({"BLOCK": block_values.PACK_BLOCK}, {"num_warps": 4})
-    return [*cases, _static_case(block_values._pack_kernel, "packed", pack)]
+    return cases
 
 
 def _gated_cases(what: str, problem: Problem) -> list[StaticCase]:

@@ -15,8 +15,9 @@ from .block_gemm import launch_dx, launch_fwd
 from .block_layout import empty, gradient_rows, output_shape, readable, rows
 from .block_plan import BlockPlan
 from .block_problem import Problem, problem_of
-from .block_values import launch_dvalues, launch_pack
+from .block_values import launch_dvalues
 from .device import on_its_device
+from .moves import launch_gather
 from .units import Unit
 
 
@@ -38,7 +39,7 @@ def pack(values: Float[Tensor, "nnz"], plan: BlockPlan, dtype: torch.dtype) -> T
 def packed_by_kernel(values: Tensor, plan: BlockPlan, dtype: torch.dtype) -> Tensor:
     packed = torch.empty(plan.blocks, *plan.block, dtype=dtype, device=values.device)
     if packed.numel():
-        launch_pack(packed, values.contiguous(), plan.source)
+        launch_gather(values.contiguous(), plan.source, packed)
     return packed
 
 

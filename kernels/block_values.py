@@ -13,19 +13,7 @@ from .block_gemm import input_tile
 from .block_plan import BlockPlan
 from .block_problem import Problem, config_of, image_strides, shape_constants
 
-PACK_BLOCK = 1024
-
 # --- Kernels ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pack_kernel(packed_ptr, values_ptr, source_ptr, size, BLOCK: tl.constexpr):
-    """packed [size] = values at `source`, 0 where there is none."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = at < size
-    source = tl.load(source_ptr + at, mask=inside, other=-1)
-    value = tl.load(values_ptr + source, mask=source >= 0, other=0.0)
-    tl.store(packed_ptr + at, value.to(packed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -86,13 +74,6 @@ def _dvalues_kernel(
 
 
 # --- Launchers --------------------------------------------------------------------------------------
-
-
-def launch_pack(packed: Tensor, values: Tensor, source: Tensor) -> None:
-    """Fills packed, contiguous, from values [nnz]."""
-    size = packed.numel()
-    grid = (triton.cdiv(size, PACK_BLOCK),)
-    _pack_kernel[grid](packed, values, source, size, BLOCK=PACK_BLOCK, num_warps=4)
 
 
 def dvalues_options(problem: Problem, size: int, precision: str) -> tuple[dict, dict]:

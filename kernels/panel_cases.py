@@ -41,6 +41,4 @@ def static_cases() -> list[StaticCase]:
         ):
             cases.append(_static_case(kernel, what, options(shape, "ieee")))
     gather = ({"BLOCK": panel_gemm.GATHER_BLOCK}, {"num_warps": 4})
-    pack = ({"BLOCK": panel_gemm.PACK_BLOCK}, {"num_warps": 4})
-    cases.append(_static_case(panel_gemm._gather_kernel, "panel", gather))
-    return [*cases, _static_case(panel_gemm._pack_kernel, "panel", pack)]
+    return [*cases, _static_case(panel_gemm._gather_kernel, "panel", gather)]

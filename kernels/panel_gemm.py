@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .panel_plan import PanelPlan, tile_of
 
-PACK_BLOCK = 1024
 GATHER_BLOCK = 512
 _SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
 _WORKSPACE = (
@@ -28,16 +27,6 @@ _WORKSPACE = (
 )  # products of vectors at a time: 64 MiB of float32, about what a large GPU caches
 
 # --- Kernels ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _pack_kernel(packed_ptr, values_ptr, source_ptr, size, BLOCK: tl.constexpr):
-    """packed [size] = values at `source`, 0 where there is none."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    inside = at < size
-    source = tl.load(source_ptr + at, mask=inside, other=-1)
-    value = tl.load(values_ptr + source, mask=source >= 0, other=0.0)
-    tl.store(packed_ptr + at, value.to(packed_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -201,13 +190,6 @@ def dvalues_options(shape: Shape, precision: str) -> tuple[dict[str, Any], dict[
     c, t = tile_of(v), 64 if size == 2 else 32
     constants = {"PRECISION": precision, "V": v, "BLOCK_T": t, "BLOCK_C": c}
     return constants, {"num_warps": 8 if c == 128 else 4, "num_stages": _stages(t * (c + v) * size)}
-
-
-def launch_pack(packed: Tensor, values: Tensor, source: Tensor) -> None:
-    """Fills packed, contiguous, from values [nnz]."""
-    size = packed.numel()
-    grid = (triton.cdiv(size, PACK_BLOCK),)
-    _pack_kernel[grid](packed, values, source, size, BLOCK=PACK_BLOCK, num_warps=4)
 
 
 def launch_fwd(

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .device import on_its_device
-from .panel_gemm import launch_dvalues, launch_dx, launch_fwd, launch_pack
+from .moves import launch_gather
+from .panel_gemm import launch_dvalues, launch_dx, launch_fwd
 from .panel_plan import PanelPlan
 
 
@@ -31,7 +32,7 @@ def panel_pack(values: Float[Tensor, "nnz"], plan: PanelPlan, dtype: torch.dtype
 def packed_by_kernel(values: Tensor, plan: PanelPlan, dtype: torch.dtype) -> Tensor:
     packed = torch.empty(plan.vectors, plan.height, dtype=dtype, device=values.device)
     if packed.numel():
-        launch_pack(packed, values.contiguous(), plan.source)
+        launch_gather(values.contiguous(), plan.source, packed)
     return packed
 
 

@@ -13,56 +13,13 @@ import itertools
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .device import on_its_device
 from .formats import Format, Layer, Storage, kept_index
-from .static import StaticCase, static_case
+from .moves import launch_gather, launch_scatter
 
 _SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
-_BLOCK = 1024
-
-# --- Kernels ----------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _scatter_kernel(dense_ptr, values_ptr, index_ptr, NNZ, BLOCK: tl.constexpr):
-    """dense [index] = values, in dense's dtype."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = at < NNZ
-    place = tl.load(index_ptr + at, mask=mask, other=0)
-    value = tl.load(values_ptr + at, mask=mask, other=0.0)
-    tl.store(dense_ptr + place, value.to(dense_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _gather_kernel(out_ptr, dense_ptr, index_ptr, NNZ, BLOCK: tl.constexpr):
-    """out = dense [index], in out's dtype; 0 where the index is negative."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
-    mask = at < NNZ
-    place = tl.load(index_ptr + at, mask=mask, other=-1)
-    value = tl.load(dense_ptr + place, mask=place >= 0, other=0.0)
-    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
-
-
-# --- Launchers --------------------------------------------------------------------------------------
-
-
-@on_its_device
-def launch_scatter(dense: Tensor, values: Tensor, index: Tensor) -> None:
-    """dense [numel] at each index = its value; an index has each place once."""
-    grid = (triton.cdiv(index.numel(), _BLOCK),)
-    _scatter_kernel[grid](dense, values, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
-
-
-@on_its_device
-def launch_gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
-    """out = dense [numel] at each index, 0 where that is negative, in out's dtype."""
-    grid = (triton.cdiv(index.numel(), _BLOCK),)
-    _gather_kernel[grid](out, dense, index, index.numel(), BLOCK=_BLOCK, num_warps=4)
 
 
 def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
@@ -80,16 +37,6 @@ def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
         torch.index_select(dense, 0, index, out=out)
     else:
         out.copy_(dense.index_select(0, index))
-
-
-def static_cases() -> list[StaticCase]:
-    """Both directions between a bf16 weight and float32 values."""
-    types = {"dense_ptr": "*bf16", "index_ptr": "*i32", "NNZ": "i32"}
-    what, constants = "bf16 weight", {"BLOCK": _BLOCK}
-    return [
-        static_case(_scatter_kernel, what, types | {"values_ptr": "*fp32"}, constants),
-        static_case(_gather_kernel, what, types | {"out_ptr": "*fp32"}, constants),
-    ]
 
 
 # --- The format -------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ SHARED = {
     "static",
     "conv_tiles",
     "formats",
+    "moves",
 }
 COMPOSITIONS = {
     "__init__",

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecore.kernels import panel_gemm
+from sparsecore.kernels.moves import launch_gather
 from sparsecore.kernels.panel_plan import HEIGHTS, PanelPlan, tile_of
 from sparsecore.kernels.panel_products import (
     feature_major,
@@ -295,7 +296,7 @@ def test_nothing_beyond_the_results_is_written() -> None:
     panel_gemm.launch_dvalues(dvalues[: plan.nnz], x, dy, plan)
     # Padding has no weight, not the one in front of the first.
     fenced = F.pad(values, (1, 1), value=torch.nan)[1:-1]
-    panel_gemm.launch_pack(again[: plan.vectors], fenced, plan.source)
+    launch_gather(fenced, plan.source, again[: plan.vectors])
     sizes = (case.n, case.k, plan.nnz, plan.vectors)
     for out, rows in zip((y, dx, dvalues, again), sizes, strict=True):
         assert torch.isfinite(out[:rows]).all()

@@ -1,10 +1,10 @@
-"""The kernels that move kept values into a dense weight and its gradient out of one."""
+"""Kept values into a weight, and its gradient out of one."""
 
 import pytest
 import torch
 from helpers import DEVICE, rand, randn
 
-from sparsecore.kernels import state
+from sparsecore.kernels import moves
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 
@@ -20,12 +20,12 @@ def test_scatter_touches_its_places_and_gather_reads_them(
     index = (index if wide else index.int()).to(DEVICE)
     values = randn(len(index)).to(DEVICE)
     dense = torch.full((size,), torch.nan, dtype=dtype, device=DEVICE)
-    state.launch_scatter(dense, values, index)
+    moves.launch_scatter(dense, values, index)
     expected = torch.full_like(dense, torch.nan)
     expected[index.long()] = values.to(dtype)
     assert torch.equal(dense.nan_to_num(7.0), expected.nan_to_num(7.0))
     out = torch.full_like(values, torch.nan)
-    state.launch_gather(dense, index, out)
+    moves.launch_gather(dense, index, out)
     assert torch.equal(out, values.to(dtype).float())
 
 
@@ -33,5 +33,5 @@ def test_scatter_touches_its_places_and_gather_reads_them(
 def test_gather_gives_zero_for_places_that_are_none() -> None:
     index = torch.tensor([2, -1, 0, -1], device=DEVICE)
     out = torch.full((4,), torch.nan, device=DEVICE)
-    state.launch_gather(torch.tensor([1.0, 2.0, 3.0], device=DEVICE), index, out)
+    moves.launch_gather(torch.tensor([1.0, 2.0, 3.0], device=DEVICE), index, out)
     assert out.tolist() == [3.0, 0.0, 1.0, 0.0]

@@ -1,0 +1,329 @@
+"""A whole training step of a decided ticket: as a user would write it, by other packages, by our plans.
+
+Every provider starts from the same weights and takes the same step: zero_grad, forward, cross-entropy,
+backward, fused AdamW; on a GPU under autocast to bf16.  Before it is timed, its first step must give the
+outputs, the gradients and the weights of the dense*mask step.
+"""
+
+import copy
+import importlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrize
+
+import sparsecore as sc
+
+from .measure import require_as_exact, require_close
+from .ticket_cases import COMPILED, DENSE, MASKED, TrainCase
+
+# A layer's parameter, and where the kept weights stand in it; None: it holds nothing else.
+Kept = dict[str, tuple[nn.Parameter, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all providers of a case share at one sparsity.
+
+    Args:
+        model: dense, with the weights that every step starts from.
+        cache: where "plan auto" remembers.
+        low: whether to compute in bf16.
+    """
+
+    case: TrainCase
+    model: nn.Module
+    masks: Mapping[str, Tensor]
+    x: Tensor
+    y: Tensor
+    cache: Path
+    low: bool
+
+    def autocast(self) -> torch.autocast:
+        # Weights are cast once a step anyway, and a cache does not survive a graph's capture.
+        return torch.autocast(self.x.device.type, torch.bfloat16, self.low, cache_enabled=False)
+
+
+class Step:
+    """One training step a call; returns the outputs.
+
+    Args:
+        task: whose dense*mask step it equals.
+        call: the model as it is called, if not itself.
+    """
+
+    def __init__(
+        self, task: Task, model: nn.Module, kept: Kept, call: Callable[[Tensor], Tensor] | None = None
+    ) -> None:  # fmt: skip
+        self.task, self.model, self.kept = task, model, kept
+        self.call = model if call is None else call  # a compiled model has no truth value
+        held = {id(parameter) for parameter, _ in kept.values()}
+        self.others = [p for p in model.parameters() if id(p) not in held]
+        on_gpu = task.x.is_cuda
+        self.optimiser = torch.optim.AdamW(model.parameters(), fused=True, capturable=on_gpu)
+
+    def __call__(self) -> Tensor:
+        self.optimiser.zero_grad()
+        with self.task.autocast():
+            scores = self.call(self.task.x)
+            loss = F.cross_entropy(scores, self.task.y)
+        loss.backward()
+        self.optimiser.step()
+        return scores.detach()
+
+    def gradients(self) -> Tensor:
+        """Of the kept weights in row-major order, layer by layer, and of all other parameters."""
+        return self._joined(_gradient)
+
+    def weights(self) -> Tensor:
+        """The same of the parameters."""
+        return self._joined(lambda parameter: parameter.detach())
+
+    def _joined(self, of: Callable[[nn.Parameter], Tensor]) -> Tensor:
+        found = [of(p) if at is None else of(p)[at] for p, at in self.kept.values()]
+        return torch.cat([t.flatten() for t in (*found, *map(of, self.others))])
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of the optimiser's moments and of the parameters."""
+        states = self.optimiser.state.values()
+        moments = [state[k] for state in states for k in ("exp_avg", "exp_avg_sq") if k in state]
+        return {
+            "optimiser state": _bytes(moments),
+            "parameters": _bytes(list(self.model.parameters())),
+        }
+
+    def formats(self) -> str:
+        """What a plan chose, layer by layer, or how often in models of many layers; empty without one."""
+        patterns = {name: layer.pattern for name, layer in sc.sparse_layers(self.model).items()}
+        chosen = {}
+        for plan in sc.report(self.model):
+            formats, pattern = plan.choice.formats, patterns[plan.name]
+            # A module that takes the weight out of its layer multiplies by itself: nothing is chosen.
+            open_ = formats is None and isinstance(pattern, sc.Planned)
+            chosen[plan.name] = "weight taken out" if open_ else _text(formats)
+        if len(chosen) > 4:
+            return "; ".join(
+                f"{count} x {text}" for text, count in Counter(chosen.values()).items()
+            )
+        return "; ".join(f"{name}: {text}" for name, text in chosen.items())
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
+
+
+def _bytes(tensors: list[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def _text(formats: tuple[str, ...] | None) -> str:
+    names = ("mask",) if formats is None else formats
+    return names[0] if len(set(names)) == 1 else " / ".join(names)
+
+
+# --- Providers --------------------------------------------------------------------------------------
+
+
+def make(provider: str, task: Task) -> Step:
+    """A provider's step.
+
+    Errors: ImportError for a package that is not there, ValueError for a format that cannot do this, and
+    what other packages raise.
+    """
+    name, compiled, _ = provider.partition(COMPILED)
+    if name == "sparselab":
+        return _sparselab(task)
+    model = copy.deepcopy(task.model)
+    if name == DENSE:
+        kept = Kept()
+    elif name == MASKED:
+        kept = _masked(model, task.masks)
+    elif name.startswith("plan "):
+        kept = _planned(model, task, name.removeprefix("plan "))
+    else:
+        kept = _csr(model, task.masks, by_hand=name.endswith("own backward"))
+    if not compiled:
+        return Step(task, model, kept)
+    if name.startswith("plan "):
+        with task.autocast(), torch.no_grad():
+            model(task.x)  # prepares what the compute dtype needs, which no compiler can look into
+    call: Any = torch.compile(model, backend=task.case.backend, dynamic=False)
+    return Step(task, model, kept, call)
+
+
+class _Times(nn.Module):
+    """A mask as a parametrization, as torch.nn.utils.prune computes it too."""
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.get_buffer("mask")
+
+
+def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Kept:
+    kept = Kept()
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        weight = layer.get_parameter("weight")
+        factor = torch.empty_like(weight).copy_(mask)
+        parametrize.register_parametrization(layer, "weight", _Times(factor))
+        kept[name] = (weight, mask)
+    return kept
+
+
+def _planned(model: nn.Module, task: Task, plan: str) -> Kept:
+    sc.sparsify_(model, lambda name, _: name in task.masks)
+    layers = sc.sparse_layers(model)
+    for name, mask in task.masks.items():
+        layers[name].set_mask_(mask)
+    with task.autocast():
+        sc.plan_(model, plan, task.x, cache=task.cache)
+    kept = Kept()
+    for name, mask in task.masks.items():
+        raw = layers[name].raw_weight
+        kept[name] = (raw, mask if raw.ndim > 1 else None)
+    return kept
+
+
+class _ByHand(torch.autograd.Function):
+    """csr @ x.T with the fastest operations of torch.sparse behind: a transpose made once, sampled_addmm."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, x: Tensor, layer: "_CsrLinear") -> Tensor:
+        ctx.save_for_backward(values, x)
+        ctx.layer = layer
+        return (layer.matrix(values) @ x.T).T
+
+    @staticmethod
+    def backward(ctx, *grads: Tensor):
+        (dy,), (values, x), layer = grads, ctx.saved_tensors, ctx.layer
+        dx = None
+        if ctx.needs_input_grad[1]:
+            back = _matrix(layer.back, values[layer.order], layer.shape[::-1])
+            dx = (back @ dy.T).T
+        pattern = layer.matrix(values)
+        dw = torch.sparse.sampled_addmm(pattern, dy.T.contiguous(), x, beta=0.0)
+        return dw.values(), dx, None
+
+
+class _CsrLinear(nn.Module):
+    """A linear layer on torch.sparse's compressed rows; the parameter holds their values."""
+
+    def __init__(self, layer: nn.Linear, mask: Tensor, *, by_hand: bool) -> None:
+        super().__init__()
+        self.shape, self.by_hand, self.bias = tuple(mask.shape), by_hand, layer.bias
+        self.weight = nn.Parameter(layer.weight.detach()[mask])
+        self.rows = _compressed(mask)
+        self.back = _compressed(mask.T)
+        rank = torch.zeros(mask.shape, dtype=torch.int64)
+        rank[mask] = torch.arange(len(self.weight))
+        self.order = rank.T[mask.T]
+
+    def matrix(self, values: Tensor) -> Tensor:
+        return _matrix(self.rows, values, self.shape)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.by_hand:
+            y: Any = _ByHand.apply(self.weight, x, self)
+        else:
+            y = (self.matrix(self.weight) @ x.T).T
+        return y + self.bias
+
+
+def _compressed(mask: Tensor) -> tuple[Tensor, Tensor]:
+    offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
+    return offsets.int(), mask.nonzero()[:, 1].int()
+
+
+def _matrix(at: tuple[Tensor, Tensor], values: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return torch.sparse_csr_tensor(at[0], at[1], values, shape, check_invariants=False)
+
+
+def _csr(model: nn.Module, masks: Mapping[str, Tensor], *, by_hand: bool) -> Kept:
+    kept = Kept()
+    for name, mask in masks.items():
+        layer = model.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or mask.is_cuda:
+            raise ValueError("torch.sparse's compressed rows: expected linear layers on the CPU")
+        sparse = _CsrLinear(layer, mask, by_hand=by_hand)
+        model.set_submodule(name, sparse)
+        kept[name] = (sparse.weight, None)
+    return kept
+
+
+def _sparselab(task: Task) -> Step:
+    """The package's layers draw masks of their own, so their step equals that of another ticket."""
+    linear = importlib.import_module("sparselab.nn").SparseLinear
+    dense_of = importlib.import_module("sparselab.layout").to_dense
+    # It remembers transposes by the identity of objects, which others have when those are gone.
+    importlib.import_module("sparselab.ops")._clear_transpose_cache()
+    model, base = copy.deepcopy(task.model), copy.deepcopy(task.model)
+    kept, masks = Kept(), {}
+    for name, mask in task.masks.items():
+        layer = base.get_submodule(name)
+        if not isinstance(layer, nn.Linear) or mask.is_cuda:
+            raise ValueError("sparselab: expected linear layers on the CPU")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(mask.numel())
+            share = float(mask.float().mean())
+            sparse = linear(layer.in_features, layer.out_features, sparsity=1 - share)
+        rows = sparse._csr
+        extents = [(int(s), int(n)) for s, n in zip(rows.row_start, rows.row_nnz, strict=True)]
+        slots = torch.cat([torch.arange(s, s + n) for s, n in extents])
+        counts = torch.tensor([n for _, n in extents])
+        columns = torch.tensor(rows.col_indices)[slots].long()
+        mask = torch.zeros(layer.weight.shape, dtype=torch.bool)
+        mask[torch.arange(len(counts)).repeat_interleave(counts), columns] = True
+        with torch.no_grad():
+            layer.weight.copy_(dense_of(rows))
+            sparse.bias.copy_(layer.bias)
+        model.set_submodule(name, sparse)
+        kept[name], masks[name] = (sparse._values, slots), mask
+    return Step(replace(task, model=base, masks=masks), model, kept)
+
+
+# --- Is it right? -----------------------------------------------------------------------------------
+
+
+class Reference:
+    """The first dense*mask step of a task: in float32, and in the precision that is timed."""
+
+    WHAT = ("outputs", "gradients", "weights after the step")
+
+    def __init__(self, task: Task) -> None:
+        with _exact():
+            self.exact = _first(make(MASKED, replace(task, low=False)))
+        self.plain = _first(make(MASKED, task)) if task.low else self.exact
+
+    def require(self, what: str, step: Step) -> None:
+        """Takes the step's first step and compares.  Errors: WrongResult."""
+        found = zip(self.WHAT, _first(step), self.plain, self.exact, strict=True)
+        for of, mine, plain, exact in found:
+            if step.task.low:
+                require_as_exact(f"{what}: {of}", mine, plain, exact)
+            else:
+                require_close(f"{what}: {of} against dense*mask's", mine, exact, 1e-3)
+
+
+def _first(step: Step) -> tuple[Tensor, Tensor, Tensor]:
+    return step(), step.gradients().clone(), step.weights().clone()
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of float32 in float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+    torch.set_float32_matmul_precision(before)

@@ -1,0 +1,82 @@
+"""Values to places and back: what every format of kept weights does between the parameter and its products.
+
+Both kernels move 16 bytes at a time over the index, which is read once; an end that is no multiple of 16
+elements is left to the first program.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import on_its_device
+from .static import StaticCase, static_case
+
+_BLOCK = 1024
+
+# --- Kernels ----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scatter_part(dense_ptr, values_ptr, index_ptr, at, mask):
+    place = tl.load(index_ptr + at, mask=mask, other=0)
+    value = tl.load(values_ptr + at, mask=mask, other=0.0)
+    tl.store(dense_ptr + place, value.to(dense_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _scatter_kernel(dense_ptr, values_ptr, index_ptr, EVEN, NNZ, BLOCK: tl.constexpr):
+    """dense [index] = values, in dense's dtype.  EVEN: NNZ without what is over a multiple of 16."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    _scatter_part(dense_ptr, values_ptr, index_ptr, at, at < EVEN)
+    if (tl.program_id(0) == 0) & (EVEN < NNZ):
+        at = EVEN + tl.arange(0, 16).to(tl.int64)
+        _scatter_part(dense_ptr, values_ptr, index_ptr, at, at < NNZ)
+
+
+@triton.jit
+def _gather_part(out_ptr, dense_ptr, index_ptr, at, mask):
+    place = tl.load(index_ptr + at, mask=mask, other=-1)
+    value = tl.load(dense_ptr + place, mask=place >= 0, other=0.0)
+    tl.store(out_ptr + at, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _gather_kernel(out_ptr, dense_ptr, index_ptr, EVEN, NNZ, BLOCK: tl.constexpr):
+    """out = dense [index], in out's dtype; 0 where the index is negative."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
+    _gather_part(out_ptr, dense_ptr, index_ptr, at, at < EVEN)
+    if (tl.program_id(0) == 0) & (EVEN < NNZ):
+        at = EVEN + tl.arange(0, 16).to(tl.int64)
+        _gather_part(out_ptr, dense_ptr, index_ptr, at, at < NNZ)
+
+
+# --- Launchers --------------------------------------------------------------------------------------
+
+
+@on_its_device
+def launch_scatter(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    """dense at each index = its value; dense is taken as flat, an index has each place once."""
+    nnz = index.numel()
+    grid = (triton.cdiv(nnz, _BLOCK),)
+    _scatter_kernel[grid](dense, values, index, nnz // 16 * 16, nnz, BLOCK=_BLOCK, num_warps=4)
+
+
+@on_its_device
+def launch_gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
+    """out = dense at each index, 0 where that is negative, in out's dtype; all are taken as flat."""
+    nnz = index.numel()
+    grid = (triton.cdiv(nnz, _BLOCK),)
+    _gather_kernel[grid](out, dense, index, nnz // 16 * 16, nnz, BLOCK=_BLOCK, num_warps=4)
+
+
+def static_cases() -> list[StaticCase]:
+    """Between a bf16 weight, dense or packed, and float32 values."""
+    types = {"index_ptr": "*i32", "EVEN": "i32", "NNZ": "i32"}
+    weight, values = {"dense_ptr": "*bf16"}, {"dense_ptr": "*fp32"}
+    cases = [
+        static_case(_scatter_kernel, "values to weight", types | weight | {"values_ptr": "*fp32"}, {"BLOCK": _BLOCK}),
+        static_case(_gather_kernel, "weight to values", types | weight | {"out_ptr": "*fp32"}, {"BLOCK": _BLOCK}),
+        static_case(_gather_kernel, "values to packed", types | values | {"out_ptr": "*bf16"}, {"BLOCK": _BLOCK}),
+    ]  # fmt: skip
+    even = {(3,): [["tt.divisibility", 16]]}
+    return [case._replace(attributes=case.attributes | even) for case in cases]
