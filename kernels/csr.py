@@ -19,6 +19,10 @@ from torch.nn import functional as F
 from .formats import Format, Layer, Storage, check_mask
 
 _TILE = 64  # tokens whose sums fit the registers, and whose inputs the level-2 cache
+_WHOLE = 512  # tokens that may be one tile
+_DENSE = (
+    75  # kept weights a row and column, from which a tile's speed is worth copying it in and out
+)
 _SPAN = 512  # tokens of a product that makes dW
 
 
@@ -56,31 +60,35 @@ def _offsets(places: Tensor, count: int) -> Tensor:
 
 def _bags(table: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Tensor:
     """[rows, T]: row i is the sum over j in [offsets[i], offsets[i + 1]) of values[j] * table[places[j]]."""
+    table, values = table.detach(), values.detach()  # else bags prepare for a backward of their own
     return F.embedding_bag(
         places, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
 
 
-def _spmm(dense: Tensor, offsets: Tensor, places: Tensor, values: Tensor, out: Tensor) -> None:
-    """out [rows, T] = sparse [rows, k] @ dense [k, T], a tile of tokens at a time; any strides."""
-    tokens = dense.shape[1]
+def _spmm(dense: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Tensor:
+    """sparse [rows, k] @ dense [k, T] of any strides, a tile of tokens at a time."""
+    rows, (k, tokens) = len(offsets) - 1, dense.shape
+    if tokens <= _TILE or (tokens <= _WHOLE and len(values) < _DENSE * (rows + k)):
+        return _bags(dense.contiguous(), offsets, places, values)
+    out = dense.new_empty(rows, tokens)
     for start in range(0, tokens, _TILE):
-        part = slice(start, min(start + _TILE, tokens))
+        part = slice(start, start + _TILE)
         out[:, part] = _bags(dense[:, part].contiguous(), offsets, places, values)
+    return out
 
 
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
     offsets, places, *_ = storage.tensors
-    values = values.detach().to(x.dtype)  # detached, so that bags keep nothing for a backward
+    values = values.to(x.dtype)
     if layer.conv:
         y = x.new_empty(layer.output(x.shape))
         for image, columns in zip(y.flatten(2), _unfolded(x, layer), strict=True):
-            _spmm(columns, offsets, places, values, image)
+            image.copy_(_spmm(columns, offsets, places, values))
         return y if bias is None else y.add_(bias.to(y.dtype)[:, None, None])
-    y = x.new_empty(layer.shape[0], x.shape[0])
-    _spmm(x.T, offsets, places, values, y)
+    y = _spmm(x.T, offsets, places, values)
     return (y if bias is None else y.add_(bias.to(y.dtype)[:, None])).T
 
 
@@ -88,16 +96,13 @@ def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
     offsets, places, order = storage.tensors[2:]
-    values = values.detach().to(dy.dtype).index_select(0, order)
+    values = values.to(dy.dtype).index_select(0, order)
     if not layer.conv:
-        dx = dy.new_empty(shape[1], shape[0])
-        _spmm(dy.T, offsets, places, values, dx)
-        return dx.T
+        return _spmm(dy.T, offsets, places, values).T
     dx = dy.new_empty(list(shape))
     stride, pad, dilation = layer.pairs
-    columns = dy.new_empty(storage.numbers[0], dy[0, 0].numel())
     for image, back in zip(dx, dy.flatten(2), strict=True):
-        _spmm(back, offsets, places, values, columns)
+        columns = _spmm(back, offsets, places, values)
         if _pointwise(layer):
             image.copy_(columns.view(shape[1:]))
         else:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from .block_format import BLOCK
 from .compact import COMPACT
@@ -131,10 +131,7 @@ def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
         raise ValueError(f"format {kind}: expected sides as {kind}:64x64, got {name!r}") from None
 
 
-# --- Operations -------------------------------------------------------------------------------------
-#
-# <dy, x W(v)^T> is linear in each of x, dy and v; the three products are its gradients, so that each is
-# differentiated by the other two, to any order.
+# --- Products ---------------------------------------------------------------------------------------
 
 
 def _like(x: Tensor, shape: Sequence[int], format: Format) -> Tensor:
@@ -152,9 +149,140 @@ def _layout(x: Tensor, shape: Sequence[int]) -> torch.memory_format:
 
 def _strided(result: Tensor, x: Tensor, format: Format) -> Tensor:
     """The result, strided as `_like` says."""
-    if result.ndim == 2 and format.feature_major:
-        return result.T.contiguous().T
-    return result.contiguous(memory_format=_layout(x, result.shape))
+    if result.ndim == 4:
+        return result.contiguous(memory_format=_layout(x, result.shape))
+    if format.feature_major:
+        return result if result.T.is_contiguous() else result.T.contiguous().T
+    return result.contiguous()
+
+
+def _run_forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    format, storage = plan.product("forward")
+    if x.numel() and plan.nnz:
+        return _strided(format.forward(x, values, bias, plan.layer, storage), x, format)
+    y = _like(x, plan.layer.output(x.shape), format).zero_()
+    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+
+
+def _run_dx(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
+    format, storage = plan.product("dx")
+    if dy.numel() and plan.nnz:
+        return _strided(format.grad_input(dy, values, plan.layer, storage, shape), dy, format)
+    return _like(dy, shape, format).zero_()
+
+
+def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    format, storage = plan.product("dw")
+    if dy.numel() and plan.nnz:
+        return format.grad_values(dy, x, values, plan.layer, storage)
+    return torch.zeros_like(values)
+
+
+# --- Their gradients --------------------------------------------------------------------------------
+#
+# <dy, x W(v)^T> is linear in each of x, dy and v; the three products are its gradients, so that each is
+# differentiated by the other two, to any order.  In a graph they are operators; outside of one they are
+# plain functions of autograd, whose overhead is a tenth of an operator's.
+
+
+def _in_graph(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+
+
+def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    if _in_graph(x):
+        return _forward(x, values, bias, *plan.flat())
+    product = _Forward.apply if torch.is_grad_enabled() else _run_forward
+    return product(x, values, bias, plan)
+
+
+def _dx_of(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
+    if _in_graph(dy):
+        return _dx(dy, values, list(shape), *plan.flat())
+    product = _Dx.apply if torch.is_grad_enabled() else _run_dx
+    return product(dy, values, shape, plan)
+
+
+def _dw_of(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    if _in_graph(dy):
+        return _dw(dy, x, values, *plan.flat())
+    product = _Dw.apply if torch.is_grad_enabled() else _run_dw
+    return product(dy, x, values, plan)
+
+
+class _Forward(torch.autograd.Function):
+    # The older form, without `setup_context`, which would look at signatures at each call.
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Forward.keep(ctx, inputs)
+        return _run_forward(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        x, values, bias, ctx.plan = inputs
+        ctx.save_for_backward(x, values)
+        ctx.bias = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, values = ctx.saved_tensors
+        want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
+        dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
+        dbias = None
+        if want_bias:
+            over = [d for d in range(dy.ndim) if d != 1]
+            dbias = dy.sum(over, dtype=wide(dy.dtype)).to(ctx.bias)
+        return dx, dw, dbias, None
+
+
+class _Dx(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Dx.keep(ctx, inputs)
+        return _run_dx(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        dy, values, _, ctx.plan = inputs
+        ctx.save_for_backward(dy, values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, values = ctx.saved_tensors
+        want_dy, want_values = ctx.needs_input_grad[:2]
+        return (
+            _forward_of(grad, values, None, ctx.plan) if want_dy else None,
+            _dw_of(dy, grad, values, ctx.plan) if want_values else None,
+            None,
+            None,
+        )
+
+
+class _Dw(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Dw.keep(ctx, inputs)
+        return _run_dw(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        dy, x, _, ctx.plan = inputs
+        ctx.save_for_backward(dy, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, x = ctx.saved_tensors
+        want_dy, want_x = ctx.needs_input_grad[:2]
+        return (
+            _forward_of(x, grad, None, ctx.plan) if want_dy else None,
+            _dx_of(dy, grad, x.shape, ctx.plan) if want_x else None,
+            None,
+            None,
+        )
+
+
+# --- Operators --------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("sparsecore::sparse_forward", mutates_args=())
@@ -162,12 +290,7 @@ def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None,
     formats: str, tensors: list[Tensor], numbers: list[int],
 ) -> Tensor:  # fmt: skip
-    plan = Plan.of(formats, tensors, numbers)
-    format, storage = plan.product("forward")
-    if x.numel() and plan.nnz:
-        return _strided(format.forward(x, values, bias, plan.layer, storage), x, format)
-    y = _like(x, plan.layer.output(x.shape), format).zero_()
-    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+    return _run_forward(x, values, bias, Plan.of(formats, tensors, numbers))
 
 
 @_forward.register_fake
@@ -181,11 +304,7 @@ def _dx(
     dy: Tensor, values: Tensor, shape: list[int],
     formats: str, tensors: list[Tensor], numbers: list[int],
 ) -> Tensor:  # fmt: skip
-    plan = Plan.of(formats, tensors, numbers)
-    format, storage = plan.product("dx")
-    if dy.numel() and plan.nnz:
-        return _strided(format.grad_input(dy, values, plan.layer, storage, shape), dy, format)
-    return _like(dy, shape, format).zero_()
+    return _run_dx(dy, values, shape, Plan.of(formats, tensors, numbers))
 
 
 @_dx.register_fake
@@ -197,11 +316,7 @@ def _(dy, values, shape, formats, tensors, numbers):
 def _dw(
     dy: Tensor, x: Tensor, values: Tensor, formats: str, tensors: list[Tensor], numbers: list[int]
 ) -> Tensor:
-    plan = Plan.of(formats, tensors, numbers)
-    format, storage = plan.product("dw")
-    if dy.numel() and plan.nnz:
-        return format.grad_values(dy, x, values, plan.layer, storage)
-    return torch.zeros_like(values)
+    return _run_dw(dy, x, values, Plan.of(formats, tensors, numbers))
 
 
 @_dw.register_fake
@@ -209,64 +324,24 @@ def _(dy, x, values, formats, tensors, numbers):
     return torch.empty_like(values)
 
 
-def _none(ctx) -> tuple:
-    """The gradients of a plan's parts."""
-    return None, [None] * len(ctx.plan[1]), None
+def _differentiate(operator: Any, function: Any) -> None:
+    """Gives an operator the gradient of a function, whose last argument is the plan."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        *rest, formats, tensors, numbers = inputs
+        function.keep(ctx, (*rest, Plan.of(formats, tensors, numbers)))
+        ctx.tensors = len(tensors)
+
+    def backward(ctx, grad: Tensor):
+        *gradients, _ = function.backward(ctx, grad)
+        return *gradients, None, [None] * ctx.tensors, None
+
+    operator.register_autograd(backward, setup_context=setup_context)
 
 
-def _keep_forward(ctx, inputs, output) -> None:
-    x, values, bias, *ctx.plan = inputs
-    ctx.save_for_backward(x, values)
-    ctx.bias = None if bias is None else bias.dtype
-
-
-def _forward_backward(ctx, dy: Tensor):
-    x, values = ctx.saved_tensors
-    want_x, want_values, want_bias = ctx.needs_input_grad[:3]
-    dx = _dx(dy, values, list(x.shape), *ctx.plan) if want_x else None
-    dw = _dw(dy, x, values, *ctx.plan) if want_values else None
-    dbias = None
-    if want_bias:
-        over = [d for d in range(dy.ndim) if d != 1]
-        dbias = dy.sum(over, dtype=wide(dy.dtype)).to(ctx.bias)
-    return dx, dw, dbias, *_none(ctx)
-
-
-def _keep_dx(ctx, inputs, output) -> None:
-    dy, values, _, *ctx.plan = inputs
-    ctx.save_for_backward(dy, values)
-
-
-def _dx_backward(ctx, grad: Tensor):
-    dy, values = ctx.saved_tensors
-    want_dy, want_values = ctx.needs_input_grad[:2]
-    return (
-        _forward(grad, values, None, *ctx.plan) if want_dy else None,
-        _dw(dy, grad, values, *ctx.plan) if want_values else None,
-        None,
-        *_none(ctx),
-    )
-
-
-def _keep_dw(ctx, inputs, output) -> None:
-    dy, x, _, *ctx.plan = inputs
-    ctx.save_for_backward(dy, x)
-
-
-def _dw_backward(ctx, grad: Tensor):
-    dy, x = ctx.saved_tensors
-    want_dy, want_x = ctx.needs_input_grad[:2]
-    return (
-        _forward(x, grad, None, *ctx.plan) if want_dy else None,
-        _dx(dy, grad, list(x.shape), *ctx.plan) if want_x else None,
-        None,
-        *_none(ctx),
-    )
-
-
-_forward.register_autograd(_forward_backward, setup_context=_keep_forward)
-_dx.register_autograd(_dx_backward, setup_context=_keep_dx)
-_dw.register_autograd(_dw_backward, setup_context=_keep_dw)
+_differentiate(_forward, _Forward)
+_differentiate(_dx, _Dx)
+_differentiate(_dw, _Dw)
 
 
 # --- Public functions -------------------------------------------------------------------------------
@@ -305,6 +380,6 @@ def sparse_layer(
     if layer.conv:
         if min(layer.output(x.shape)[2:]) < 1:
             raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
-        return _forward(x, values, bias, *plan.flat())
-    y = _forward(x.reshape(-1, layer.inputs), values, bias, *plan.flat())
+        return _forward_of(x, values, bias, plan)
+    y = _forward_of(x.reshape(-1, layer.inputs), values, bias, plan)
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y

@@ -146,6 +146,12 @@ def test_gradients_of_gradients_and_operators(format) -> None:
             assert torch.autograd.gradcheck(layer, (x, values, bias))
             assert torch.autograd.gradgradcheck(layer, (x, values, bias))
         flat = plan.flat()
+
+        def operator(*inputs: Tensor, flat=flat) -> Tensor:
+            return sparse_layers._forward(*inputs, *flat)
+
+        with torch.random.fork_rng(devices=[]):
+            assert torch.autograd.gradcheck(operator, (x, values, bias))
         y = sparse_layers._forward(x, values, bias, *flat).detach().requires_grad_()
         torch.library.opcheck(sparse_layers._forward, (x, values, bias, *flat))
         sparse_layers._dx(
