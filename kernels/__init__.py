@@ -1,10 +1,14 @@
 """Triton kernels and their PyTorch references.  Imported as `sparsecore.kernels`; needs torch and triton only."""
 
 from .balance import Rule
+from .block_algebra import dds, dsd, sdd
+from .block_plan import BlockPlan
+from .block_products import pack, unpack
 from .formats import Layer, kept_index
 from .gate_bank import GateBank
 from .gate_operator import gated_weight
 from .gated_layers import Choice, choice, forget, gated_conv2d, gated_linear
+from .panel_plan import PanelPlan
 from .philox import uniform_
 from .reference import (
     BERNOULLI,
@@ -35,10 +39,12 @@ __all__ = [
     "GAUSSIAN",
     "HARD_CONCRETE",
     "PRODUCTS",
+    "BlockPlan",
     "Choice",
     "GateBank",
     "GateSpec",
     "Layer",
+    "PanelPlan",
     "Plan",
     "Rule",
     "Unit",
@@ -47,8 +53,10 @@ __all__ = [
     "choice",
     "concrete_ref",
     "concrete_slope_ref",
+    "dds",
     "density_ref",
     "density_slope_ref",
+    "dsd",
     "fits_2_4",
     "forget",
     "gated_conv2d",
@@ -61,11 +69,14 @@ __all__ = [
     "hard_concrete_slope_ref",
     "kept_index",
     "obstacle",
+    "pack",
     "plan_of",
     "project_ref",
     "sample_ref",
+    "sdd",
     "slope_ref",
     "sparse_layer",
     "uniform_",
     "unit_shape",
+    "unpack",
 ]

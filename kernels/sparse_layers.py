@@ -185,6 +185,13 @@ def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
 # plain functions of autograd, whose overhead is a tenth of an operator's.
 
 
+def _prepared(x: Tensor, plan: Plan, *products: str) -> Tensor:
+    """x [T, k], feature-major if all these products want it so: copied once, not in each of them."""
+    if plan.layer.conv or not all(plan.product(name)[0].feature_major for name in products):
+        return x
+    return x.T.contiguous().T
+
+
 def _in_graph(x: Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
 
@@ -227,6 +234,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
         dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
         dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
         dbias = None
@@ -381,5 +389,6 @@ def sparse_layer(
         if min(layer.output(x.shape)[2:]) < 1:
             raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
         return _forward_of(x, values, bias, plan)
-    y = _forward_of(x.reshape(-1, layer.inputs), values, bias, plan)
+    flat = _prepared(x.reshape(-1, layer.inputs), plan, "forward", "dw")
+    y = _forward_of(flat, values, bias, plan)
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y

@@ -27,7 +27,7 @@ def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
         launch_scatter(dense, values.contiguous(), index)
     else:
         # `data`: scratch has no version that autograd should watch.
-        dense.data.index_copy_(0, index.long(), values.to(dense.dtype))
+        dense.data.index_copy_(0, index, values.to(dense.dtype))
 
 
 def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
@@ -47,7 +47,10 @@ def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | N
 
 
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
-    """[places in the dense weight's storage, dense weight, places in their slab] and where slabs end."""
+    """[places in the dense weight's storage, dense weight, places in their slab, slab], and slabs' rows and ends.
+
+    A convolution's dW is small and made at once: it has the first two only.
+    """
     weight = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     index = kept_index(mask)
     if layer.conv and mask.is_cuda:  # cuDNN's tensor cores want channels last
@@ -55,18 +58,21 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
         n, k, r, s = mask.shape
         place = torch.arange(mask.numel(), dtype=index.dtype, device=mask.device)
         index = place.view(n, r, s, k).permute(0, 3, 1, 2)[mask]
+    local, index = index, index if mask.is_cuda else index.long()  # the CPU scatters by int64 alone
     if layer.conv:
         return Storage([index, weight], [])
     rows = max(1, _SLAB[mask.device.type] // max(mask.shape[1], 1))
     slabs = [int(slab.sum()) for slab in mask.split(rows)]
-    return Storage(
-        [index, weight, index % (rows * mask.shape[1])], [rows, *itertools.accumulate(slabs)]
-    )
+    slab = weight.new_empty(min(rows, mask.shape[0]), mask.shape[1])
+    tensors = [index, weight, local % (rows * mask.shape[1]), slab]
+    return Storage(tensors, [rows, *itertools.accumulate(slabs)])
 
 
-def dense_weight(values: Tensor, storage: Storage) -> Tensor:
-    """The layer's dense weight, holding the values."""
+def dense_weight(values: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """The layer's dense weight, holding the values; a new one in another dtype than was prepared for."""
     index, weight = storage.tensors[:2]
+    if weight.dtype != dtype:
+        weight = torch.zeros_like(weight, dtype=dtype)
     _scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
     return weight
 
@@ -74,7 +80,7 @@ def dense_weight(values: Tensor, storage: Storage) -> Tensor:
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    weight = dense_weight(values, storage)
+    weight = dense_weight(values, storage, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if layer.conv:
         return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
@@ -84,7 +90,7 @@ def _forward(
 def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    weight = dense_weight(values, storage)
+    weight = dense_weight(values, storage, dy.dtype)
     if layer.conv:
         x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
         return _conv_backward(dy, x, weight, layer, [True, False, False])[0]
@@ -94,17 +100,16 @@ def _grad_input(
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
     out = torch.empty_like(values)
     if layer.conv:
-        index, weight = storage.tensors
+        index, weight = storage.tensors[0], storage.tensors[1].to(x.dtype)
         dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
         dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
         _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
         return out
-    local, (rows, *ends) = storage.tensors[2], storage.numbers
-    slab = dy.new_empty(min(rows, layer.shape[0]), layer.shape[1])
-    start = 0
+    (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
+    slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
     for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
         part = dy[:, first : first + rows]
-        dw = torch.mm(part.T, x, out=slab[: part.shape[1]])
+        dw = torch.mm(part.T, x.detach(), out=slab[: part.shape[1]])
         _gather(dw.flatten(), local[start:end], out[start:end])
         start = end
     return out

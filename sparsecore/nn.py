@@ -74,7 +74,8 @@ class SparseLayer(nn.Module):
         The parameter object stays and becomes the vector [nnz], so make optimisers afterwards.
         Args: as `Planned` takes them.
 
-        Errors: ValueError for a layer without a mask or a format that cannot do this; nothing changes then.
+        Errors: ValueError for a layer without a mask, a format that cannot do this, or kept weights that are
+        not finite; nothing changes then.
         """
         pattern = Planned(
             self._decided_mask(),
@@ -83,8 +84,12 @@ class SparseLayer(nn.Module):
             choose=choose,
             dtype=self.raw_weight.dtype,
         )
-        self.unplan_()
-        self._become(pattern, pattern.kept(self.raw_weight.detach()))
+        values = pattern.kept(self.weight.detach())
+        if not values.isfinite().all():
+            raise ValueError(
+                "plan_: expected finite kept weights, got NaN or infinity; load sound weights first"
+            )
+        self._become(pattern, values)
         return self
 
     def unplan_(self) -> Self:

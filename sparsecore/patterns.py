@@ -111,17 +111,49 @@ class _MaskedWeight(torch.autograd.Function):
     """where(mask, weight, 0) forward and backward: pruned entries see a gradient of exactly 0, even from inf."""
 
     @staticmethod
-    def forward(weight: Tensor, mask: Tensor) -> Tensor:
-        return weight.masked_fill(~mask, 0)
+    def forward(ctx, weight: Tensor, mask: Tensor, bits: Tensor | None) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.bits = bits
+        return _where(weight, mask, bits)
 
     @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[1])
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        (mask,) = ctx.saved_tensors  # linear, so it is its own backward
+        masked = _MaskedWeight.apply if torch.is_grad_enabled() else _where
+        return masked(grad, mask, ctx.bits), None, None
 
-    @staticmethod
-    def backward(ctx, *grads: Tensor) -> tuple[Tensor, None]:
-        (mask,) = ctx.saved_tensors
-        return _MaskedWeight.apply(grads[0], mask), None  # linear, so it is its own backward
+
+def _where(weight: Tensor, mask: Tensor, bits: Tensor | None) -> Tensor:
+    if bits is None or bits.element_size() != weight.element_size():
+        return torch.where(mask, weight, 0)
+    return (weight.view(bits.dtype) & bits).view(weight.dtype)
+
+
+class _Bits:
+    """A mask as integers of all or no bits, since on the CPU PyTorch vectorises `and` but not a choice.
+
+    Only for the CPU outside of graphs; made again when the mask or the weight's dtype changes.
+    """
+
+    def __init__(self) -> None:
+        self.bits: Tensor | None = None
+        self.made_of: tuple[int, int, torch.dtype] | None = None
+
+    def of(self, mask: Tensor, weight: Tensor) -> Tensor | None:
+        if weight.device.type != "cpu" or torch.compiler.is_compiling() or mask.is_inference():
+            return None
+        now = (id(mask), mask._version, weight.dtype)
+        if now != self.made_of:
+            dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
+            self.bits = None if dtype is None else mask.to(dtype).neg_()
+            self.made_of = now
+        return self.bits
+
+    def __deepcopy__(self, memo: dict) -> "_Bits":
+        return _Bits()
+
+    def __reduce__(self) -> tuple:
+        return _Bits, ()
 
 
 class Dense(nn.Module):
@@ -142,9 +174,10 @@ class Masked(nn.Module):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}; use `scores > 0`")
         self.register_buffer("mask", mask)
+        self._bits = _Bits()
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _MaskedWeight.apply(weight, self.mask)
+        return _MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight))
 
     def extra_repr(self) -> str:
         return f"sparsity={1 - self.mask.float().mean().item():.4f}"
@@ -265,7 +298,14 @@ class Planned(nn.Module):
         return self.__dict__ | {"_plans": list(self._plans)}  # plans are made again from the index
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        dtypes = state["_plans"]
+        dtypes, index = state["_plans"], state["index"]
+        size = math.prod(state["layer"].shape)
+        ascending = len(index) < 2 or bool((index.diff() > 0).all())
+        if not ascending or (len(index) and not 0 <= int(index[0]) <= int(index[-1]) < size):
+            raise ValueError(
+                f"planned layer: expected ascending places of kept weights below {size}, got others; "
+                "the file is damaged, load its state_dict into a fresh model instead"
+            )
         super().__setstate__(state | {"_plans": {}})
         for dtype in dtypes:
             self._prepare(dtype)

@@ -210,10 +210,18 @@ def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) 
     format, storage = plan.product("forward")
     values = weight[mask].float()
     dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    if not format.feature_major or layer.conv:
+        return (
+            lambda: format.forward(x, values, None, layer, storage),
+            lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
+            lambda: format.grad_values(dy, x, values, layer, storage),
+        )
+    # x is turned once, before forward, unless it comes turned; gradients come as y went.
+    turned, dy = x.T.contiguous().T, dy.T.contiguous().T
     return (
-        lambda: format.forward(x, values, None, layer, storage),
+        lambda: format.forward(x.T.contiguous().T, values, None, layer, storage),
         lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
-        lambda: format.grad_values(dy, x, values, layer, storage),
+        lambda: format.grad_values(dy, turned, values, layer, storage),
     )
 
 

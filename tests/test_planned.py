@@ -15,8 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import sparsecore as sc
 from sparsecore.convert import sparse_layers
+from sparsecore.granularity import parse_granularity
 from sparsecore.nn import SparseConv2d, SparseLinear
 from sparsecore.patterns import Dense, Masked, Planned
+from sparsecore.scores import SCORES
 from sparsecore.tickets import Ticket, TicketError
 
 PLANS = ["state", "csr", "compact", "auto"]
@@ -308,6 +310,30 @@ def ticket() -> tuple[Ticket, nn.Module]:
     return Ticket(masks, weights, {"granularity": "weight"}), model
 
 
+@pytest.mark.parametrize("granularity", ["block:16x16", "vector:16", "channel", "2:4"])
+@pytest.mark.parametrize("method", ["cts", *SCORES])
+def test_structured_searches_feed_plans(method: str, granularity: str) -> None:
+    """The ticket carries its granularity, and "auto" and the format made for it train it."""
+    of = parse_granularity(granularity)
+    search = (
+        sc.OneShot(SCORES[method], of)
+        if method != "cts"
+        else sc.ConcreteSearch(epochs=1, granularity=of)
+    )
+    found = search(sc.sparsify_(mlp(hidden=64)), Blobs(), sparsity=0.5)
+    assert str(found.granularity) == granularity
+    expected = found.apply_(sc.sparsify_(mlp(hidden=64)))
+    x = randn(5, 12)
+    plans = {"block:16x16": "block", "vector:16": "panel"}
+    for plan in ("auto", plans.get(granularity, "state")):
+        model = found.apply_(sc.sparsify_(mlp(hidden=64)), plan=plan)
+        model, x = model.to(DEVICE), x.to(DEVICE)
+        torch.testing.assert_close(model(x).cpu(), expected(x.cpu()), rtol=1e-3, atol=1e-4)
+        formats = {row.choice.formats for row in sc.report(model)}
+        if plan in ("block", "panel"):
+            assert formats == {(f"{plan}:{granularity.partition(':')[2]}",) * 3}
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_a_ticket_applies_with_a_plan_and_again_with_another(plan: str) -> None:
     found, plain = ticket()
@@ -348,6 +374,20 @@ def test_bad_plans_change_nothing() -> None:
         assert torch.equal(value, before[key])
     with pytest.raises(TicketError):
         ticket()[0].apply_(sc.sparsify_(mlp(hidden=9)), plan="csr")
+
+
+def test_what_is_not_a_weight_or_a_place_is_refused() -> None:
+    layer = seeded(lambda: SparseLinear(6, 5)).set_mask_(rand(5, 6) < 0.5)
+    with torch.no_grad():
+        layer.raw_weight[layer.pattern.mask] = torch.nan
+    with pytest.raises(ValueError, match="finite kept weights"):
+        layer.plan_("csr")
+    assert isinstance(layer.pattern, Masked) and layer.raw_weight.shape == (5, 6)
+    pattern = Planned(rand(5, 6) < 0.5)
+    for bad in (pattern.index + 30, pattern.index - 30, pattern.index.flip(0), pattern.index * 0):
+        state = pattern.__getstate__() | {"index": bad}
+        with pytest.raises(ValueError, match="ascending places"):
+            Planned.__new__(Planned).__setstate__(state)
 
 
 def test_searches_refuse_a_planned_model() -> None:
