@@ -29,8 +29,8 @@ def _scatter_kernel(dense_ptr, values_ptr, index_ptr, EVEN, NNZ, BLOCK: tl.const
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     _scatter_part(dense_ptr, values_ptr, index_ptr, at, at < EVEN)
     if (tl.program_id(0) == 0) & (EVEN < NNZ):
-        at = EVEN + tl.arange(0, 16).to(tl.int64)
-        _scatter_part(dense_ptr, values_ptr, index_ptr, at, at < NNZ)
+        rest = EVEN + tl.arange(0, 16).to(tl.int64)
+        _scatter_part(dense_ptr, values_ptr, index_ptr, rest, rest < NNZ)
 
 
 @triton.jit
@@ -46,8 +46,8 @@ def _gather_kernel(out_ptr, dense_ptr, index_ptr, EVEN, NNZ, BLOCK: tl.constexpr
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)  # [BLOCK]
     _gather_part(out_ptr, dense_ptr, index_ptr, at, at < EVEN)
     if (tl.program_id(0) == 0) & (EVEN < NNZ):
-        at = EVEN + tl.arange(0, 16).to(tl.int64)
-        _gather_part(out_ptr, dense_ptr, index_ptr, at, at < NNZ)
+        rest = EVEN + tl.arange(0, 16).to(tl.int64)
+        _gather_part(out_ptr, dense_ptr, index_ptr, rest, rest < NNZ)
 
 
 # --- Launchers --------------------------------------------------------------------------------------
