@@ -75,6 +75,7 @@ class Format(NamedTuple):
     forward(x, values, bias, layer, storage) -> y; x [T, k] or [B, k, H, W], bias [n] or None.
     grad_input(dy, values, layer, storage, shape of x) -> dx.
     grad_values(dy, x, values, layer, storage) -> gradient of values, of their shape and dtype.
+    grad_both(dy, x, values, layer, storage) -> both gradients of a convolution, where that saves work.
     obstacle(device, layer, dtype, **options) -> why it cannot do this at all, or None.
     """
 
@@ -84,6 +85,7 @@ class Format(NamedTuple):
     grad_values: Callable[[Tensor, Tensor, Tensor, Layer, Storage], Tensor]
     obstacle: Callable[..., str | None]
     feature_major: bool = False  # y and dX of a linear layer have strides (1, T)
+    grad_both: Callable[..., tuple[Tensor, Tensor]] | None = None
 
 
 def check_mask(mask: Tensor) -> Tensor:

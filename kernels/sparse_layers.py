@@ -178,6 +178,17 @@ def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
     return torch.zeros_like(values)
 
 
+def _run_both(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor] | None:
+    """dX and dW by one call, where their format has one."""
+    (format, storage), (other, _) = plan.product("dx"), plan.product("dw")
+    if not plan.layer.conv or format is not other or format.grad_both is None:
+        return None
+    if not (dy.numel() and plan.nnz):
+        return None
+    dx, dw = format.grad_both(dy, x, values, plan.layer, storage)
+    return _strided(dx, dy, format), dw
+
+
 # --- Their gradients --------------------------------------------------------------------------------
 #
 # <dy, x W(v)^T> is linear in each of x, dy and v; the three products are its gradients, so that each is
@@ -235,8 +246,14 @@ class _Forward(torch.autograd.Function):
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
         dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
-        dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
-        dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
+        both = None
+        if want_x and want_values and not torch.is_grad_enabled() and not _in_graph(dy):
+            both = _run_both(dy, x, values, ctx.plan)
+        if both is not None:
+            dx, dw = both
+        else:
+            dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
+            dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
         dbias = None
         if want_bias:
             over = [d for d in range(dy.ndim) if d != 1]

@@ -100,11 +100,9 @@ def _grad_input(
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
     out = torch.empty_like(values)
     if layer.conv:
-        index, weight = storage.tensors[0], storage.tensors[1].to(x.dtype)
+        weight = storage.tensors[1].to(x.dtype)
         dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
-        dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
-        _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
-        return out
+        return _kept(dw, weight, storage.tensors[0], out)
     (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
     slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
     for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
@@ -115,10 +113,26 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     return out
 
 
+def _grad_both(
+    dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage
+) -> tuple[Tensor, Tensor]:
+    """One call of the library, which then reorders dy once."""
+    weight = dense_weight(values, storage, dy.dtype)
+    dx, dw, _ = _conv_backward(dy, x, weight, layer, [True, True, False])
+    return dx, _kept(dw, weight, storage.tensors[0], torch.empty_like(values))
+
+
+def _kept(dw: Tensor, weight: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """out = the kept entries of a convolution's dW, in the order of its weight's storage."""
+    dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
+    _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+    return out
+
+
 def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]):
     return torch.ops.aten.convolution_backward(
         dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
     )
 
 
-STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)
+STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, grad_both=_grad_both)

@@ -106,7 +106,7 @@ def cache_of(path: str | Path | None = None) -> Cache:
     return _cache_at(Path(path or os.environ.get("SPARSECORE_PLANS") or folder / "plans.json"))
 
 
-def _where(device: torch.device) -> str:
+def where(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
     return f"{name}, torch {torch.__version__}"
 
@@ -117,7 +117,7 @@ def _processor() -> str:
 
 def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:
     """The device's speed, measured once and remembered."""
-    key = f"machine | {_where(device)} | {dtype}"
+    key = f"machine | {where(device)} | {dtype}"
     return Machine(**cache.get(key, lambda: asdict(Machine.measured(device, dtype))))
 
 
@@ -151,7 +151,7 @@ def choose(mask: Tensor, layer: Layer, x: Tensor, *, grad: bool = True, cache: C
     names = candidates(mask, layer, dtype)
     fills = {n: stored(mask, *_sides(n)) for n in names if ":" in n}
     key = " | ".join(map(str, (
-        _where(x.device), dtype, layer.numbers, list(x.shape), bool(grad), facts, fills, ",".join(names)
+        where(x.device), dtype, layer.numbers, list(x.shape), bool(grad), facts, fills, ",".join(names)
     )))  # fmt: skip
 
     def make() -> dict[str, Any]:

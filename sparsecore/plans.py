@@ -1,24 +1,27 @@
 """Plans of whole models: how each masked layer of a ticket computes, what it costs, and why."""
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .convert import require_sparse_layers, sparse_layers
-from .costs import stored
+from .costs import seconds, stored
 from .kernels import Layer
 from .nn import SparseLayer
 from .patterns import Dense, Masked, Planned
-from .planner import PANELS, SIDES, Choice, cache_of, choose
+from .planner import PANELS, SIDES, Cache, Choice, cache_of, choose, where
 
-_MOSTLY = (
-    0.6  # kept shares above this stay a mask unless measured: indices would cost what they save
-)
+# A step's time over the shortest that still counts as level, and kept shares above which a layer stays a
+# mask unless it is measured: indices would cost what they save.
+_LEVEL, _MOSTLY = 1.02, 0.6
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def plan_(
         else:
             layer.plan_(formats[name])
     if plan == "auto" and example:
-        _measure(model, example)
+        _measure(model, example, cache_of(cache))
     return model
 
 
@@ -106,7 +109,7 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> N
 
 def _masked_(layer: SparseLayer, choice: Choice) -> None:
     """A mask over a dense weight, and why."""
-    pattern = layer.unplan_().pattern
+    pattern = layer.unplan_().pattern.train(layer.training)
     assert isinstance(pattern, Masked)
     pattern.choice = choice
 
@@ -148,25 +151,108 @@ def _named(plan: str, layer: SparseLayer) -> str | None:
     return plan
 
 
-def _measure(model: nn.Module, example: Sequence[Any]) -> None:
-    """One forward in training mode, so that each layer chooses; random state and buffers are put back."""
+def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
+    """Lets each layer choose in one training forward, then holds the whole step against a mask everywhere.
+
+    What layers hand each other is seen only there: strides that a neighbour has to copy, gradients that one
+    call makes together.  Ties go to the choices, which save memory.  Random state, modes, buffers and
+    gradients are put back.
+    """
+    layers: dict[str, SparseLayer] = {}
+    choices: dict[str, Choice] = {}
+    with _undisturbed(model):
+        model(*example)
+        for name, layer in sparse_layers(model).items():
+            if isinstance(layer.pattern, Planned) and layer.pattern.choice is not None:
+                layers[name], choices[name] = layer, layer.pattern.choice
+        if not any(choice.measured for choice in choices.values()):
+            return
+        ways = {
+            "as measured": choices,
+            "without csr": {n: replace(c, formats=_plain(c.formats)) for n, c in choices.items()},
+            "mask": {n: replace(c, formats=None) for n, c in choices.items()},
+        }
+        if ways["without csr"] == choices:
+            del ways["without csr"]
+
+        def make() -> dict[str, float]:
+            return {way: _step_time(model, example, layers, made) for way, made in ways.items()}
+
+        shapes = [list(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+        facts = [(n, layers[n].weight_shape, c.formats, c.reason) for n, c in choices.items()]
+        digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
+        times = cache.get(f"step | {where(_device(model))} | {shapes} | {digest}", make)
+    best = min(times.values())
+    way = next(way for way in ways if times[way] <= _LEVEL * best)
+    told = ", ".join(f"{way} {time:.3g}" for way, time in times.items())
+    for name, layer in layers.items():
+        choice = ways[way][name]
+        if choice.formats != choices[name].formats:
+            choice = replace(
+                choice, reason=f"{way}: as a whole step, ms: {told}; alone {choice.reason}"
+            )
+        _apply_(layer, choice)
+
+
+def _plain(formats: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The formats without those that turn activations."""
+    major = {name for name, format in kernels.FORMATS.items() if format.feature_major}
+    turns = formats is not None and any(f.partition(":")[0] in major for f in formats)
+    return (kernels.FLOOR,) * 3 if turns else formats
+
+
+def _apply_(layer: SparseLayer, choice: Choice) -> None:
+    if choice.formats is None:
+        _masked_(layer, choice)
+        return
+    layer.plan_(choice.formats)
+    pattern = layer.pattern
+    assert isinstance(pattern, Planned)
+    pattern.choice = choice
+
+
+def _step_time(
+    model: nn.Module,
+    example: Sequence[Any],
+    layers: Mapping[str, SparseLayer],
+    choices: Mapping[str, Choice],
+) -> float:
+    """Milliseconds of a forward, a backward and the optimiser's step of these layers under these choices."""
+    for name, layer in layers.items():
+        _apply_(layer, choices[name])
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def step() -> None:
+        outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor)]
+        means = [t.float().mean() for t in outputs if t.requires_grad]
+        torch.autograd.grad(means, parameters, allow_unused=True)
+
+    device = _device(model)
+    time = 1e3 * min(seconds(step, device) for _ in range(2))
+    kinds = ("dense" if choices[name].formats is None else "kept" for name in layers)
+    return time + sum(choices[n].update.get(k, 0.0) for n, k in zip(layers, kinds, strict=True))
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def _undisturbed(model: nn.Module) -> Iterator[None]:
+    """Training mode with gradients, after which modes, buffers and random state are what they were."""
     modes = {m: m.training for m in model.modules()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
     cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     model.train()
     try:
         with torch.random.fork_rng(devices=cuda), torch.enable_grad():
-            model(*example)
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
             for buffer, kept in buffers.items():
                 buffer.copy_(kept)
-    for layer in sparse_layers(model).values():
-        choice = layer.pattern.choice if isinstance(layer.pattern, Planned) else None
-        if choice is not None and choice.formats is None:
-            _masked_(layer, choice)
 
 
 def remask_(

@@ -196,3 +196,54 @@ def test_an_empty_layer_needs_no_measurement(cache: Path) -> None:
     nothing = torch.zeros(4, 5, dtype=torch.bool)
     found = choose(nothing, Layer((4, 5)), randn(3, 5), cache=cache_of(cache))
     assert found.formats == ("state",) * 3 and not found.measured and not cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ({"as measured": 1.0, "without csr": 1.5, "mask": 1.2}, "csr"),
+        ({"as measured": 1.01, "without csr": 1.0, "mask": 1.0}, "csr"),  # level: less memory wins
+        ({"as measured": 1.2, "without csr": 1.0, "mask": 1.1}, "state"),
+        ({"as measured": 1.2, "without csr": 1.1, "mask": 1.0}, None),
+    ],
+)
+def test_the_whole_step_has_the_last_word(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, times: dict[str, float], expected: str | None
+) -> None:
+    fast = {name: Times(1, 1, 1) for name in ("csr", "state", "mask", "dense")}
+    choice = Choice(("csr",) * 3, "alone", fast, {}, UPDATE)
+    monkeypatch.setattr("sparsecore.plans.choose", lambda *_, **__: choice)
+    monkeypatch.setattr(
+        "sparsecore.plans._step_time",
+        lambda model, example, layers, choices: times[way_of(choices)],
+    )
+
+    def way_of(choices: dict[str, Choice]) -> str:
+        formats = choices["0"].formats
+        return (
+            "mask"
+            if formats is None
+            else {"csr": "as measured", "state": "without csr"}[formats[0]]
+        )
+
+    model, x = sc.sparsify_(mlp()), randn(8, 12)
+    for layer in sparse_layers(model).values():
+        layer.set_mask_(rand(*layer.weight_shape) < 0.3)
+    y = model(x)
+    sc.plan_(model, "auto", x, cache=cache)
+    for row in sc.report(model):
+        assert row.choice.formats == (None if expected is None else (expected,) * 3)
+        assert ("as a whole step" in row.choice.reason) == (expected != "csr")
+    torch.testing.assert_close(model(x), y)
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_a_step_is_timed_with_every_choice_in_place(cache: Path) -> None:
+    model, x = sc.sparsify_(mlp(hidden=64)), randn(8, 12)
+    for layer in sparse_layers(model).values():
+        layer.set_mask_(rand(*layer.weight_shape) < 0.05)
+    sc.plan_(model, "auto", x, cache=cache)
+    steps = [
+        entry for key, entry in json.loads(cache.read_text()).items() if key.startswith("step")
+    ]
+    assert len(steps) <= 1 and all(t > 0 for entry in steps for t in entry.values())
