@@ -22,9 +22,8 @@ from .panel_plan import PanelPlan, tile_of
 
 GATHER_BLOCK = 512
 _SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
-_WORKSPACE = (
-    2**24
-)  # products of vectors at a time: 64 MiB of float32, about what a large GPU caches
+# Products of vectors at a time: 64 MiB of float32, about what a large GPU caches.
+_WORKSPACE = 2**24
 
 # --- Kernels ----------------------------------------------------------------------------------------
 
