@@ -17,6 +17,7 @@ from .block_plan import BlockPlan
 from .block_problem import Problem, problem_of
 from .block_values import launch_dvalues
 from .device import on_its_device
+from .formats import check_device
 from .moves import launch_gather
 from .units import Unit
 
@@ -27,7 +28,7 @@ def pack(values: Float[Tensor, "nnz"], plan: BlockPlan, dtype: torch.dtype) -> T
         raise ValueError(
             f"expected values [{plan.nnz}] of the plan's kept weights, got {tuple(values.shape)}"
         )
-    _on_device(values, plan)
+    check_device(values, plan.source)
     if values.is_cuda:
         return packed_by_kernel(values, plan, dtype)
     packed = values.new_zeros(len(plan.source), dtype=dtype)
@@ -154,7 +155,7 @@ def _problem(x: Tensor, plan: BlockPlan, axes: Sequence[int]) -> Problem:
 
 def check_packed(x: Tensor, plan: BlockPlan, packed: Tensor | None = None) -> None:
     """Errors: ValueError unless x, the plan and packed, if any, fit together."""
-    _on_device(x, plan)
+    check_device(x, plan.source)
     if packed is None:
         return
     expected = (plan.blocks, *plan.block)
@@ -162,14 +163,6 @@ def check_packed(x: Tensor, plan: BlockPlan, packed: Tensor | None = None) -> No
         raise ValueError(
             f"expected packed {expected} of {x.dtype} on {x.device}, got {tuple(packed.shape)} of "
             f"{packed.dtype} on {packed.device}; use pack(values, plan, {x.dtype})"
-        )
-
-
-def _on_device(x: Tensor, plan: BlockPlan) -> None:
-    if plan.source.device != x.device:
-        raise ValueError(
-            f"expected a plan on {x.device} as the tensors are, got one on {plan.source.device}; "
-            "use plan.to(device)"
         )
 
 

@@ -9,6 +9,7 @@ functions keep them, so the next layer finds its input as it wants it.  dW is `t
 A convolution unfolds its input image by image; the weight is then [n, k * taps].
 """
 
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 
@@ -29,8 +30,8 @@ _SPAN = 512  # tokens of a product that makes dW
 def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"its products are the CPU's, got {device}"
-    if max(layer.shape[0], layer.inputs) >= 2**31:
-        return "more than 2**31 rows or columns"
+    if math.prod(layer.shape) * layer.groups >= 2**31:
+        return f"its places are int32, got {layer.shape} of more than 2**31 elements"
     return None
 
 

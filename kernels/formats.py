@@ -103,6 +103,15 @@ def kept_index(mask: Tensor) -> Tensor:
     return index.int() if mask.numel() < 2**31 else index
 
 
+def check_device(x: Tensor, index: Tensor) -> None:
+    """Errors: ValueError unless a tensor lies where a plan's indices do."""
+    if index.device != x.device:
+        raise ValueError(
+            f"expected a plan on {x.device} as the tensors are, got one on {index.device}; "
+            "use plan.to(device)"
+        )
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are taken in."""
     return torch.promote_types(dtype, torch.float32)

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from .device import on_its_device
+from .formats import check_device
 from .moves import launch_gather
 from .panel_gemm import launch_dvalues, launch_dx, launch_fwd
 from .panel_plan import PanelPlan
@@ -20,7 +21,7 @@ def panel_pack(values: Float[Tensor, "nnz"], plan: PanelPlan, dtype: torch.dtype
         raise ValueError(
             f"expected values [{plan.nnz}] of the plan's kept weights, got {tuple(values.shape)}"
         )
-    _on_device(values, plan)
+    check_device(values, plan.source)
     if values.is_cuda:
         return packed_by_kernel(values, plan, dtype)
     packed = values.new_zeros(len(plan.source), dtype=dtype)
@@ -103,7 +104,7 @@ def _empty(x: Tensor, columns: int) -> Tensor:
 def _check(x: Tensor, what: str, width: int, plan: PanelPlan, packed: Tensor | None = None) -> None:
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"expected {what} of {width} columns, got {tuple(x.shape)}")
-    _on_device(x, plan)
+    check_device(x, plan.source)
     if packed is None:
         return
     expected = (plan.vectors, plan.height)
@@ -111,12 +112,4 @@ def _check(x: Tensor, what: str, width: int, plan: PanelPlan, packed: Tensor | N
         raise ValueError(
             f"expected packed {expected} of {x.dtype} on {x.device}, got {tuple(packed.shape)} of "
             f"{packed.dtype} on {packed.device}; use panel_pack(values, plan, {x.dtype})"
-        )
-
-
-def _on_device(x: Tensor, plan: PanelPlan) -> None:
-    if plan.source.device != x.device:
-        raise ValueError(
-            f"expected a plan on {x.device} as the tensors are, got one on {plan.source.device}; "
-            "use plan.to(device)"
         )

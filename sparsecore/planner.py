@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from . import kernels
 from .costs import Facts, Machine, Times, predicted, seconds, stored
 from .kernels import Layer
+from .patterns import Dense, Masked
 
 _WORTH = 0.95  # another format must take less than this share of the floor's time
 _HOPELESS = 1.6  # what should take this many times the best prediction is not measured
@@ -227,17 +228,15 @@ def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) 
 
 def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
     """The same of a dense weight ("dense") or of weight times mask ("mask")."""
-    masked = name == "mask"
+    pattern = (
+        Masked(mask) if name == "mask" else Dense()
+    )  # what such a layer computes with, both ways
     dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
-    closed = ~mask
-
-    def effective() -> Tensor:
-        return weight.masked_fill(closed, 0) if masked else weight
 
     def forward() -> Tensor:
         if layer.conv:
-            return F.conv2d(x, effective(), None, *layer.pairs, groups=layer.groups)
-        return F.linear(x, effective())
+            return F.conv2d(x, pattern(weight), None, *layer.pairs, groups=layer.groups)
+        return F.linear(x, pattern(weight))
 
     def backward(want_x: bool) -> Tensor:
         if layer.conv:
@@ -248,7 +247,7 @@ def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Te
             result = dx if want_x else dw
         else:
             result = dy @ weight if want_x else dy.T @ x
-        return result if want_x or not masked else result.masked_fill(closed, 0)
+        return result if want_x else pattern(result)
 
     return forward, lambda: backward(True), lambda: backward(False)
 

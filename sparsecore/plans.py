@@ -169,11 +169,11 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
             return
         ways = {
             "as measured": choices,
-            "without csr": {n: replace(c, formats=_plain(c.formats)) for n, c in choices.items()},
+            "row-major": {n: replace(c, formats=_plain(c.formats)) for n, c in choices.items()},
             "mask": {n: replace(c, formats=None) for n, c in choices.items()},
         }
-        if ways["without csr"] == choices:
-            del ways["without csr"]
+        if ways["row-major"] == choices:
+            del ways["row-major"]
 
         def make() -> dict[str, float]:
             return {way: _step_time(model, example, layers, made) for way, made in ways.items()}
