@@ -137,16 +137,17 @@ class _Bits:
 
     def __init__(self) -> None:
         self.bits: Tensor | None = None
-        self.made_of: tuple[int, int, torch.dtype] | None = None
+        self.mask: Tensor | None = None  # held, so that no other can take its place in memory
+        self.made_of: tuple[int, torch.dtype] | None = None
 
     def of(self, mask: Tensor, weight: Tensor) -> Tensor | None:
         if weight.device.type != "cpu" or torch.compiler.is_compiling() or mask.is_inference():
             return None
-        now = (id(mask), mask._version, weight.dtype)
-        if now != self.made_of:
+        now = (mask._version, weight.dtype)
+        if mask is not self.mask or now != self.made_of:
             dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
             self.bits = None if dtype is None else mask.to(dtype).neg_()
-            self.made_of = now
+            self.mask, self.made_of = mask, now
         return self.bits
 
     def __deepcopy__(self, memo: dict) -> "_Bits":

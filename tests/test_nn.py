@@ -57,6 +57,19 @@ def test_pruned_gradients_are_exact_zeros_even_from_inf() -> None:
     assert grad is not None and grad[1, 0] == 0 and grad[0, 1] == 0
 
 
+def test_a_mask_that_changes_is_seen_at_once() -> None:
+    layer = seeded(lambda: SparseLinear(6, 5, bias=False)).set_mask_(rand(5, 6) < 0.5)
+    with torch.no_grad():
+        layer.raw_weight.fill_(2.0)
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            layer.to(dtype)
+            for other in (rand(5, 6, seed=1) < 0.5, rand(5, 6, seed=2) < 0.5):
+                layer.pattern.mask.copy_(other)  # in place, and as another tensor
+                assert torch.equal(layer.weight, 2.0 * other.to(dtype))
+                layer.pattern.mask = ~other
+                assert torch.equal(layer.weight, 2.0 * (~other).to(dtype))
+
+
 def test_from_dense_shares_and_to_dense_gives_back() -> None:
     dense = seeded(lambda: nn.Linear(4, 3))
     dense.eval()
