@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import sparsecore as sc
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import Concrete
-from sparsecore.kernels.gate_operator import storage_noise
+from sparsecore.kernels.gates.weight import storage_noise
 from sparsecore.objectives import TeacherMemory
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch

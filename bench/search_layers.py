@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from sparsecore.control import GradBalance
 from sparsecore.kernels import CONCRETE, GateBank, GateSpec, Unit
-from sparsecore.kernels.gate_operator import storage_noise
+from sparsecore.kernels.gates.weight import storage_noise
 
 from . import measure
 from .measure import Job, peak_memory, require_as_exact, timed

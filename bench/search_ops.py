@@ -8,8 +8,8 @@ from torch import Tensor
 
 from sparsecore.control import GradBalance
 from sparsecore.kernels import GateBank, Unit, density_ref, density_slope_ref, sample_ref, slope_ref
-from sparsecore.kernels.gate_bank import balanced_step_ref_
-from sparsecore.kernels.gate_operator import storage_noise
+from sparsecore.kernels.gates.bank import balanced_step_ref_
+from sparsecore.kernels.gates.weight import storage_noise
 
 from . import measure
 from .measure import Job, require_as_exact, require_close, timed

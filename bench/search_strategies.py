@@ -14,8 +14,8 @@ from sparsecore.kernels import (
     uniform_,
     unit_shape,
 )
-from sparsecore.kernels.block_gated import block_gated_linear
-from sparsecore.kernels.fused_gemm import fused_gated_linear
+from sparsecore.kernels.gated.blocks import block_gated_linear
+from sparsecore.kernels.gated.fused import fused_gated_linear
 
 from . import measure
 from .measure import Job, require_as_exact, timed

@@ -175,7 +175,7 @@ def static_cases() -> list[StaticCase]:
 def collect() -> dict[tuple[str, int], StaticCase]:
     """The cases of every module that has some, by module and position."""
     found: dict[tuple[str, int], StaticCase] = {}
-    names = [f"{kernels.__name__}.{m.name}" for m in pkgutil.iter_modules(kernels.__path__)]
+    names = [m.name for m in pkgutil.walk_packages(kernels.__path__, kernels.__name__ + ".")]
     for name in [*names, "bench.static"]:
         cases = getattr(importlib.import_module(name), "static_cases", list)()
         found |= {(name, i): StaticCase(*case) for i, case in enumerate(cases)}

@@ -1,14 +1,14 @@
 """Triton kernels and their PyTorch references.  Imported as `sparsecore.kernels`; needs torch and triton only."""
 
-from .balance import Rule
-from .block_algebra import dds, dsd, sdd
-from .block_plan import BlockPlan
-from .block_products import pack, unpack
+from .blocks.algebra import dds, dsd, sdd
+from .blocks.plan import BlockPlan
+from .blocks.products import pack, unpack
 from .formats import Layer, kept_index
-from .gate_bank import GateBank
-from .gate_operator import gated_weight
-from .gated_layers import Choice, choice, forget, gated_conv2d, gated_linear
-from .panel_plan import PanelPlan
+from .gated.layers import Choice, choice, forget, gated_conv2d, gated_linear
+from .gates.balance import Rule
+from .gates.bank import GateBank
+from .gates.weight import gated_weight
+from .panels.plan import PanelPlan
 from .philox import uniform_
 from .reference import (
     BERNOULLI,
@@ -27,8 +27,8 @@ from .reference import (
     sample_ref,
     slope_ref,
 )
-from .sparse_layers import FLOOR, FORMATS, PRODUCTS, Plan, obstacle, plan_of, sparse_layer
-from .state_semi import fits as fits_2_4
+from .sparse.layers import FLOOR, FORMATS, PRODUCTS, Plan, obstacle, plan_of, sparse_layer
+from .sparse.semi import fits as fits_2_4
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [

@@ -22,7 +22,8 @@ from bench.search_layers import BankStep, Layer, layer_step
 from bench.search_networks import network
 from bench.search_ops import build_bank, bytes_a_weight, check_bank
 from bench.search_strategies import GatedLayer, strategy
-from sparsecore.kernels import Unit, gate_bank, reference
+from sparsecore.kernels import Unit, reference
+from sparsecore.kernels.gates import bank as gate_bank
 from sparsecore.tickets import Ticket
 
 ROOT = Path(__file__).resolve().parent.parent

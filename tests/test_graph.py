@@ -13,7 +13,7 @@ from sparsecore.convert import batch_statistics
 from sparsecore.data import Batches, Dataset
 from sparsecore.gates import HardConcrete
 from sparsecore.granularity import Block, Channel, Granularity
-from sparsecore.kernels import gate_bank
+from sparsecore.kernels.gates import bank as gate_bank
 from sparsecore.objectives import task
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch

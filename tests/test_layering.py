@@ -11,28 +11,13 @@ ALLOWED = {
     "kernels": {"torch", "triton", "numpy", "jaxtyping"},
     "models": {"torch"},
 }
-# What kernels share: no operation of their own.
-SHARED = {
-    "device",
-    "reference",
-    "philox",
-    "gate_math",
-    "units",
-    "segments",
-    "segment_math",
-    "static",
-    "conv_tiles",
-    "formats",
-    "moves",
-}
-COMPOSITIONS = {
-    "__init__",
-    "gates",
-    "gate_operator",
-    "gate_bank",
-    "gated_layers",
-    "sparse_layers",
-    "epilogue",
+# What each family of kernels may import besides itself and what lies openly in kernels/.
+FAMILIES: dict[str, set[str]] = {
+    "gates": set(),
+    "blocks": {"gates"},
+    "panels": set(),
+    "gated": {"gates", "blocks"},
+    "sparse": {"blocks", "panels"},
 }
 FILES = [p for d in ("kernels", "models", "sparsecore") for p in sorted((ROOT / d).rglob("*.py"))]
 
@@ -61,15 +46,28 @@ def test_imports_point_downwards(path: Path) -> None:
             if level == 0:
                 assert top in ALLOWED[folder] | set(sys.stdlib_module_names), (level, module)
             else:
-                assert level == 1, f"{folder} imports from above itself"
-                # An operation (one file, or several of one first name) uses what is shared below it,
-                # never another operation; only what composes operations may name them.
-                if folder == "kernels" and path.stem not in COMPOSITIONS:
-                    family = path.stem.split("_")[0]
-                    assert top in SHARED or top.split("_")[0] == family, module
+                assert level <= len(path.relative_to(ROOT).parts) - 1, "imports from above itself"
         else:
             # Only the public names of kernels: `from . import kernels` or `.kernels`, nothing inside.
             assert not module.startswith("kernels."), module
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
+def test_families_of_kernels_stand_on_what_they_share(path: Path) -> None:
+    """Files openly in kernels/ know no family; a family knows those below it."""
+    *family, _ = path.relative_to(ROOT / "kernels").parts
+    if family == [] and path.stem == "__init__":  # the public names of all
+        return
+    allowed = FAMILIES[family[0]] | {family[0]} if family else set()
+    for level, module in imports(path):
+        if level == len(family) + 1:
+            assert module.split(".")[0] not in FAMILIES.keys() - allowed, module
+
+
+def test_every_family_of_kernels_is_ranked() -> None:
+    assert {p.name for p in (ROOT / "kernels").iterdir() if (p / "__init__.py").exists()} == set(
+        FAMILIES
+    )
 
 
 def test_files_stay_of_a_readable_length() -> None:

@@ -20,11 +20,12 @@ def test_links_and_package_map_agree() -> None:
     for name in LINKS:
         link = ROOT / "sparsecore" / name
         assert link.is_symlink() and link.readlink() == Path("..") / name
-    on_disk = {
-        ".".join(p.parent.relative_to(ROOT).parts)
-        for p in (ROOT / "sparsecore").rglob("__init__.py")
-    }
-    on_disk |= {f"sparsecore.{name}" for name in LINKS}
+    on_disk = {"sparsecore"}
+    for top, folder in (("sparsecore", "sparsecore"), *((f"sparsecore.{n}", n) for n in LINKS)):
+        inner = (p.parent.relative_to(ROOT / folder).parts for p in (ROOT / folder).rglob("*.py"))
+        on_disk |= {
+            ".".join((top, *parts)) for parts in inner if parts[:1] not in [(n,) for n in LINKS]
+        }
     assert set(config["packages"]) == on_disk
 
 

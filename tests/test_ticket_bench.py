@@ -30,7 +30,7 @@ from bench.ticket_ops import DW, FORWARD, check, ours, problem_of, torch_bsr
 from bench.ticket_steps import Reference, Task, make
 from bench.ticket_suite import parts_on
 from bench.ticket_training import train_case
-from sparsecore.kernels import state
+from sparsecore.kernels.sparse import state
 
 HERE = torch.device("cpu")
 (SMALL, *_) = (case for case in QUICK if isinstance(case, TrainCase))

@@ -7,7 +7,8 @@ from helpers import DEVICE, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels import block_gated, philox
+from sparsecore.kernels import philox
+from sparsecore.kernels.gated import blocks as block_gated
 from sparsecore.kernels.reference import (
     BERNOULLI,
     CONCRETE,

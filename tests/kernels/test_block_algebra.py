@@ -5,9 +5,9 @@ import torch
 from helpers import DEVICE, rand, randn
 from torch import Tensor
 
-from sparsecore.kernels.block_algebra import dds, dsd, sdd
-from sparsecore.kernels.block_plan import BlockPlan
-from sparsecore.kernels.block_products import (
+from sparsecore.kernels.blocks.algebra import dds, dsd, sdd
+from sparsecore.kernels.blocks.plan import BlockPlan
+from sparsecore.kernels.blocks.products import (
     block_forward,
     block_grad_input,
     block_grad_values,

@@ -20,7 +20,7 @@ from helpers import DEVICE, randn
 from torch import Tensor
 
 from sparsecore.kernels import philox
-from sparsecore.kernels.block_gated import block_gated_conv2d, block_gated_linear
+from sparsecore.kernels.gated.blocks import block_gated_conv2d, block_gated_linear
 from sparsecore.kernels.units import Unit
 
 OPERATIONS = [LINEAR[1], LINEAR[8], CONV[1], CONV[3]]

@@ -23,9 +23,11 @@ from helpers import DEVICE
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels import block_gemm, block_lists, block_weights
-from sparsecore.kernels.block_layout import gradient_rows, readable
-from sparsecore.kernels.block_problem import problem_of
+from sparsecore.kernels.blocks import gemm as block_gemm
+from sparsecore.kernels.blocks import lists as block_lists
+from sparsecore.kernels.blocks import weights as block_weights
+from sparsecore.kernels.blocks.layout import gradient_rows, readable
+from sparsecore.kernels.blocks.problem import problem_of
 from sparsecore.kernels.reference import sample_ref
 from sparsecore.kernels.units import apply_ref, gather_ref
 

@@ -5,7 +5,8 @@ import torch
 from block_gates import HARD, LAYER, one
 from helpers import DEVICE, randn
 
-from sparsecore.kernels import block_lists, philox
+from sparsecore.kernels import philox
+from sparsecore.kernels.blocks import lists as block_lists
 from sparsecore.kernels.reference import sample_ref
 from sparsecore.kernels.units import Unit
 

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels.block_plan import SIDES, TILE, BlockPlan, Walk
-from sparsecore.kernels.block_products import pack, stored_blocks, unpack
+from sparsecore.kernels.blocks.plan import SIDES, TILE, BlockPlan, Walk
+from sparsecore.kernels.blocks.products import pack, stored_blocks, unpack
 
 few = settings(max_examples=25, deadline=None, derandomize=True)
 sides = st.tuples(st.sampled_from(SIDES), st.sampled_from(SIDES))

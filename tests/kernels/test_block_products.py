@@ -8,11 +8,11 @@ from helpers import DEVICE, rand, randn
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels import block_values
-from sparsecore.kernels.block_gemm import launch_dx, launch_fwd
-from sparsecore.kernels.block_plan import BlockPlan
-from sparsecore.kernels.block_problem import problem_of
-from sparsecore.kernels.block_products import (
+from sparsecore.kernels.blocks import values as block_values
+from sparsecore.kernels.blocks.gemm import launch_dx, launch_fwd
+from sparsecore.kernels.blocks.plan import BlockPlan
+from sparsecore.kernels.blocks.problem import problem_of
+from sparsecore.kernels.blocks.products import (
     block_forward,
     block_grad_input,
     block_grad_packed,

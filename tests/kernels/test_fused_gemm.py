@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecore.kernels import philox
-from sparsecore.kernels.fused_gemm import (
+from sparsecore.kernels.gated.fused import (
     Gated,
     _launch_dlogits,
     _launch_dx,
@@ -22,8 +22,8 @@ from sparsecore.kernels.fused_gemm import (
     fused_gated_conv2d,
     fused_gated_linear,
 )
-from sparsecore.kernels.fused_kernels import _noise
-from sparsecore.kernels.fused_launch import Tiles, _config
+from sparsecore.kernels.gated.fused_kernels import _noise
+from sparsecore.kernels.gated.fused_launch import Tiles, _config
 from sparsecore.kernels.reference import (
     BERNOULLI,
     CONCRETE,

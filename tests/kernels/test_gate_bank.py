@@ -8,9 +8,10 @@ import torch
 from helpers import DEVICE, randn
 from torch import Tensor
 
-from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, gate_bank, philox
+from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, philox
 from sparsecore.kernels import reference as ref
-from sparsecore.kernels.segments import COLUMNS, FLAT_BLOCK
+from sparsecore.kernels.gates import bank as gate_bank
+from sparsecore.kernels.gates.segments import COLUMNS, FLAT_BLOCK
 
 pytestmark = pytest.mark.gpu  # on the GPU where there is one, interpreted otherwise
 
@@ -206,7 +207,7 @@ def test_many_launches_agree_with_many_chunks(
     launched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A program that loops over several blocks adds up what several programs would."""
-    from sparsecore.kernels import segments
+    from sparsecore.kernels.gates import segments
 
     interpreted(monkeypatch)
     wide = three_steps(bank_on(DEVICE, GATES["concrete"], Unit(), RULES["gradbalance"]))

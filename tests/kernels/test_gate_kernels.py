@@ -6,9 +6,9 @@ from helpers import DEVICE, rand, randn
 from torch import Tensor
 
 from sparsecore.kernels import GateSpec, Unit, gated_weight, philox, unit_shape
-from sparsecore.kernels import gate_operator as op
 from sparsecore.kernels import reference as ref
 from sparsecore.kernels import units as algebra
+from sparsecore.kernels.gates import weight as op
 
 pytestmark = pytest.mark.gpu  # on the GPU where there is one, interpreted otherwise
 
@@ -162,7 +162,7 @@ def test_gates_that_are_all_closed_or_all_open(unit: Unit, level: float, poison:
 def test_nothing_beyond_the_end_is_written() -> None:
     weight = randn(5, 7).to(DEVICE)
     room = torch.full((64,), float("nan"), device=DEVICE)
-    from sparsecore.kernels.gates import launch_sample
+    from sparsecore.kernels.gates.launch import launch_sample
 
     launch_sample(
         op._plan(op._geometry(weight, 0), Unit(), weight.device), GATES["concrete"], Unit(),

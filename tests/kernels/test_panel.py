@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels import panel_gemm
 from sparsecore.kernels.moves import launch_gather
-from sparsecore.kernels.panel_plan import HEIGHTS, PanelPlan, tile_of
-from sparsecore.kernels.panel_products import (
+from sparsecore.kernels.panels import gemm as panel_gemm
+from sparsecore.kernels.panels.plan import HEIGHTS, PanelPlan, tile_of
+from sparsecore.kernels.panels.products import (
     feature_major,
     packed_by_kernel,
     panel_forward,

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecore import kernels
-from sparsecore.kernels import sparse_layers
 from sparsecore.kernels.formats import Layer
+from sparsecore.kernels.sparse import layers as sparse_layers
 
 CPU = ["state", "csr", "compact"]
 KERNELS = ["block:16x16", "block:32x16", "panel:16"]

@@ -1,0 +1,55 @@
+"""Blocks as a format: values are packed into whole blocks in the compute dtype, and stored blocks multiplied."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Layer, Storage
+from .plan import BlockPlan
+from .products import block_forward, block_grad_input, block_grad_values, pack
+
+_SIDES = (16, 32, 64, 128)
+
+
+def _obstacle(
+    device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
+) -> str | None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need a GPU, got {device}"
+    if len(sides) != 2 or any(side not in _SIDES for side in sides):
+        return f"it takes two sides among {', '.join(map(str, _SIDES))}, got {'x'.join(map(str, sides))}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in fp32, fp16 or bf16, got {dtype}"
+    if layer.groups > 1 and layer.shape[0] // layer.groups % sides[0]:
+        return (
+            f"its rows of blocks would straddle groups of {layer.shape[0] // layer.groups} outputs"
+        )
+    return None
+
+
+def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype, sides: tuple[int, int]) -> Storage:
+    return Storage(*BlockPlan.from_mask(mask, sides, layer.groups).flatten())
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+) -> Tensor:
+    plan = BlockPlan.unflatten(*storage)
+    return block_forward(x, pack(values, plan, x.dtype), bias, plan, layer.slide)
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+) -> Tensor:
+    plan = BlockPlan.unflatten(*storage)
+    return block_grad_input(dy, pack(values, plan, dy.dtype), plan, list(shape[2:]), layer.slide)
+
+
+def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
+    plan = BlockPlan.unflatten(*storage)
+    return block_grad_values(dy, x, plan, layer.slide, values.dtype)
+
+
+BLOCK = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)

@@ -1,0 +1,1 @@
+"""Layers under gates: one file a strategy, `layers` chooses among them."""

@@ -1,0 +1,416 @@
+"""All gates of a search and what a step changes in them, on the device: three launches a step.
+
+`sample_` (K1) draws every layer's gated weight, `backward_` (K2) turns dR/dw_eff into dR/dlogits where
+it lies, `step_` (K2b) balances and moves the logits.  Nothing synchronises with the host, and addresses
+stay put, so that a step can be captured as a CUDA graph.  On the CPU the same steps are plain PyTorch.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..philox import storage_noise, uniform_
+from ..reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
+from ..units import Unit, apply_ref, gather_ref, project_ref, unit_shape
+from .balance import Rule, launch_balanced_step
+from .launch import launch_backward, launch_sample
+from .segments import (
+    FIRST_CHUNK,
+    GROUP,
+    LAST_CHUNK,
+    Geometry,
+    Hints,
+    Segments,
+    is_channels_last,
+    is_dense,
+    offsets_of,
+    plan,
+)
+
+
+def sample_gates_ref_(
+    out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
+    weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
+    layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    spec, covers = GateSpec.of(gate), Unit(*unit)
+    step[1] = step[0] + 1
+    control[1] = control[0]
+    if log_gain.numel():
+        log_gain[1] = log_gain[0]
+    for i, (weight, s) in enumerate(zip(weights, logits, strict=True)):
+        spare = covers.single and out[i].dtype == torch.float32  # to be written soon anyway
+        noise = out[i] if spare else torch.empty_like(s)
+        uniform_(_memory(noise), seeds[i : i + 1], step[1:], layers[i])
+        z = project_ref(sample_ref(spec, s, noise), covers)
+        if q:
+            torch.mul(slope_ref(spec, z, s), weight, out=q[i])
+        if spare:
+            torch.mul(weight, z, out=out[i])
+        else:
+            out[i].copy_(apply_ref(weight, z, covers))
+        if log_gain.numel():
+            gain = log_gain[1, i].exp()
+            out[i].mul_(gain)
+            if q:
+                q[i].mul_(gain)
+
+
+def launch_sample_gates(
+    out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
+    weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
+    layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    """K1 for all layers."""
+    launch_sample(
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit),
+        weight=weights[0], logits=logits[0],
+        out=out[0], q=q[0] if q else None, log_gain=log_gain if log_gain.numel() else None,
+        seed=seeds, step=step, control=control, fast=fast,
+    )  # fmt: skip
+
+
+def gates_backward_ref_(
+    grads: list[Tensor], ds: list[Tensor], pulls: list[Tensor], partials: Tensor,
+    grad_offsets: Tensor, weights: list[Tensor], logits: list[Tensor], out: list[Tensor],
+    q: list[Tensor],
+    log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
+    gate: list[float], unit: list[int], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`.
+
+    `pulls`, size d density/ds of each layer, is for `balanced_step_ref_`; kernels compute it twice.
+    """
+    spec, covers = GateSpec.of(gate), Unit(*unit)
+    partials.zero_()
+    for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
+        flat = grad.to(torch.float32)
+        dot = torch.dot(_memory(flat), _memory(out[i]).to(torch.float32))
+        if q:
+            found = grad.mul_(q[i])
+        else:
+            noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
+            z = project_ref(sample_ref(spec, s, noise), covers)
+            found = slope_ref(spec, z, s).mul_(gather_ref(flat * weight, covers))
+            if log_gain.numel():
+                found.mul_(log_gain[1, i].exp())
+            found = (grads[i] if covers.single else ds[i]).copy_(found)
+        density = density_ref(spec, s)
+        pulls[i].copy_(density_slope_ref(spec, s, density))
+        if not covers.single:
+            sizes = _sizes(weight.shape, covers, weight.device)
+            density, pulls[i] = density * sizes, pulls[i].mul_(sizes)
+        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (found, pulls[i])]
+        row = [norms[0].square(), density.sum(), norms[1].square(), dot]
+        partials[int(plan[0][i, FIRST_CHUNK])] = torch.stack(row)
+
+
+def launch_gates_backward(
+    grads: list[Tensor], ds: list[Tensor], pulls: list[Tensor], partials: Tensor,
+    grad_offsets: Tensor, weights: list[Tensor], logits: list[Tensor], out: list[Tensor],
+    q: list[Tensor],
+    log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
+    gate: list[float], unit: list[int], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    """K2 for all layers."""
+    launch_backward(
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit), grad=grads[0],
+        grad_offsets=grad_offsets, weight=weights[0], logits=logits[0], out=out[0],
+        q=q[0] if q else None, log_gain=log_gain[1] if log_gain.numel() else None, seed=seeds,
+        step=step[1:], ds=ds[0] if ds else grads[0], dw=None, partials=partials, multi=True,
+        fast=fast,
+    )  # fmt: skip
+
+
+def balanced_step_ref_(
+    logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
+    control: Tensor, grads: list[Tensor], pulls: list[Tensor], grad_offsets: Tensor,
+    partials: Tensor, targets: Tensor, lr: Tensor, plan: list[Tensor], gate: list[float],
+    unit: list[int], rule: list[float], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    """`pulls` as `gates_backward_ref_` left them."""
+    keep, follow, ascend = rule
+    table, _, _, groups = plan
+    t, tiny = step[1], torch.finfo(torch.float32).tiny
+    weights = []  # of the pulls, lambda times percent, a group
+    for group, (first, last) in enumerate(groups.tolist()):
+        task, kept, pull = partials[first:last, :3].sum(0).unbind()
+        percent = 100 / targets[group]
+        excess = percent * kept - 100
+        ratio = task.sqrt() / (percent * pull.sqrt()).clamp_min(tiny)
+        ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
+        weight = keep * control[1, group] + follow * ratio + ascend * excess
+        if follow > 0:
+            weight = torch.where(t == 1, ratio, weight)
+        control[0, group] = weight
+        weights.append(weight * percent)
+    members = table[:, GROUP].tolist()
+    totals = [
+        torch.addcmul(grad.to(s.dtype), pull, weights[member])
+        for grad, pull, s, member in zip(grads, pulls, logits, members, strict=True)
+    ]
+    steps = t.to(torch.float32)
+    logit_lr, gain_lr = lr.tolist()
+    adam = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
+    torch.ops.aten._fused_adam_(
+        logits, totals, m, v, [], [steps.clone() for _ in logits],
+        lr=logit_lr, **adam, amsgrad=False, maximize=False,
+    )  # fmt: skip
+    if log_gain.numel():
+        dots = [partials[row[FIRST_CHUNK] : row[LAST_CHUNK], 3].sum() for row in table.tolist()]
+        log_gain[0] = log_gain[1]
+        torch.ops.aten._fused_adam_(
+            [log_gain[0]], [torch.stack(dots)], [log_gain[2]], [log_gain[3]], [], [steps],
+            lr=gain_lr, **adam, amsgrad=False, maximize=False,
+        )  # fmt: skip
+    step[0] = t
+
+
+def launch_bank_step(
+    logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
+    control: Tensor, grads: list[Tensor], pulls: list[Tensor], grad_offsets: Tensor,
+    partials: Tensor, targets: Tensor, lr: Tensor, plan: list[Tensor], gate: list[float],
+    unit: list[int], rule: list[float], hints: list[int], fast: bool,
+) -> None:  # fmt: skip
+    """K2b for all layers."""
+    launch_balanced_step(
+        Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit), Rule(*rule), logits=logits[0],
+        grad=grads[0], grad_offsets=grad_offsets, m=m[0], v=v[0],
+        log_gain=log_gain if log_gain.numel() else None, partials=partials, step=step,
+        control=control, targets=targets, lr=lr, fast=fast,
+    )  # fmt: skip
+
+
+_sample = torch.library.custom_op(
+    "sparsecore::sample_gates_", sample_gates_ref_, device_types="cpu",
+    mutates_args=("out", "q", "log_gain", "step", "control"),
+)  # fmt: skip
+_backward = torch.library.custom_op(
+    "sparsecore::gates_backward_", gates_backward_ref_, device_types="cpu",
+    mutates_args=("grads", "ds", "pulls", "partials"),
+)  # fmt: skip
+_step = torch.library.custom_op(
+    "sparsecore::balanced_step_", balanced_step_ref_, device_types="cpu",
+    mutates_args=("logits", "m", "v", "log_gain", "step", "control"),
+)  # fmt: skip
+for _operator, _launch in (
+    (_sample, launch_sample_gates),
+    (_backward, launch_gates_backward),
+    (_step, launch_bank_step),
+):
+    _operator.register_kernel("cuda")(_launch)
+    _operator.register_fake(lambda *args, **kwargs: None)
+
+
+@lru_cache(maxsize=1024)
+def _sizes(shape: torch.Size, unit: Unit, device: torch.device) -> Tensor:
+    """Weights in each unit, float32; kept, since making it takes a tensor of the weight's size."""
+    return gather_ref(torch.ones(shape, device=device), unit)
+
+
+def _memory(t: Tensor) -> Tensor:
+    """A dense tensor's elements in the order in which they lie."""
+    return t.as_strided((t.numel(),), (1,))
+
+
+class GateBank:
+    """Logits, Adam's moments, gains and lambda of all layers, and the gated weights they give.
+
+    Args:
+        weights: float32, frozen, [n, k] or [n, k, r, s] each, on one device; contiguous or channels_last.
+        start: the logits' first value, one number a group.
+        seeds, layers: one number a weight: with the step, the address of its noise.
+        groups: for each weight the search it belongs to (several run side by side); ascending from 0.
+        targets: expected number of weights that each group aims at.
+        rule: how lambda moves; `weight` is its first value.
+        gain_lr: 0 leaves gains out.
+        dtype: of the gated weights.
+        out: where the gated weights go, of the weights' shapes, in place of tensors of its own;
+            empty where the layers draw by themselves (`begin_`, `take_`).
+        store_factor: keep q for the backward instead of drawing the noise again (one gate per weight only).
+
+    Errors: ValueError for tensors of another kind.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], *, gate: GateSpec, unit: Unit, start: Sequence[float],
+        seeds: Sequence[int], layers: Sequence[int], groups: Sequence[int],
+        targets: Sequence[float], rule: Rule, weight: float = 0.0, lr: float = 0.1,
+        gain_lr: float = 0.01, dtype: torch.dtype = torch.float32, out: Sequence[Tensor] | None = None,
+        store_factor: bool = False, fast: bool = True,
+    ) -> None:  # fmt: skip
+        for w in weights:
+            if w.dtype != torch.float32 or not is_dense(w) or w.device != weights[0].device:
+                raise ValueError(
+                    f"gate bank: expected dense float32 weights on {weights[0].device}, got {w.dtype} "
+                    f"with strides {w.stride()} on {w.device}; use .float().contiguous()"
+                )
+        device = weights[0].device
+        self.gate, self.unit, self.rule, self.fast = gate, unit, rule, fast
+        self.on_cpu = device.type == "cpu"
+        self.weights, self.layers, self.groups = list(weights), list(layers), list(groups)
+        shapes = [unit_shape(w.shape, unit) for w in weights]
+        self.logits = [
+            _filled(w if unit.single else None, shape, start[group], device)
+            for w, shape, group in zip(weights, shapes, groups, strict=True)
+        ]
+        self.m = [torch.zeros_like(s) for s in self.logits]
+        self.v = [torch.zeros_like(s) for s in self.logits]
+        if out is None:
+            out = [torch.empty_like(w, dtype=dtype) for w in weights]
+        self.out = list(out)
+        elementwise = unit.single and not unit.keep
+        stored = store_factor and (elementwise or (unit.single and self.on_cpu))
+        self.q = [torch.empty_like(o) for o in self.out] if stored else []
+        self.pulls = [torch.empty_like(s) for s in self.logits] if self.on_cpu else []
+        self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
+        count, sets = len(self.weights), max(groups) + 1
+        self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
+        self.step = torch.zeros(2, dtype=torch.int64, device=device)
+        self.control = torch.full((2, sets), weight, device=device)
+        self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
+        self.targets = torch.tensor(list(targets), dtype=torch.float32, device=device)
+        self.lr = torch.tensor([lr, gain_lr], device=device)
+        roles = (self.weights, self.logits, self.out, self.q or self.ds, self.m, self.v)
+        columns = [offsets_of(role) if role else [0] * count for role in roles]
+        geometries = [
+            Geometry(tuple(w.shape), is_channels_last(w), layer, group)
+            for w, layer, group in zip(weights, layers, groups, strict=True)
+        ]
+        self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
+        self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
+        self._first_chunks = self.plan.table[:, FIRST_CHUNK].tolist()
+        self._offsets: dict[tuple[int, ...], Tensor] = {}
+        self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    @torch.no_grad()
+    def sample_(self) -> list[Tensor]:
+        """Begins a step: draws every layer's gated weight into `out`."""
+        *tables, hints = self.plan
+        # On the CPU directly: calling an operator costs as much there as a tenth of its work.
+        run = sample_gates_ref_ if self.on_cpu else _sample
+        run(
+            self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
+            self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
+            self.fast,
+        )  # fmt: skip
+        return self.out
+
+    @torch.no_grad()
+    def backward_(self, grads: Sequence[Tensor]) -> None:
+        """Takes dR/dw_eff of every layer, of w_eff's dtype; the tensors are overwritten."""
+        self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
+        if len({g.data_ptr() for g in self.grads}) < len(self.grads):
+            self.grads = [g.clone() for g in self.grads]  # autograd may hand out one tensor twice
+        *tables, hints = self.plan
+        offsets = self._offsets_of(self.grads)
+        self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
+        run = gates_backward_ref_ if self.on_cpu else _backward
+        run(
+            self.grads, self.ds, self.pulls, self.partials, offsets, self.weights, self.logits,
+            self.out, self.q, self.log_gain, self.seeds, self.step, tables,
+            self.layers, list(map(float, self.gate)), list(self.unit),
+            _hints(hints, self.grads), self.fast,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def begin_(self) -> None:
+        """Begins a step in which the layers draw by themselves, at (seeds[i], step[1], layers[i])."""
+        torch.add(self.step[:1], 1, out=self.step[1:])
+        self.control[1].copy_(self.control[0])
+        if self.log_gain.numel():
+            self.log_gain[1].copy_(self.log_gain[0])
+
+    @torch.no_grad()
+    def take_(self, ds: Sequence[Tensor], dgains: Sequence[Tensor]) -> None:
+        """Takes dR/dlogits and dR/dlog_gain of every layer from such a step, in place of `backward_`."""
+        self.partials.zero_()
+        self.grads = self.ds = [_laid_out_as(d, s) for d, s in zip(ds, self.logits, strict=True)]
+        self._ds_offsets = self._offsets_of(self.ds)
+        nothing = self.partials.new_zeros(())
+        for i, (s, d) in enumerate(zip(self.logits, self.ds, strict=True)):
+            density = density_ref(self.gate, s)
+            pull = density_slope_ref(self.gate, s, density)
+            if not self.unit.single:
+                sizes = _sizes(self.weights[i].shape, self.unit, s.device)
+                density, pull = density * sizes, pull.mul_(sizes)
+            if self.pulls:
+                self.pulls[i].copy_(pull)
+            dgain = dgains[i] if dgains else nothing
+            sums = [d.square().sum(), density.sum(), pull.square().sum(), dgain]
+            self.partials[self._first_chunks[i]] = torch.stack(sums)
+
+    @torch.no_grad()
+    def step_(self, rule: Rule | None = None) -> None:
+        """Ends a step: lambda, logits and gains move on."""
+        *tables, hints = self.plan
+        ds = self.grads if self.unit.single else self.ds
+        run = balanced_step_ref_ if self.on_cpu else _step
+        run(
+            self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds, self.pulls,
+            self._ds_offsets, self.partials, self.targets, self.lr, tables, list(map(float, self.gate)),
+            list(self.unit), list(rule or self.rule), _hints(hints, ds), self.fast,
+        )  # fmt: skip
+
+    def sums(self) -> Tensor:
+        """fp32 [groups, 3] of the present step: ||g||^2, expected weights kept, ||size d density/ds||^2."""
+        starts = self.partials[:, :3].cumsum(0, dtype=torch.float64)
+        first, last = self.plan.groups.long().unbind(1)
+        before = torch.where(first[:, None] > 0, starts[(first - 1).clamp_min(0)], 0.0)
+        return (starts[last - 1] - before).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that steps change, by name; rates aside."""
+        found = {"log_gain": self.log_gain, "step": self.step, "control": self.control}
+        for role, values in (("logits", self.logits), ("m", self.m), ("v", self.v)):
+            found |= {f"{role}/{i}": value for i, value in enumerate(values)}
+        return found
+
+    def _offsets_of(self, tensors: Sequence[Tensor]) -> Tensor:
+        """Their offsets from the first, on the device.  A graph's addresses are its own: while one is being
+        captured nothing can be copied, so its offsets are filled in by `captured`."""
+        offsets = tuple(offsets_of(tensors))
+        device = self.step.device
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            made = torch.empty(len(offsets), dtype=torch.int64, device=device)
+            self._pending.append((made, offsets))
+            return made
+        if offsets not in self._offsets:
+            if len(self._offsets) > 256:  # addresses that never come back
+                self._offsets.clear()
+            table = torch.tensor(offsets, dtype=torch.int64)
+            if device.type == "cuda":  # from pinned memory the host need not wait for the copy
+                table = table.pin_memory().to(device, non_blocking=True)
+            self._offsets[offsets] = table
+        return self._offsets[offsets]
+
+    def captured(self) -> list[Tensor]:
+        """After a capture and before the first replay; keep what it returns as long as the graph."""
+        for made, offsets in self._pending:
+            made.copy_(torch.tensor(offsets, dtype=torch.int64))
+        kept = [made for made, _ in self._pending]
+        self._pending.clear()
+        return kept
+
+
+def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.device) -> Tensor:
+    if like is not None:
+        return torch.full_like(like, value)
+    return torch.full(shape, value, device=device)
+
+
+def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
+    """`grad` in the memory order and dtype of `out`."""
+    grad = grad.detach().to(out.dtype)
+    strides = zip(grad.shape, grad.stride(), out.stride(), strict=True)
+    if any(mine != wanted for size, mine, wanted in strides if size > 1):
+        grad = torch.empty_like(out).copy_(grad)
+    return grad
+
+
+def _hints(hints: Hints, tensors: Sequence[Tensor]) -> list[int]:
+    """What still holds beside tensors that came from elsewhere."""
+    aligned = all(offset % 8 == 0 for offset in offsets_of(tensors))
+    return list(hints if aligned else Hints())

@@ -1,0 +1,52 @@
+"""Panels of V rows as a format: feature-major activations, gathered by the columns that a panel keeps."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, Layer, Storage
+from .plan import PanelPlan
+from .products import panel_forward, panel_grad_input, panel_grad_values, panel_pack
+
+_HEIGHTS = (16, 32, 64, 128)
+
+
+def _obstacle(
+    device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
+) -> str | None:
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        return f"its kernels need a GPU, got {device}"
+    if layer.conv:
+        return "it takes linear layers, got a convolution"
+    if len(sides) != 1 or sides[0] not in _HEIGHTS:
+        return f"it takes one height among {', '.join(map(str, _HEIGHTS))}, got {sides}"
+    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it computes in fp32, fp16 or bf16, got {dtype}"
+    return None
+
+
+def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype, sides: tuple[int]) -> Storage:
+    return Storage(*PanelPlan.from_mask(mask, sides[0]).flatten())
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+) -> Tensor:
+    plan = PanelPlan.unflatten(*storage)
+    return panel_forward(x, panel_pack(values, plan, x.dtype), bias, plan)
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+) -> Tensor:
+    plan = PanelPlan.unflatten(*storage)
+    return panel_grad_input(dy, panel_pack(values, plan, dy.dtype), plan)
+
+
+def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
+    return panel_grad_values(dy, x, PanelPlan.unflatten(*storage), values.dtype)
+
+
+PANEL = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, feature_major=True)

@@ -1,0 +1,411 @@
+"""sparse_linear and sparse_conv2d: products with the kept weights of a decided mask, in any format.
+
+One operator carries all formats.  Its parameter is the vector of kept values (`formats`), and forward, dX
+and dW may each have a format of their own; what a format keeps of a mask is prepared once.
+
+state    dense compute on a weight that holds the kept values, for any mask and device;
+csr      compressed rows and columns, on the CPU;
+compact  dense compute on live rows and columns only;
+block    whole blocks that hold anything, on a GPU ("block:64x64");
+panel    panels of rows that share their columns, on a GPU ("panel:64");
+semi     2:4 through torch, forward only.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ..blocks.format import BLOCK
+from ..formats import Format, Layer, Storage, check_mask, wide
+from ..panels.format import PANEL
+from .compact import COMPACT
+from .csr import CSR
+from .semi import SEMI
+from .state import STATE
+
+FORMATS: dict[str, Format] = {
+    "state": STATE,
+    "csr": CSR,
+    "compact": COMPACT,
+    "block": BLOCK,
+    "panel": PANEL,
+    "semi": SEMI,
+}
+PRODUCTS = ("forward", "dx", "dw")
+FLOOR = "state"  # what can do everything
+
+
+class Plan(NamedTuple):
+    """How one layer multiplies: a format and its storage for each of forward, dX and dW.
+
+    Made by `plan_of`; belongs to one mask, device and compute dtype.
+    """
+
+    layer: Layer
+    formats: tuple[str, ...]
+    storages: tuple[Storage, ...]
+    nnz: int
+
+    def flat(self) -> tuple[str, list[Tensor], list[int]]:
+        """All of it as an operator's schema takes it."""
+        tensors = [t for storage in self.storages for t in storage.tensors]
+        numbers = [self.nnz, len(self.layer.numbers), *self.layer.numbers]
+        for storage in self.storages:
+            numbers += [len(storage.tensors), len(storage.numbers), *storage.numbers]
+        return ",".join(self.formats), tensors, numbers
+
+    @classmethod
+    def of(cls, formats: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Plan":
+        """From what `flat` gave."""
+        nnz, size, *rest = numbers
+        layer, rest, storages = Layer.of(rest[:size]), rest[size:], []
+        for _ in PRODUCTS:
+            count, size, *rest = rest
+            storages.append(Storage(list(tensors[:count]), rest[:size]))
+            tensors, rest = tensors[count:], rest[size:]
+        return cls(layer, tuple(formats.split(",")), tuple(storages), nnz)
+
+    def product(self, name: str) -> tuple[Format, Storage]:
+        """The format of "forward", "dx" or "dw", and what it keeps."""
+        at = PRODUCTS.index(name)
+        return FORMATS[self.formats[at].partition(":")[0]], self.storages[at]
+
+
+def plan_of(
+    mask: Bool[Tensor, "n k *taps"],
+    formats: str | Sequence[str] = FLOOR,
+    *,
+    dtype: torch.dtype = torch.float32,
+    slide: Sequence[int] = (),
+    groups: int = 1,
+) -> Plan:
+    """Prepares a mask for products in one format, or in three: forward, dX and dW.
+
+    Args:
+        formats: a name as "csr", or one with an option as "block:64x64".
+        dtype: that products compute in.
+        slide: of a convolution: stride, padding, dilation, two integers each.
+
+    Errors: TypeError or ValueError for something that is no mask, an unknown format, or one that cannot do
+    this, with the reason.
+    """
+    n_taps = check_mask(mask).ndim - 2
+    if n_taps and len(slide) != 6:
+        raise ValueError(f"slide: expected six integers for a convolution, got {list(slide)}")
+    layer = Layer(tuple(mask.shape), tuple(slide) if n_taps else (), groups)
+    names = (formats,) * 3 if isinstance(formats, str) else tuple(formats)
+    if len(names) != 3:
+        raise ValueError(f"formats: expected one, or three for {', '.join(PRODUCTS)}, got {names}")
+    made: dict[str, Storage] = {}
+    for name in names:
+        reason = obstacle(name, mask.device, layer, dtype)
+        if reason is not None:
+            raise ValueError(f"format {name!r}: {reason}; use 'state', which takes everything")
+        if name not in made:
+            kind, options = _parsed(name)
+            made[name] = FORMATS[kind].prepare(mask, layer, dtype, **options)
+    return Plan(layer, names, tuple(made[n] for n in names), int(mask.sum()))  # pyright: ignore[reportArgumentType]
+
+
+def obstacle(name: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
+    """Why a format cannot do this at all, or None.  Errors: ValueError for an unknown format."""
+    kind, options = _parsed(name)
+    return FORMATS[kind].obstacle(device, layer, dtype, **options)
+
+
+def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
+    """ "block:64x32" as ("block", {"sides": (64, 32)})."""
+    kind, _, option = name.partition(":")
+    if kind not in FORMATS or bool(option) != (kind in ("block", "panel")):
+        raise ValueError(
+            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64), got {name!r}"
+        )
+    if not option:
+        return kind, {}
+    try:
+        return kind, {"sides": tuple(int(side) for side in option.split("x"))}
+    except ValueError:
+        raise ValueError(f"format {kind}: expected sides as {kind}:64x64, got {name!r}") from None
+
+
+# --- Products ---------------------------------------------------------------------------------------
+
+
+def _like(x: Tensor, shape: Sequence[int], format: Format) -> Tensor:
+    """An unset result of x's dtype and device, strided as every implementation leaves it."""
+    if len(shape) == 2 and format.feature_major:
+        return x.new_empty(shape[1], shape[0]).T
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_layout(x, shape))
+
+
+def _layout(x: Tensor, shape: Sequence[int]) -> torch.memory_format:
+    """Images are channels last on a GPU, and where x is."""
+    last = len(shape) == 4 and (x.is_cuda or not x.is_contiguous())
+    return torch.channels_last if last else torch.contiguous_format
+
+
+def _strided(result: Tensor, x: Tensor, format: Format) -> Tensor:
+    """The result, strided as `_like` says."""
+    if result.ndim == 4:
+        return result.contiguous(memory_format=_layout(x, result.shape))
+    if format.feature_major:
+        return result if result.T.is_contiguous() else result.T.contiguous().T
+    return result.contiguous()
+
+
+def _run_forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    format, storage = plan.product("forward")
+    if x.numel() and plan.nnz:
+        return _strided(format.forward(x, values, bias, plan.layer, storage), x, format)
+    y = _like(x, plan.layer.output(x.shape), format).zero_()
+    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+
+
+def _run_dx(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
+    format, storage = plan.product("dx")
+    if dy.numel() and plan.nnz:
+        return _strided(format.grad_input(dy, values, plan.layer, storage, shape), dy, format)
+    return _like(dy, shape, format).zero_()
+
+
+def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    format, storage = plan.product("dw")
+    if dy.numel() and plan.nnz:
+        return format.grad_values(dy, x, values, plan.layer, storage)
+    return torch.zeros_like(values)
+
+
+def _run_both(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor] | None:
+    """dX and dW by one call, where their format has one."""
+    (format, storage), (other, _) = plan.product("dx"), plan.product("dw")
+    if not plan.layer.conv or format is not other or format.grad_both is None:
+        return None
+    if not (dy.numel() and plan.nnz):
+        return None
+    dx, dw = format.grad_both(dy, x, values, plan.layer, storage)
+    return _strided(dx, dy, format), dw
+
+
+# --- Their gradients --------------------------------------------------------------------------------
+#
+# <dy, x W(v)^T> is linear in each of x, dy and v; the three products are its gradients, so that each is
+# differentiated by the other two, to any order.  In a graph they are operators; outside of one they are
+# plain functions of autograd, whose overhead is a tenth of an operator's.
+
+
+def _prepared(x: Tensor, plan: Plan, *products: str) -> Tensor:
+    """x [T, k], feature-major if all these products want it so: copied once, not in each of them."""
+    if plan.layer.conv or not all(plan.product(name)[0].feature_major for name in products):
+        return x
+    return x.T.contiguous().T
+
+
+def _in_graph(x: Tensor) -> bool:
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter)
+
+
+def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    if _in_graph(x):
+        return _forward(x, values, bias, *plan.flat())
+    product = _Forward.apply if torch.is_grad_enabled() else _run_forward
+    return product(x, values, bias, plan)
+
+
+def _dx_of(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
+    if _in_graph(dy):
+        return _dx(dy, values, list(shape), *plan.flat())
+    product = _Dx.apply if torch.is_grad_enabled() else _run_dx
+    return product(dy, values, shape, plan)
+
+
+def _dw_of(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
+    if _in_graph(dy):
+        return _dw(dy, x, values, *plan.flat())
+    product = _Dw.apply if torch.is_grad_enabled() else _run_dw
+    return product(dy, x, values, plan)
+
+
+class _Forward(torch.autograd.Function):
+    # The older form, without `setup_context`, which would look at signatures at each call.
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Forward.keep(ctx, inputs)
+        return _run_forward(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        x, values, bias, ctx.plan = inputs
+        ctx.save_for_backward(x, values)
+        ctx.bias = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        x, values = ctx.saved_tensors
+        want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
+        both = None
+        if want_x and want_values and not torch.is_grad_enabled() and not _in_graph(dy):
+            both = _run_both(dy, x, values, ctx.plan)
+        if both is not None:
+            dx, dw = both
+        else:
+            dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
+            dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
+        dbias = None
+        if want_bias:
+            over = [d for d in range(dy.ndim) if d != 1]
+            dbias = dy.sum(over, dtype=wide(dy.dtype)).to(ctx.bias)
+        return dx, dw, dbias, None
+
+
+class _Dx(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Dx.keep(ctx, inputs)
+        return _run_dx(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        dy, values, _, ctx.plan = inputs
+        ctx.save_for_backward(dy, values)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, values = ctx.saved_tensors
+        want_dy, want_values = ctx.needs_input_grad[:2]
+        return (
+            _forward_of(grad, values, None, ctx.plan) if want_dy else None,
+            _dw_of(dy, grad, values, ctx.plan) if want_values else None,
+            None,
+            None,
+        )
+
+
+class _Dw(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *inputs):
+        _Dw.keep(ctx, inputs)
+        return _run_dw(*inputs)
+
+    @staticmethod
+    def keep(ctx, inputs) -> None:
+        dy, x, _, ctx.plan = inputs
+        ctx.save_for_backward(dy, x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        dy, x = ctx.saved_tensors
+        want_dy, want_x = ctx.needs_input_grad[:2]
+        return (
+            _forward_of(x, grad, None, ctx.plan) if want_dy else None,
+            _dx_of(dy, grad, x.shape, ctx.plan) if want_x else None,
+            None,
+            None,
+        )
+
+
+# --- Operators --------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("sparsecore::sparse_forward", mutates_args=())
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None,
+    formats: str, tensors: list[Tensor], numbers: list[int],
+) -> Tensor:  # fmt: skip
+    return _run_forward(x, values, bias, Plan.of(formats, tensors, numbers))
+
+
+@_forward.register_fake
+def _(x, values, bias, formats, tensors, numbers):
+    plan = Plan.of(formats, tensors, numbers)
+    return _like(x, plan.layer.output(x.shape), plan.product("forward")[0])
+
+
+@torch.library.custom_op("sparsecore::sparse_dx", mutates_args=())
+def _dx(
+    dy: Tensor, values: Tensor, shape: list[int],
+    formats: str, tensors: list[Tensor], numbers: list[int],
+) -> Tensor:  # fmt: skip
+    return _run_dx(dy, values, shape, Plan.of(formats, tensors, numbers))
+
+
+@_dx.register_fake
+def _(dy, values, shape, formats, tensors, numbers):
+    return _like(dy, shape, Plan.of(formats, tensors, numbers).product("dx")[0])
+
+
+@torch.library.custom_op("sparsecore::sparse_dw", mutates_args=())
+def _dw(
+    dy: Tensor, x: Tensor, values: Tensor, formats: str, tensors: list[Tensor], numbers: list[int]
+) -> Tensor:
+    return _run_dw(dy, x, values, Plan.of(formats, tensors, numbers))
+
+
+@_dw.register_fake
+def _(dy, x, values, formats, tensors, numbers):
+    return torch.empty_like(values)
+
+
+def _differentiate(operator: Any, function: Any) -> None:
+    """Gives an operator the gradient of a function, whose last argument is the plan."""
+
+    def setup_context(ctx, inputs, output) -> None:
+        *rest, formats, tensors, numbers = inputs
+        function.keep(ctx, (*rest, Plan.of(formats, tensors, numbers)))
+        ctx.tensors = len(tensors)
+
+    def backward(ctx, grad: Tensor):
+        *gradients, _ = function.backward(ctx, grad)
+        return *gradients, None, [None] * ctx.tensors, None
+
+    operator.register_autograd(backward, setup_context=setup_context)
+
+
+_differentiate(_forward, _Forward)
+_differentiate(_dx, _Dx)
+_differentiate(_dw, _Dw)
+
+
+# --- Public functions -------------------------------------------------------------------------------
+
+
+def sparse_layer(
+    x: Float[Tensor, "*batch k"] | Float[Tensor, "b k h w"],
+    values: Float[Tensor, " nnz"],
+    bias: Float[Tensor, " n"] | None,
+    plan: Plan,
+) -> Tensor:
+    """x @ W.T + bias or conv2d(x, W, bias), W holding `values` in row-major order of the plan's mask.
+
+    Computes in x's dtype, under autocast in autocast's, with float32 sums; differentiable to any order
+    in x, values and bias.  A linear layer's result may be strided (1, T) ("csr", "panel").
+
+    Errors: ValueError for shapes or devices that are not the plan's.
+    """
+    layer, device = plan.layer, plan.storages[0].tensors[0].device
+    if values.shape != (plan.nnz,):
+        raise ValueError(
+            f"values: expected ({plan.nnz},) for the plan's mask, got {tuple(values.shape)}; "
+            "a plan belongs to one mask"
+        )
+    channel = 1 if layer.conv else -1
+    if (layer.conv and x.ndim != 4) or x.ndim < 1 or x.shape[channel] != layer.inputs:
+        wanted = "(b, k, h, w)" if layer.conv else "(*batch, k)"
+        raise ValueError(f"x: expected {wanted} with k = {layer.inputs}, got {tuple(x.shape)}")
+    if bias is not None and bias.shape != layer.shape[:1]:
+        raise ValueError(f"bias: expected ({layer.shape[0]},), got {tuple(bias.shape)}")
+    for name, value in (("x", x), ("values", values), ("bias", bias)):
+        if value is not None and value.device != device:
+            raise ValueError(f"{name}: expected it on {device} as the plan is, got {value.device}")
+    if torch.is_autocast_enabled(x.device.type):
+        x = x.to(torch.get_autocast_dtype(x.device.type))
+    if layer.conv:
+        if min(layer.output(x.shape)[2:]) < 1:
+            raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
+        return _forward_of(x, values, bias, plan)
+    flat = _prepared(x.reshape(-1, layer.inputs), plan, "forward", "dw")
+    y = _forward_of(flat, values, bias, plan)
+    return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y

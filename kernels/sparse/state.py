@@ -1,0 +1,138 @@
+"""Dense compute, sparse state (K9): the vendor's dense product of a weight that only holds the kept values.
+
+A dense weight in the compute dtype, zero but for the kept places, is written once and kept: each
+forward scatters the values into it, so nothing weight-sized is allocated or cleared, and dX scatters
+again, since the values may have changed in between (4 to 12 bytes a kept weight, a few percent of a
+product).  dW is made a slab of rows at a time and gathered, so it never exists as a whole; a slab fits
+the cache.  The optimiser sees the kept values alone: its state and its time are theirs.
+
+The dense weight is scratch of these operators: whoever reads it has filled it before.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..formats import Format, Layer, Storage, kept_index
+from ..moves import launch_gather, launch_scatter
+
+_SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
+
+
+def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    if dense.is_cuda:
+        launch_scatter(dense, values.contiguous(), index)
+    else:
+        # `data`: scratch has no version that autograd should watch.
+        dense.data.index_copy_(0, index, values.to(dense.dtype))
+
+
+def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
+    if dense.is_cuda:
+        launch_gather(dense, index, out)
+    elif dense.dtype == out.dtype:
+        torch.index_select(dense, 0, index, out=out)
+    else:
+        out.copy_(dense.index_select(0, index))
+
+
+# --- The format -------------------------------------------------------------------------------------
+
+
+def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
+    return None
+
+
+def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
+    """[places in the dense weight's storage, dense weight, places in their slab, slab], and slabs' rows and ends.
+
+    A convolution's dW is small and made at once: it has the first two only.
+    """
+    weight = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+    index = kept_index(mask)
+    if layer.conv and mask.is_cuda:  # cuDNN's tensor cores want channels last
+        weight = weight.contiguous(memory_format=torch.channels_last)
+        n, k, r, s = mask.shape
+        place = torch.arange(mask.numel(), dtype=index.dtype, device=mask.device)
+        index = place.view(n, r, s, k).permute(0, 3, 1, 2)[mask]
+    local, index = index, index if mask.is_cuda else index.long()  # the CPU scatters by int64 alone
+    if layer.conv:
+        return Storage([index, weight], [])
+    rows = max(1, _SLAB[mask.device.type] // max(mask.shape[1], 1))
+    slabs = [int(slab.sum()) for slab in mask.split(rows)]
+    slab = weight.new_empty(min(rows, mask.shape[0]), mask.shape[1])
+    tensors = [index, weight, local % (rows * mask.shape[1]), slab]
+    return Storage(tensors, [rows, *itertools.accumulate(slabs)])
+
+
+def dense_weight(values: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+    """The layer's dense weight, holding the values; a new one in another dtype than was prepared for."""
+    index, weight = storage.tensors[:2]
+    if weight.dtype != dtype:
+        weight = torch.zeros_like(weight, dtype=dtype)
+    _scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
+    return weight
+
+
+def _forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+) -> Tensor:
+    weight = dense_weight(values, storage, x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if layer.conv:
+        return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
+    return F.linear(x, weight, bias)
+
+
+def _grad_input(
+    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+) -> Tensor:
+    weight = dense_weight(values, storage, dy.dtype)
+    if layer.conv:
+        x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
+        return _conv_backward(dy, x, weight, layer, [True, False, False])[0]
+    return dy @ weight
+
+
+def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
+    out = torch.empty_like(values)
+    if layer.conv:
+        weight = storage.tensors[1].to(x.dtype)
+        dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
+        return _kept(dw, weight, storage.tensors[0], out)
+    (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
+    slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
+    for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
+        part = dy[:, first : first + rows]
+        dw = torch.mm(part.T, x.detach(), out=slab[: part.shape[1]])
+        _gather(dw.flatten(), local[start:end], out[start:end])
+        start = end
+    return out
+
+
+def _grad_both(
+    dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage
+) -> tuple[Tensor, Tensor]:
+    """One call of the library, which then reorders dy once."""
+    weight = dense_weight(values, storage, dy.dtype)
+    dx, dw, _ = _conv_backward(dy, x, weight, layer, [True, True, False])
+    return dx, _kept(dw, weight, storage.tensors[0], torch.empty_like(values))
+
+
+def _kept(dw: Tensor, weight: Tensor, index: Tensor, out: Tensor) -> Tensor:
+    """out = the kept entries of a convolution's dW, in the order of its weight's storage."""
+    dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
+    _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+    return out
+
+
+def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]):
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
+    )
+
+
+STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, grad_both=_grad_both)
