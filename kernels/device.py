@@ -1,4 +1,4 @@
-"""Triton launches on the current device; launchers launch where their tensors lie."""
+"""Launches lie on the device where their tensors do, and fill it."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -7,7 +7,19 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+PROGRAMS = 264  # two waves of the largest GPU, at one program a multiprocessor
 Launch = TypeVar("Launch", bound=Callable)
+
+
+def token_splits(tokens: int, tiles: int, block: int, splits: int | None = None) -> tuple[int, int]:
+    """(splits, tokens in each, a multiple of `block`) of a sum over tokens, made for each of so many tiles.
+
+    Without `splits`: as many as fill the GPU, each of 1024 tokens at least, 16 at most.
+    """
+    if splits is None:
+        splits = max(1, min(PROGRAMS // tiles, tokens // 1024, 16))
+    span = -(-tokens // (splits * block)) * block
+    return -(-tokens // span), span
 
 
 def on_its_device(launch: Launch) -> Launch:

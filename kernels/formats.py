@@ -115,3 +115,15 @@ def check_device(x: Tensor, index: Tensor) -> None:
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype that sums are taken in."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The library's gradients of a dense convolution in x, weight and bias, where wanted.
+
+    Of what only shapes are needed, a view of one element will do.
+    """
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
+    )

@@ -4,11 +4,15 @@ Both kernels move 16 bytes at a time over the index, which is read once; an end 
 elements is left to the first program.
 """
 
+from collections.abc import Sequence
+
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .device import on_its_device
+from .formats import check_device
 from .static import StaticCase, static_case
 
 _BLOCK = 1024
@@ -67,6 +71,38 @@ def launch_gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
     nnz = index.numel()
     grid = (triton.cdiv(nnz, _BLOCK),)
     _gather_kernel[grid](out, dense, index, nnz // 16 * 16, nnz, BLOCK=_BLOCK, num_warps=4)
+
+
+def pack_values(
+    values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """Values [nnz] in packed storage of this shape and dtype; 0 where there is none.
+
+    source: for each packed element the index of its value, -1 where there is none.  slot: its inverse.
+
+    Errors: ValueError for another number of values or another device.
+    """
+    if values.shape != slot.shape:
+        raise ValueError(
+            f"expected values [{len(slot)}] of the plan's kept weights, got {tuple(values.shape)}"
+        )
+    check_device(values, source)
+    if values.is_cuda:
+        return packed_by_kernel(values, source, shape, dtype)
+    out = values.new_zeros(len(source), dtype=dtype)
+    out[slot] = values.to(dtype)
+    return out.view(shape)
+
+
+@on_its_device
+def packed_by_kernel(
+    values: Tensor, source: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    """`pack_values` without checks, by the kernel."""
+    out = torch.empty(shape, dtype=dtype, device=values.device)
+    if out.numel():
+        launch_gather(values.contiguous(), source, out)
+    return out
 
 
 def static_cases() -> list[StaticCase]:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, Layer, Storage
+from .lists import SIDES
 from .plan import BlockPlan
 from .products import block_forward, block_grad_input, block_grad_values, pack
-
-_SIDES = (16, 32, 64, 128)
 
 
 def _obstacle(
@@ -18,8 +17,8 @@ def _obstacle(
 ) -> str | None:
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         return f"its kernels need a GPU, got {device}"
-    if len(sides) != 2 or any(side not in _SIDES for side in sides):
-        return f"it takes two sides among {', '.join(map(str, _SIDES))}, got {'x'.join(map(str, sides))}"
+    if len(sides) != 2 or any(side not in SIDES for side in sides):
+        return f"it takes two sides among {', '.join(map(str, SIDES))}, got {'x'.join(map(str, sides))}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in fp32, fp16 or bf16, got {dtype}"
     if layer.groups > 1 and layer.shape[0] // layer.groups % sides[0]:

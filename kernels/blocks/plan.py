@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ragged import imbalance, longest_first, pieces_of, starts_of
 from .lists import SIDES
 
 TILE = 64  # inputs that one tile of the gradient covers at least: narrower blocks share it
@@ -87,7 +88,7 @@ class BlockPlan:
         group = kept // entries // (nb // groups) if groups > 1 else 0
         column = group * kb + kept % entries // taps
         columns = _walk(column, kept // entries * taps + kept % taps, groups * kb)
-        tiles = _tiles(rows.start, max(1, TILE // w))
+        tiles = pieces_of(rows.start, max(1, TILE // w))
         return cls(rows, columns, tiles, source, slot, tuple(mask.shape), (h, w), groups)
 
     def to_mask(self) -> Tensor:
@@ -142,8 +143,7 @@ class BlockPlan:
     @cached_property
     def imbalance(self) -> float:
         """Longest row of blocks over the mean; 1 if nothing is stored."""
-        counts = self.rows.start.diff()
-        return float(counts.max()) * len(counts) / self.blocks if self.blocks else 1.0
+        return imbalance(self.rows.start)
 
     def same(self, other: "BlockPlan") -> bool:
         (mine, sides), (theirs, others) = self.flatten(), other.flatten()
@@ -197,15 +197,4 @@ def _walk(row: Tensor, entry: Tensor, rows: int) -> Walk:
     """row, entry: int64 [blocks] in packed order, which is by row where that is the forward walk."""
     slot = torch.argsort(row, stable=True)  # entries ascend in a row already
     counts = torch.bincount(row, minlength=rows)
-    start = torch.zeros(rows + 1, dtype=torch.int32, device=row.device)
-    start[1:] = counts.cumsum(0)
-    rank = torch.argsort(counts, descending=True, stable=True)
-    return Walk(entry[slot].int(), start, rank.int(), slot.int())
-
-
-def _tiles(start: Tensor, parts: int) -> Tensor:
-    """(row, first block) of every `parts` blocks of each row."""
-    counts = -(-start.diff() // parts)
-    row = torch.arange(len(counts), device=start.device).repeat_interleave(counts)
-    turn = torch.arange(len(row), device=start.device) - (counts.cumsum(0) - counts)[row]
-    return torch.stack((row, start[row] + turn * parts), 1).int()
+    return Walk(entry[slot].int(), starts_of(counts), longest_first(counts), slot.int())

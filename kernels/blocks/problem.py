@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ..conv_tiles import output_size
+from ..device import PROGRAMS
 from ..units import Unit
 
 
@@ -122,7 +123,7 @@ def config_of(product: str, unit: Unit, size: int, tokens: int, tiles: int) -> C
     side = (unit.h if product == "fwd" else unit.w) if unit.w else ROW_TILE
     t = 128 if size == 2 else 64
     # Fewer tokens a tile where the tiles would not fill two waves of a large GPU.
-    while t > 64 and triton.cdiv(tokens, t) * tiles < 264:
+    while t > 64 and triton.cdiv(tokens, t) * tiles < PROGRAMS:
         t //= 2
     step = deep * (t + side) * size
     stages = max(2, min(4, _SHARED // step))

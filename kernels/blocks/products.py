@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..device import on_its_device
 from ..formats import check_device
-from ..moves import launch_gather
+from ..moves import pack_values
 from ..units import Unit
 from .gemm import launch_dx, launch_fwd
 from .layout import empty, gradient_rows, output_shape, readable, rows
@@ -24,24 +24,7 @@ from .values import launch_dvalues
 
 def pack(values: Float[Tensor, "nnz"], plan: BlockPlan, dtype: torch.dtype) -> Tensor:
     """Kept weights, in row-major order of the mask, as packed [blocks, h, w]; 0 where there is none."""
-    if values.shape != plan.slot.shape:
-        raise ValueError(
-            f"expected values [{plan.nnz}] of the plan's kept weights, got {tuple(values.shape)}"
-        )
-    check_device(values, plan.source)
-    if values.is_cuda:
-        return packed_by_kernel(values, plan, dtype)
-    packed = values.new_zeros(len(plan.source), dtype=dtype)
-    packed[plan.slot] = values.to(dtype)
-    return packed.view(plan.blocks, *plan.block)
-
-
-@on_its_device
-def packed_by_kernel(values: Tensor, plan: BlockPlan, dtype: torch.dtype) -> Tensor:
-    packed = torch.empty(plan.blocks, *plan.block, dtype=dtype, device=values.device)
-    if packed.numel():
-        launch_gather(values.contiguous(), plan.source, packed)
-    return packed
+    return pack_values(values, plan.source, plan.slot, (plan.blocks, *plan.block), dtype)
 
 
 def unpack(packed: Float[Tensor, "blocks h w"], plan: BlockPlan) -> Tensor:

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import token_splits
 from .gemm import input_tile
 from .plan import BlockPlan
 from .problem import Problem, config_of, image_strides, shape_constants
@@ -97,10 +98,7 @@ def launch_dvalues(
     """
     tokens, tiles = problem.tokens, len(plan.tiles)
     constants, options = dvalues_options(problem, x.element_size(), precision)
-    if splits is None:
-        splits = max(1, min(264 // tiles, tokens // 1024, 16))
-    span = triton.cdiv(triton.cdiv(tokens, splits), constants["BLOCK_T"]) * constants["BLOCK_T"]
-    splits = triton.cdiv(tokens, span)
+    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits)
     # Splits write apart and are added in order: no atomics, so the result is always the same.
     parts = out
     if splits > 1:

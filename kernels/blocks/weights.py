@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import token_splits
 from .gemm import input_tile
 from .lists import Lists
 from .problem import (
@@ -243,10 +244,7 @@ def launch_dgate(
     entries = entries_per_row(problem, constants["UNIT_K"])
     groups = triton.cdiv(entries, constants["BLOCK_K"] // constants["UNIT_K"])
     tiles = triton.cdiv(problem.n, constants["BLOCK_N"]) * groups
-    if splits is None:
-        splits = max(1, min(264 // tiles, tokens // 1024, 16))
-    span = triton.cdiv(triton.cdiv(tokens, splits), constants["BLOCK_T"]) * constants["BLOCK_T"]
-    splits = triton.cdiv(tokens, span)
+    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits)
     partial_shape = (splits * entries, problem.n) if problem.rows else (splits, lists.z.numel())
     partial = torch.empty(partial_shape, dtype=torch.float32, device=x.device)
     # Splits write apart and are added in order: no atomics, so the result is always the same.

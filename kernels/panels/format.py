@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from ..formats import Format, Layer, Storage
-from .plan import PanelPlan
+from .plan import HEIGHTS, PanelPlan
 from .products import panel_forward, panel_grad_input, panel_grad_values, panel_pack
-
-_HEIGHTS = (16, 32, 64, 128)
 
 
 def _obstacle(
@@ -20,8 +18,8 @@ def _obstacle(
         return f"its kernels need a GPU, got {device}"
     if layer.conv:
         return "it takes linear layers, got a convolution"
-    if len(sides) != 1 or sides[0] not in _HEIGHTS:
-        return f"it takes one height among {', '.join(map(str, _HEIGHTS))}, got {sides}"
+    if len(sides) != 1 or sides[0] not in HEIGHTS:
+        return f"it takes one height among {', '.join(map(str, HEIGHTS))}, got {sides}"
     if dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"it computes in fp32, fp16 or bf16, got {dtype}"
     return None

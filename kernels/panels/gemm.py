@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..device import PROGRAMS, token_splits
 from .plan import PanelPlan, tile_of
 
 GATHER_BLOCK = 512
@@ -167,7 +168,7 @@ def fwd_options(shape: Shape, precision: str) -> tuple[dict[str, Any], dict[str,
     v, size = shape.height, shape.size
     c, t = (64, 128) if size == 2 else (32, 64)
     # Fewer tokens a tile where the tiles would not fill two waves of a large GPU.
-    if t > 64 and triton.cdiv(shape.tokens, t) * triton.cdiv(shape.n, v) < 264:
+    if t > 64 and triton.cdiv(shape.tokens, t) * triton.cdiv(shape.n, v) < PROGRAMS:
         t //= 2
     constants = {"PRECISION": precision, "SWAP": v >= 64, "V": v, "BLOCK_T": t, "BLOCK_C": c}
     warps = 8 if v == 128 and size == 2 else 4
@@ -239,10 +240,7 @@ def launch_dvalues(
     (tokens, n), tiles = dy.shape, len(plan.tiles)
     shape = Shape(tokens, n, x.shape[1], plan.height, x.element_size())
     constants, options = dvalues_options(shape, precision)
-    if splits is None:
-        splits = max(1, min(264 // tiles, tokens // 1024, 16))
-    span = triton.cdiv(triton.cdiv(tokens, splits), constants["BLOCK_T"]) * constants["BLOCK_T"]
-    splits = triton.cdiv(tokens, span)
+    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits)
     # Splits write apart and are added in order: no atomics, so the result is always the same.
     parts = torch.empty(splits, len(out), device=x.device) if splits > 1 else out
     _dvalues_kernel[(tiles, splits)](

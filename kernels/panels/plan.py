@@ -13,6 +13,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..ragged import imbalance, longest_first, pieces_of, starts_of
+
 HEIGHTS = (16, 32, 64, 128)  # of panels; a tile of a product is one panel high
 
 
@@ -75,15 +77,15 @@ class PanelPlan:
         source = torch.full((len(kept) * height,), -1, dtype=narrow, device=device)
         source[slot] = torch.arange(len(slot), dtype=narrow, device=device)
         counts = torch.bincount(kept // k, minlength=panels)
-        start = _ends(counts)
+        start = starts_of(counts)
         columns = kept % k
         return cls(
             columns.int(),
             start,
-            torch.argsort(counts, descending=True, stable=True).int(),
+            longest_first(counts),
             torch.argsort(columns, stable=True).int(),
-            _ends(torch.bincount(columns, minlength=k)),
-            _tiles(start, tile_of(height)),
+            starts_of(torch.bincount(columns, minlength=k)),
+            pieces_of(start, tile_of(height)),
             source,
             slot,
             (n, k),
@@ -121,8 +123,7 @@ class PanelPlan:
     @cached_property
     def imbalance(self) -> float:
         """Longest panel over the mean; 1 if nothing is stored."""
-        counts = self.start.diff()
-        return float(counts.max()) * len(counts) / self.vectors if self.vectors else 1.0
+        return imbalance(self.start)
 
     def same(self, other: "PanelPlan") -> bool:
         (mine, sides), (theirs, others) = self.flatten(), other.flatten()
@@ -141,17 +142,3 @@ class PanelPlan:
     def to(self, device: torch.device | str) -> "PanelPlan":
         tensors, ints = self.flatten()
         return PanelPlan.unflatten([tensor.to(device) for tensor in tensors], ints)
-
-
-def _ends(counts: Tensor) -> Tensor:
-    ends = torch.zeros(len(counts) + 1, dtype=torch.int32, device=counts.device)
-    ends[1:] = counts.cumsum(0)
-    return ends
-
-
-def _tiles(start: Tensor, size: int) -> Tensor:
-    """(panel, first vector) of every `size` vectors of each panel."""
-    counts = -(-start.diff() // size)
-    panel = torch.arange(len(counts), device=start.device).repeat_interleave(counts)
-    turn = torch.arange(len(panel), device=start.device) - (counts.cumsum(0) - counts)[panel]
-    return torch.stack((panel, start[panel] + turn * size), 1).int()

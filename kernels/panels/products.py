@@ -10,31 +10,14 @@ from torch import Tensor
 
 from ..device import on_its_device
 from ..formats import check_device
-from ..moves import launch_gather
+from ..moves import pack_values
 from .gemm import launch_dvalues, launch_dx, launch_fwd
 from .plan import PanelPlan
 
 
 def panel_pack(values: Float[Tensor, "nnz"], plan: PanelPlan, dtype: torch.dtype) -> Tensor:
     """Kept weights, in row-major order of the mask, as packed [vectors, V]; 0 where there is none."""
-    if values.shape != plan.slot.shape:
-        raise ValueError(
-            f"expected values [{plan.nnz}] of the plan's kept weights, got {tuple(values.shape)}"
-        )
-    check_device(values, plan.source)
-    if values.is_cuda:
-        return packed_by_kernel(values, plan, dtype)
-    packed = values.new_zeros(len(plan.source), dtype=dtype)
-    packed[plan.slot] = values.to(dtype)
-    return packed.view(plan.vectors, plan.height)
-
-
-@on_its_device
-def packed_by_kernel(values: Tensor, plan: PanelPlan, dtype: torch.dtype) -> Tensor:
-    packed = torch.empty(plan.vectors, plan.height, dtype=dtype, device=values.device)
-    if packed.numel():
-        launch_gather(values.contiguous(), plan.source, packed)
-    return packed
+    return pack_values(values, plan.source, plan.slot, (plan.vectors, plan.height), dtype)
 
 
 @on_its_device

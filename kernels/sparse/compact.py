@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import Format, Layer, Storage, kept_index
+from ..formats import Format, Layer, Storage, conv_backward, kept_index
 
 
 def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
@@ -58,7 +58,7 @@ def _grad_input(
     weight, live = _small(values, layer, storage, dy.dtype), dy.index_select(1, rows)
     if layer.conv:
         x = dy.new_empty(1).expand(shape[0], len(columns), *shape[2:])
-        small = _conv_backward(live, x, weight, layer, [True, False, False])[0]
+        small = conv_backward(live, x, weight, layer, [True, False, False])[0]
     else:
         small = live @ weight
     return dy.new_zeros(list(shape)).index_copy_(1, columns, small)
@@ -69,16 +69,10 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     left, right = dy.index_select(1, rows), x.index_select(1, columns)
     if layer.conv:
         weight = x.new_empty(1).expand(len(rows), len(columns), *layer.shape[2:])
-        dw = _conv_backward(left, right, weight, layer, [False, True, False])[1]
+        dw = conv_backward(left, right, weight, layer, [False, True, False])[1]
     else:
         dw = left.T @ right
     return dw.reshape(-1).index_select(0, places).to(values.dtype)
-
-
-def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]):
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, *layer.pairs, False, [0, 0], 1, wanted
-    )
 
 
 COMPACT = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)

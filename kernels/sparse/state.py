@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import Format, Layer, Storage, kept_index
+from ..formats import Format, Layer, Storage, conv_backward, kept_index
 from ..moves import launch_gather, launch_scatter
 
 _SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
@@ -93,7 +93,7 @@ def _grad_input(
     weight = dense_weight(values, storage, dy.dtype)
     if layer.conv:
         x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
-        return _conv_backward(dy, x, weight, layer, [True, False, False])[0]
+        return conv_backward(dy, x, weight, layer, [True, False, False])[0]
     return dy @ weight
 
 
@@ -101,7 +101,7 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     out = torch.empty_like(values)
     if layer.conv:
         weight = storage.tensors[1].to(x.dtype)
-        dw = _conv_backward(dy, x, weight, layer, [False, True, False])[1]
+        dw = conv_backward(dy, x, weight, layer, [False, True, False])[1]
         return _kept(dw, weight, storage.tensors[0], out)
     (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
     slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
@@ -118,7 +118,7 @@ def _grad_both(
 ) -> tuple[Tensor, Tensor]:
     """One call of the library, which then reorders dy once."""
     weight = dense_weight(values, storage, dy.dtype)
-    dx, dw, _ = _conv_backward(dy, x, weight, layer, [True, True, False])
+    dx, dw, _ = conv_backward(dy, x, weight, layer, [True, True, False])
     return dx, _kept(dw, weight, storage.tensors[0], torch.empty_like(values))
 
 
@@ -127,12 +127,6 @@ def _kept(dw: Tensor, weight: Tensor, index: Tensor, out: Tensor) -> Tensor:
     dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
     _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
     return out
-
-
-def _conv_backward(dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]):
-    return torch.ops.aten.convolution_backward(
-        dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
-    )
 
 
 STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, grad_both=_grad_both)

@@ -18,10 +18,9 @@ from sparsecore.kernels.blocks.products import (
     block_grad_packed,
     block_grad_values,
     pack,
-    packed_by_kernel,
     stored_blocks,
 )
-from sparsecore.kernels.moves import launch_gather
+from sparsecore.kernels.moves import launch_gather, packed_by_kernel
 from sparsecore.kernels.units import Unit
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -84,7 +83,7 @@ def composed(case: Case, given: Inputs, dtype: torch.dtype) -> list[Tensor]:
 
 def launched(case: Case, given: Inputs) -> list[Tensor]:
     plan, _, x, values, bias, dy = given
-    packed = packed_by_kernel(values, plan, x.dtype)
+    packed = packed_by_kernel(values, plan.source, (plan.blocks, *plan.block), x.dtype)
     return [
         block_forward(x, packed, bias, plan, case.axes),
         block_grad_input(dy, packed, plan, case.x[2:], case.axes),
@@ -323,7 +322,8 @@ def test_no_tokens_and_an_expanded_gradient() -> None:
 def test_values_of_another_dtype() -> None:
     given = inputs(LINEAR[1], torch.float16)
     values = given.values.float()
-    packed = packed_by_kernel(values, given.plan, torch.float16)
+    shape = (given.plan.blocks, *given.plan.block)
+    packed = packed_by_kernel(values, given.plan.source, shape, torch.float16)
     assert packed.dtype == torch.float16
     assert torch.equal(packed, pack(values, given.plan, torch.float16))
     dvalues = block_grad_values(given.dy, given.x, given.plan, [], torch.float32)

@@ -10,12 +10,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sparsecore.kernels.moves import launch_gather
+from sparsecore.kernels.moves import launch_gather, packed_by_kernel
 from sparsecore.kernels.panels import gemm as panel_gemm
 from sparsecore.kernels.panels.plan import HEIGHTS, PanelPlan, tile_of
 from sparsecore.kernels.panels.products import (
     feature_major,
-    packed_by_kernel,
     panel_forward,
     panel_grad_input,
     panel_grad_values,
@@ -155,7 +154,7 @@ def composed(given: Inputs, dtype: torch.dtype) -> list[Tensor]:
 
 def launched(given: Inputs) -> list[Tensor]:
     plan, _, x, values, bias, dy = given
-    packed = packed_by_kernel(values, plan, x.dtype)
+    packed = packed_by_kernel(values, plan.source, (plan.vectors, plan.height), x.dtype)
     return [
         panel_forward(x, packed, bias, plan),
         panel_grad_input(dy, packed, plan),
