@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 
 class Layer(NamedTuple):
@@ -110,6 +111,28 @@ def check_device(x: Tensor, index: Tensor) -> None:
             f"expected a plan on {x.device} as the tensors are, got one on {index.device}; "
             "use plan.to(device)"
         )
+
+
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what Triton's products take
+
+
+def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why Triton's products cannot run there in that dtype, or None."""
+    if device.type != "cuda" and not knobs.runtime.interpret:
+        return f"its kernels need a GPU, got {device}"
+    if dtype not in KERNEL_DTYPES:
+        return f"it computes in fp32, fp16 or bf16, got {dtype}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return f"its kernels need compute capability 8.0 or more, got {torch.cuda.get_device_name(device)}"
+    if device.type != "cuda" and dtype == torch.bfloat16:  # it multiplies their bits as integers
+        return "Triton's interpreter knows no bf16"
+    return None
+
+
+def check_dtype(x: Tensor) -> None:
+    """Errors: ValueError for activations that the kernels cannot multiply; sums are in float32."""
+    if x.dtype not in KERNEL_DTYPES or (x.dtype == torch.bfloat16 and not x.is_cuda):
+        raise ValueError(f"expected activations in fp32, fp16 or (on a GPU) bf16, got {x.dtype}")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

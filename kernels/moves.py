@@ -88,10 +88,25 @@ def pack_values(
         )
     check_device(values, source)
     if values.is_cuda:
-        return packed_by_kernel(values, source, shape, dtype)
+        return Packed.apply(values, source, slot, shape, dtype)
     out = values.new_zeros(len(source), dtype=dtype)
     out[slot] = values.to(dtype)
     return out.view(shape)
+
+
+class Packed(torch.autograd.Function):
+    """`packed_by_kernel`, differentiable as packing on the CPU is."""
+
+    @staticmethod
+    def forward(
+        ctx, values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
+    ) -> Tensor:
+        ctx.slot, ctx.dtype = slot, values.dtype
+        return packed_by_kernel(values, source, shape, dtype)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
+        return grad.reshape(-1)[ctx.slot].to(ctx.dtype), None, None, None, None
 
 
 @on_its_device

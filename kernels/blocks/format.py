@@ -1,12 +1,11 @@
 """Blocks as a format: values are packed into whole blocks in the compute dtype, and stored blocks multiplied."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..formats import Format, Layer, Storage
+from ..formats import Format, Layer, Storage, kernel_obstacle
 from .lists import SIDES
 from .plan import BlockPlan
 from .products import block_forward, block_grad_input, block_grad_values, pack
@@ -15,12 +14,10 @@ from .products import block_forward, block_grad_input, block_grad_values, pack
 def _obstacle(
     device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
 ) -> str | None:
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernels need a GPU, got {device}"
+    if reason := kernel_obstacle(device, dtype):
+        return reason
     if len(sides) != 2 or any(side not in SIDES for side in sides):
         return f"it takes two sides among {', '.join(map(str, SIDES))}, got {'x'.join(map(str, sides))}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in fp32, fp16 or bf16, got {dtype}"
     if layer.groups > 1 and layer.shape[0] // layer.groups % sides[0]:
         return (
             f"its rows of blocks would straddle groups of {layer.shape[0] // layer.groups} outputs"

@@ -31,13 +31,29 @@ def readable(x: Tensor, problem: Problem) -> Tensor:
     if problem.geometry.pointwise:
         return rows(x.contiguous(memory_format=torch.channels_last))
     x = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-    (_, h, w), (_, oh, ow) = problem.image, problem.out
-    reach = h * abs(x.stride(2)) + w * abs(x.stride(3)) + x.shape[1]
-    if max(reach, oh * ow * (problem.n + ROW_TILE), h * w * x.shape[1]) >= 2**31:
-        raise ValueError(
-            f"expected images below 2**31 elements, got {tuple(x.shape)} -> {problem.out}"
-        )
+    check_reach(problem, x.stride(2), x.stride(3))
     return x
+
+
+def check_reach(problem: Problem, row: int, column: int) -> None:
+    """Errors: ValueError unless int32 holds the kernels' offsets in an image, whose rows and columns
+    stand this far apart.  A part for the pixel and one for the tap each leave the image by its padding.
+    """
+    if problem.geometry.pointwise:
+        return
+    taps, _, padding, dilation = problem.geometry
+    (_, *image), (_, oh, ow) = problem.image, problem.out
+    h, w = (
+        size + 2 * pad + far * (count - 1)
+        for size, pad, far, count in zip(image, padding, dilation, taps, strict=True)
+    )
+    read = h * row + w * column + problem.k + ROW_TILE
+    written = max(oh * ow, h * ow + w) * (problem.n + ROW_TILE)
+    if max(read, written) >= 2**31:
+        raise ValueError(
+            f"expected images, padding included, below 2**31 elements, got {problem.image} of strides "
+            f"{(row, column)} -> {problem.out} of {problem.n} channels"
+        )
 
 
 def gradient_rows(dy: Tensor) -> Tensor:

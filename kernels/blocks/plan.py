@@ -173,10 +173,14 @@ def _checked(mask: Tensor, block: Sequence[int], groups: int) -> tuple[int, int]
         )
     if 0 in mask.shape:
         raise ValueError(f"expected a mask of some weights, got {tuple(mask.shape)}")
-    if len(block) != 2 or not all(side in SIDES for side in block):
+    if isinstance(block, int) or len(block) != 2 or not all(side in SIDES for side in block):
         raise ValueError(
-            f"expected a block (h, w) with sides among {SIDES}, got {tuple(block)}; "
+            f"expected a block (h, w) with sides among {SIDES}, got {block}; "
             "smaller blocks fill no tensor core: multiply the masked weight instead"
+        )
+    if mask[0].numel() * block[0] >= 2**31:
+        raise ValueError(
+            f"expected rows of blocks below 2**31 weights, as places in them are int32, got {tuple(mask.shape)}"
         )
     rows = mask.shape[0]
     if groups != 1 and mask.ndim == 2:

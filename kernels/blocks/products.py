@@ -1,8 +1,8 @@
 """Products of activations with the packed blocks of a plan, and the kept weights they are made of.
 
-Plain functions without autograd, each one launch (the gradient of values has a second one where it is
-split).  x and dy: [T, c], or images [B, c, H, W], best channels last: others are copied.  axes are the
-stride, padding and dilation of a convolution, two each; [] for a matrix.  Sums are in float32.
+Plain functions without autograd but for `pack`, each one launch (the gradient of values has a second one
+where it is split).  x and dy: [T, c], or images [B, c, H, W], best channels last: others are copied.  axes
+are the stride, padding and dilation of a convolution, two each; [] for a matrix.  Sums are in float32.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..device import on_its_device
-from ..formats import check_device
+from ..formats import check_device, check_dtype
 from ..moves import pack_values
 from ..units import Unit
 from .gemm import launch_dx, launch_fwd
-from .layout import empty, gradient_rows, output_shape, readable, rows
+from .layout import check_reach, empty, gradient_rows, output_shape, readable, rows
 from .plan import BlockPlan
 from .problem import Problem, problem_of
 from .values import launch_dvalues
@@ -79,6 +79,7 @@ def block_grad_input(
     if dy.numel() == 0:
         return dx.zero_()
     if dx.numel():
+        check_reach(problem, 0, 0)  # the offsets in dx itself are int64
         launch_dx(rows(dx), gradient_rows(dy), packed.contiguous(), None, plan.columns, problem)
     return dx
 
@@ -118,6 +119,7 @@ def _gradient(dy: Tensor, x: Tensor, plan: BlockPlan, problem: Problem, out: Ten
 
 
 def _problem(x: Tensor, plan: BlockPlan, axes: Sequence[int]) -> Problem:
+    check_dtype(x)
     if x.ndim != len(plan.shape) or x.shape[1] != plan.shape[1] * plan.groups:
         inputs = "[T, k]" if len(plan.shape) == 2 else "[B, k, H, W]"
         raise ValueError(

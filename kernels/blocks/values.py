@@ -102,7 +102,7 @@ def launch_dvalues(
     # Splits write apart and are added in order: no atomics, so the result is always the same.
     parts = out
     if splits > 1:
-        parts = torch.empty(splits, *out.shape, device=x.device)
+        parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
     _dvalues_kernel[(tiles, splits)](
         parts, x, dy, plan.source if out.ndim == 1 else None, plan.rows.order, plan.rows.start,
         plan.tiles, tokens, problem.n, problem.k, span, out.numel(), *problem.image[1:],

@@ -250,7 +250,7 @@ def launch_dgate(
     # Splits write apart and are added in order: no atomics, so the result is always the same.
     parts = dw
     if dw is not None and splits > 1:
-        parts = torch.zeros(splits, *dw.shape, device=x.device)
+        parts = torch.zeros(splits, *dw.shape, dtype=torch.float32, device=x.device)
     _dgate_kernel[(tiles, splits)](
         partial, parts, x, dy, weight, lists.z, gain, lists.order, lists.count,
         tokens, problem.n, problem.k, entries, groups, partial.shape[1], span,

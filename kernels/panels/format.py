@@ -1,12 +1,11 @@
 """Panels of V rows as a format: feature-major activations, gathered by the columns that a panel keeps."""
 
-import os
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..formats import Format, Layer, Storage
+from ..formats import Format, Layer, Storage, kernel_obstacle
 from .plan import HEIGHTS, PanelPlan
 from .products import panel_forward, panel_grad_input, panel_grad_values, panel_pack
 
@@ -14,14 +13,12 @@ from .products import panel_forward, panel_grad_input, panel_grad_values, panel_
 def _obstacle(
     device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
 ) -> str | None:
-    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        return f"its kernels need a GPU, got {device}"
+    if reason := kernel_obstacle(device, dtype):
+        return reason
     if layer.conv:
         return "it takes linear layers, got a convolution"
     if len(sides) != 1 or sides[0] not in HEIGHTS:
         return f"it takes one height among {', '.join(map(str, HEIGHTS))}, got {sides}"
-    if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"it computes in fp32, fp16 or bf16, got {dtype}"
     return None
 
 

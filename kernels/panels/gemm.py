@@ -8,7 +8,7 @@ dX scatters: each column of a panel adds to a row of dxT of its own.  A list of 
 its products formed there, would leave tensor cores one row to multiply; atomics would make the sum
 depend on their order.  So `_outer_kernel` writes the product of each vector, and `_gather_kernel` adds
 those of a column in the order of the panels.  That costs 8 bytes of traffic for each vector and token,
-as much as atomics do, which the launcher keeps within the cache by taking the tokens in turns.
+as much as atomics do, which the launcher keeps within the cache by taking the tokens in turns, a tile of them at least.
 """
 
 from typing import Any, NamedTuple
@@ -23,7 +23,8 @@ from .plan import PanelPlan, tile_of
 
 GATHER_BLOCK = 512
 _SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
-# Products of vectors at a time: 64 MiB of float32, about what a large GPU caches.
+# Products of vectors at a time: 64 MiB of float32, about what a large GPU caches; more if there are so many
+# vectors that one tile of tokens takes more.
 _WORKSPACE = 2**24
 
 # --- Kernels ----------------------------------------------------------------------------------------
@@ -242,7 +243,9 @@ def launch_dvalues(
     constants, options = dvalues_options(shape, precision)
     splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits)
     # Splits write apart and are added in order: no atomics, so the result is always the same.
-    parts = torch.empty(splits, len(out), device=x.device) if splits > 1 else out
+    parts = out
+    if splits > 1:
+        parts = torch.empty(splits, len(out), dtype=torch.float32, device=x.device)
     _dvalues_kernel[(tiles, splits)](
         parts, x, dy, plan.source, plan.columns, plan.start, plan.tiles,
         tokens, n, x.stride(1), dy.stride(1), span, len(out), **constants, **options,

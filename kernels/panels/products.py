@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from ..device import on_its_device
-from ..formats import check_device
+from ..formats import check_device, check_dtype
 from ..moves import pack_values
 from .gemm import launch_dvalues, launch_dx, launch_fwd
 from .plan import PanelPlan
@@ -88,6 +88,7 @@ def _check(x: Tensor, what: str, width: int, plan: PanelPlan, packed: Tensor | N
     if x.ndim != 2 or x.shape[1] != width:
         raise ValueError(f"expected {what} of {width} columns, got {tuple(x.shape)}")
     check_device(x, plan.source)
+    check_dtype(x)
     if packed is None:
         return
     expected = (plan.vectors, plan.height)

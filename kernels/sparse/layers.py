@@ -74,6 +74,7 @@ class Plan(NamedTuple):
         return FORMATS[self.formats[at].partition(":")[0]], self.storages[at]
 
 
+@torch.inference_mode(False)  # a plan made while evaluating may be trained with later
 def plan_of(
     mask: Bool[Tensor, "n k *taps"],
     formats: str | Sequence[str] = FLOOR,
@@ -93,8 +94,16 @@ def plan_of(
     this, with the reason.
     """
     n_taps = check_mask(mask).ndim - 2
-    if n_taps and len(slide) != 6:
-        raise ValueError(f"slide: expected six integers for a convolution, got {list(slide)}")
+    if n_taps and (len(slide) != 6 or min(*slide[:2], *slide[4:]) < 1 or min(slide[2:4]) < 0):
+        raise ValueError(
+            "slide: expected six integers for a convolution, strides >= 1, paddings >= 0 and "
+            f"dilations >= 1, got {list(slide)}"
+        )
+    if groups < 1 or mask.shape[0] % groups or (groups > 1 and not n_taps):
+        raise ValueError(
+            f"groups: expected a divisor of {mask.shape[0]} outputs of a convolution, 1 of a linear "
+            f"layer, got {groups}"
+        )
     layer = Layer(tuple(mask.shape), tuple(slide) if n_taps else (), groups)
     names = (formats,) * 3 if isinstance(formats, str) else tuple(formats)
     if len(names) != 3:
@@ -245,7 +254,8 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         x, values = ctx.saved_tensors
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
-        dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
+        if want_x or want_values:
+            dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
         both = None
         if want_x and want_values and not torch.is_grad_enabled() and not _in_graph(dy):
             both = _run_both(dy, x, values, ctx.plan)
@@ -395,6 +405,10 @@ def sparse_layer(
     if (layer.conv and x.ndim != 4) or x.ndim < 1 or x.shape[channel] != layer.inputs:
         wanted = "(b, k, h, w)" if layer.conv else "(*batch, k)"
         raise ValueError(f"x: expected {wanted} with k = {layer.inputs}, got {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"x: expected a floating dtype, as weights are rounded to it, got {x.dtype}"
+        )
     if bias is not None and bias.shape != layer.shape[:1]:
         raise ValueError(f"bias: expected ({layer.shape[0]},), got {tuple(bias.shape)}")
     for name, value in (("x", x), ("values", values), ("bias", bias)):
@@ -406,6 +420,8 @@ def sparse_layer(
         if min(layer.output(x.shape)[2:]) < 1:
             raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
         return _forward_of(x, values, bias, plan)
-    flat = _prepared(x.reshape(-1, layer.inputs), plan, "forward", "dw")
-    y = _forward_of(flat, values, bias, plan)
+    flat = x.flatten(0, -2) if x.ndim > 1 else x[None]
+    y = _forward_of(_prepared(flat, plan, "forward", "dw"), values, bias, plan)
+    if x.ndim == 1:
+        return y[0]
     return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y

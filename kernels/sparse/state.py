@@ -6,7 +6,8 @@ again, since the values may have changed in between (4 to 12 bytes a kept weight
 product).  dW is made a slab of rows at a time and gathered, so it never exists as a whole; a slab fits
 the cache.  The optimiser sees the kept values alone: its state and its time are theirs.
 
-The dense weight is scratch of these operators: whoever reads it has filled it before.
+The dense weight is scratch of these operators: whoever reads it has filled it before.  So a plan is for one
+stream at a time.
 """
 
 import itertools
@@ -124,7 +125,9 @@ def _grad_both(
 
 def _kept(dw: Tensor, weight: Tensor, index: Tensor, out: Tensor) -> Tensor:
     """out = the kept entries of a convolution's dW, in the order of its weight's storage."""
-    dw = torch.empty_like(weight).copy_(dw) if dw.stride() != weight.stride() else dw
+    strides = zip(dw.stride(), weight.stride(), weight.shape, strict=True)
+    if any(found != wanted for found, wanted, size in strides if size > 1):
+        dw = torch.empty_like(weight).copy_(dw)
     _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
     return out
 

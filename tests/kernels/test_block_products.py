@@ -20,7 +20,7 @@ from sparsecore.kernels.blocks.products import (
     pack,
     stored_blocks,
 )
-from sparsecore.kernels.moves import launch_gather, packed_by_kernel
+from sparsecore.kernels.moves import Packed, launch_gather, packed_by_kernel
 from sparsecore.kernels.units import Unit
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if DEVICE == "cuda" else [])
@@ -300,6 +300,50 @@ def test_rows_far_apart() -> None:
         launched(case, given._replace(x=far)), launched(case, given), strict=True
     ):  # fmt: skip
         assert torch.equal(a, b)
+
+
+def test_offsets_in_an_image_that_pass_int32_are_refused() -> None:
+    """By padding in the forward product, by a dilated filter in dX; only touched memory is taken."""
+    plan = BlockPlan.from_mask(torch.ones(16, 16, 1, 1, dtype=torch.bool), (16, 16))
+    packed = torch.zeros(1, 16, 16, dtype=torch.float16)
+    space = torch.empty(2**30, dtype=torch.float16)
+    far = space.as_strided((1, 16, 4, 2), (0, 1, 2**28, 16))
+    with pytest.raises(ValueError, match=r"below 2\*\*31"):
+        block_forward(far, packed, None, plan, (1, 1, 5, 0, 1, 1))
+    mask = torch.zeros(2**16, 1, 2, 1, dtype=torch.bool)
+    mask[-1, 0, 1, 0] = True
+    plan = BlockPlan.from_mask(mask, (16, 16))
+    packed, dy = torch.zeros(1, 16, 16), torch.ones(1, 2**16, 3, 1)
+    with pytest.raises(ValueError, match=r"below 2\*\*31"):
+        block_grad_input(dy, packed, plan, [2**15 + 2, 1], (1, 1, 0, 0, 2**15 - 1, 1))
+
+
+@pytest.mark.gpu
+def test_splits_are_added_in_float32_whatever_the_default_dtype_is() -> None:
+    case = Case((2100, 16), (16, 16), (16, 16), blocks=1, kept=1)
+    given = inputs(case, torch.float32)
+    want = block_grad_values(given.dy, given.x, given.plan, [], torch.float32)
+    torch.set_default_dtype(torch.float16)
+    try:
+        value = block_grad_values(given.dy, given.x, given.plan, [], torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(value, want)
+
+
+@pytest.mark.gpu
+def test_packing_is_differentiable_on_every_device() -> None:
+    given = inputs(LINEAR[1], torch.float32)
+    plan, values = given.plan, given.values.requires_grad_()
+    weights = randn(plan.blocks, 16, 16, seed=7).to(DEVICE)
+    grads = []
+    for packed in (
+        pack(values, plan, torch.float32),
+        Packed.apply(values, plan.source, plan.slot, (plan.blocks, *plan.block), torch.float32),
+    ):
+        grads += torch.autograd.grad((packed * weights).sum(), values)
+    assert torch.equal(*grads)
+    assert torch.equal(grads[0], weights.flatten()[plan.slot])
 
 
 @pytest.mark.gpu

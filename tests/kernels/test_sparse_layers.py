@@ -230,6 +230,58 @@ def test_bad_input_is_told_before_anything_runs() -> None:
         kernels.sparse_layer(randn(1, 5, 2, 2), randn(conv.nnz), None, conv)
 
 
+@pytest.mark.parametrize(
+    ("slide", "groups"),
+    [((0, 1, 1, 1, 1, 1), 1), ((1, 1, -1, 0, 1, 1), 1), ((1, 1, 1, 1, 0, 1), 1)]
+    + [((1, 1, 1, 1, 1, 1), groups) for groups in (4, 0, -1)],
+)
+@pytest.mark.parametrize("format", ["state", "csr", "block:16x16"])
+def test_convolutions_that_cannot_be(format: str, slide: tuple[int, ...], groups: int) -> None:
+    with pytest.raises(ValueError, match=r"^(slide|groups): expected"):
+        kernels.plan_of(rand(6, 5, 3, 3) < 0.5, format, slide=slide, groups=groups)
+
+
+def test_a_linear_layer_has_one_group() -> None:
+    with pytest.raises(ValueError, match="groups: expected"):
+        kernels.plan_of(rand(6, 5) < 0.5, groups=2)
+
+
+@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16", "panel:16"])
+def test_one_vector_and_dtypes_that_no_product_takes(format: str) -> None:
+    device = DEVICE if ":" in format else "cpu"
+    mask = (rand(30, 40) < 0.3).to(device)
+    plan = kernels.plan_of(mask, format)
+    values, bias, x = (t.to(device) for t in (randn(plan.nnz), randn(30), randn(40, seed=2)))
+    y = kernels.sparse_layer(x, values, bias, plan)
+    exact = reference(*(t.cpu() for t in (x, values, bias, mask)))
+    torch.testing.assert_close(y.cpu(), exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="floating dtype"):
+        kernels.sparse_layer(
+            torch.ones(3, 40, dtype=torch.int64, device=device), values, bias, plan
+        )
+    if ":" in format:
+        with pytest.raises(ValueError, match="expected activations in fp32"):
+            kernels.sparse_layer(x.double(), values.double(), bias.double(), plan)
+
+
+def test_no_inputs_leave_the_bias() -> None:
+    plan = kernels.plan_of(torch.zeros(4, 0, dtype=torch.bool))
+    y = kernels.sparse_layer(torch.zeros(3, 0), torch.zeros(0), torch.ones(4), plan)
+    assert torch.equal(y, torch.ones(3, 4))
+
+
+@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16", "panel:16"])
+def test_a_plan_made_in_inference_mode_trains(format: str) -> None:
+    device = DEVICE if ":" in format or format == "state" else "cpu"
+    mask, x = (rand(30, 40) < 0.3).to(device), randn(3, 40).to(device)
+    with torch.inference_mode():
+        plan = kernels.plan_of(mask, format)
+        kernels.sparse_layer(x, randn(plan.nnz).to(device), None, plan)
+    values = randn(plan.nnz).to(device).requires_grad_()
+    kernels.sparse_layer(x, values, None, plan).sum().backward()
+    assert values.grad is not None
+
+
 def test_two_of_four() -> None:
     mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 0, 1, 0]], dtype=torch.bool)
     assert (
