@@ -27,7 +27,16 @@ from .reference import (
     sample_ref,
     slope_ref,
 )
-from .sparse.layers import FLOOR, FORMATS, PRODUCTS, Plan, obstacle, plan_of, sparse_layer
+from .sparse.layers import (
+    FLOOR,
+    FORMATS,
+    PRODUCTS,
+    Plan,
+    compute_dtype,
+    obstacle,
+    plan_of,
+    sparse_layer,
+)
 from .sparse.semi import fits as fits_2_4
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
@@ -51,6 +60,7 @@ __all__ = [
     "allowed_ref",
     "apply_ref",
     "choice",
+    "compute_dtype",
     "concrete_ref",
     "concrete_slope_ref",
     "dds",

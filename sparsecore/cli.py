@@ -77,6 +77,8 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
 
 def check_folder(path: Path | None) -> None:
     """Told before hours of work, not after."""
+    if path is not None and path.is_dir():
+        raise ValueError(f"{path}: expected the name of a file, got a folder")
     if path is not None and not path.absolute().parent.is_dir():
         raise ValueError(f"{path}: its folder does not exist; create {path.absolute().parent}")
 

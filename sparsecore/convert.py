@@ -44,11 +44,16 @@ def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
     if type(model) in _SPARSE_TYPES:
         return _SPARSE_TYPES[type(model)].from_dense(model) if chosen("", model) else model
     found = bool(sparse_layers(model))
+    made: dict[nn.Module, SparseLayer] = {}  # a layer in several places stays one layer
     for name, module in list(model.named_modules()):
-        for child_name, child in list(module.named_children()):
+        for child_name, child in list(module._modules.items()):
             path = f"{name}.{child_name}" if name else child_name
-            if type(child) in _SPARSE_TYPES and chosen(path, child):
-                setattr(module, child_name, _SPARSE_TYPES[type(child)].from_dense(child))
+            if child is None:
+                continue
+            if child in made or (type(child) in _SPARSE_TYPES and chosen(path, child)):
+                if child not in made:
+                    made[child] = _SPARSE_TYPES[type(child)].from_dense(child)
+                setattr(module, child_name, made[child])
                 found = True
     if not found:
         names = [n for n, m in model.named_modules() if is_prunable(n, m)]
@@ -63,10 +68,13 @@ def densify_(model: nn.Module) -> nn.Module:
     """Replaces sparse layers by plain nn.Linear / nn.Conv2d with the same keys, in place; returns the model."""
     if isinstance(model, SparseLayer):
         return model.to_dense()
+    made: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
-        for child_name, child in list(module.named_children()):
+        for child_name, child in list(module._modules.items()):
             if isinstance(child, SparseLayer):
-                setattr(module, child_name, child.to_dense())
+                if child not in made:
+                    made[child] = child.to_dense()
+                setattr(module, child_name, made[child])
     return model
 
 

@@ -196,7 +196,18 @@ class SparseLayer(nn.Module):
         # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
         mask = state_dict.get(prefix + "pattern.mask")
         weight = state_dict.get(prefix + "weight")
-        if mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight_shape):
+        if isinstance(
+            self.pattern, Planned
+        ):  # nothing else would tell: the shapes are those of a mask over a dense weight
+            for key, value in (("weight", weight), ("pattern.mask", mask)):
+                if value is not None and value.shape != self.weight_shape:
+                    rest[-1].append(
+                        f"size mismatch for {prefix}{key}: copying a param with shape {value.shape} "
+                        f"from checkpoint, the shape in current model is {self.weight_shape}."
+                    )
+                    return
+            mask = None if mask is None else mask.bool()
+        elif mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight_shape):
             mask = None
         if isinstance(self.pattern, Planned):
             if mask is not None and not torch.equal(
@@ -249,6 +260,8 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             if self._pads:
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode)
+            if input.ndim == 3:  # one image, as nn.Conv2d takes it
+                return self.pattern.multiply(input[None], self.raw_weight, self.bias).squeeze(0)
             return self.pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:

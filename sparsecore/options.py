@@ -3,7 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import torch
 import typer
@@ -101,12 +101,30 @@ def parse_options(pairs: list[str] | None, what: str) -> dict[str, Any]:
 def recipe_with(recipe: Recipe, pairs: list[str] | None) -> Recipe:
     """The recipe with --recipe's fields replaced."""
     options = parse_options(pairs, "recipe")
-    fields = {f.name for f in dataclasses.fields(recipe)}
-    for key in options:
-        choose("recipe field", key, sorted(fields))
+    hints = get_type_hints(type(recipe))
+    for key, value in options.items():
+        kind = hints[choose("recipe field", key, sorted(hints))]
+        if not _fits(value, kind):
+            name = (
+                getattr(kind, "__name__", str(kind))
+                if kind in (int, float, str, bool)
+                else str(kind)
+            )
+            raise ValueError(f"recipe {key}: expected {name}, got {value!r}")
     if "milestones" in options:
         options["milestones"] = tuple(options["milestones"])
     return dataclasses.replace(recipe, **options)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a JSON value is of a field's type; a tuple's is a list of numbers."""
+    if get_origin(kind) is tuple:
+        return isinstance(value, list) and all(_fits(v, float) for v in value)
+    if get_args(kind):
+        return any(_fits(value, k) for k in get_args(kind))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def setup_from(

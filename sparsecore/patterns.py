@@ -258,9 +258,7 @@ class Planned(nn.Module):
 
     def plan(self, x: Tensor) -> kernels.Plan:
         """The plan for an input; a new compute dtype prepares one, and an open choice is made."""
-        kind = x.device.type
-        autocast = torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        dtype = kernels.compute_dtype(x)
         if (
             torch.compiler.is_compiling()
         ):  # nothing can be prepared inside a graph, and all plans compute alike

@@ -10,9 +10,10 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +29,9 @@ _HOPELESS = 1.6  # what should take this many times the best prediction is not m
 SIDES = ((128, 128), (64, 64), (32, 32), (16, 16))
 PANELS = (128, 64, 32, 16)
 _FILL = 0.5  # a block format stores at most this share of padding
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -77,23 +81,30 @@ class Cache:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.entries: dict[str, Any] = json.loads(self.path.read_text())
-            assert isinstance(self.entries, dict)
-        except (OSError, ValueError, AssertionError):
-            self.entries = {}  # absent or damaged: what it held is measured again
+            found = json.loads(self.path.read_text())
+        except (OSError, ValueError, RecursionError):
+            found = None  # absent or damaged: what it held is measured again
+        self.entries: dict[str, Any] = found if isinstance(found, dict) else {}
 
-    def get(self, key: str, make: Callable[[], Any]) -> Any:
-        """The entry, made and written if it is new; a folder that cannot be written costs only time."""
-        if key not in self.entries:
-            self.entries[key] = make()
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-                part.write_text(json.dumps(self.entries, indent=1))
-                part.replace(self.path)
-            except OSError:
-                pass
-        return self.entries[key]
+    def get(self, key: str, make: Callable[[], Any], read: Callable[[Any], _T]) -> _T:
+        """The entry as `read` understands it, made and written if it is new or `read` does not.
+
+        A folder that cannot be written costs only time.
+        """
+        try:
+            return read(self.entries[key])
+        except (KeyError, TypeError, ValueError, AttributeError):
+            pass  # new, or of another version
+        self.entries[key] = make()
+        part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            part.write_text(json.dumps(self.entries, indent=1))
+            part.replace(self.path)
+        except OSError:
+            with suppress(OSError):
+                part.unlink(missing_ok=True)
+        return read(self.entries[key])
 
 
 @functools.cache
@@ -103,8 +114,12 @@ def _cache_at(path: Path) -> Cache:
 
 def cache_of(path: str | Path | None = None) -> Cache:
     """The cache at a path; by default at $SPARSECORE_PLANS, else plans.json in the user's cache folder."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "sparsecore"
-    return _cache_at(Path(path or os.environ.get("SPARSECORE_PLANS") or folder / "plans.json"))
+    path = path or os.environ.get("SPARSECORE_PLANS")
+    if not path:
+        path = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "sparsecore" / "plans.json"
+    with suppress(RuntimeError):  # a user without a home
+        path = Path(path).expanduser()
+    return _cache_at(Path(path).absolute())
 
 
 def where(device: torch.device) -> str:
@@ -119,7 +134,13 @@ def _processor() -> str:
 def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:
     """The device's speed, measured once and remembered."""
     key = f"machine | {where(device)} | {dtype}"
-    return Machine(**cache.get(key, lambda: asdict(Machine.measured(device, dtype))))
+
+    def read(entry: Any) -> Machine:
+        if not all(speed > 0 for speed in entry.values()):
+            raise ValueError(key)
+        return Machine(**entry)
+
+    return cache.get(key, lambda: asdict(Machine.measured(device, dtype)), read)
 
 
 # --- One layer --------------------------------------------------------------------------------------
@@ -159,10 +180,14 @@ def choose(mask: Tensor, layer: Layer, x: Tensor, *, grad: bool = True, cache: C
         of = machine(x.device, dtype, cache)
         return asdict(_weigh(mask, layer, x, grad, names, facts, of))
 
-    entry = cache.get(key, make)
-    times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
-    formats = None if entry["formats"] is None else tuple(entry["formats"])
-    return Choice(formats, entry["reason"], update=entry["update"], **times)
+    def read(entry: Any) -> Choice:
+        times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
+        formats = None if entry["formats"] is None else tuple(entry["formats"])
+        if formats is not None and (len(formats) != 3 or not set(formats) <= set(names)):
+            raise ValueError(key)
+        return Choice(formats, entry["reason"], update=entry["update"], **times)
+
+    return cache.get(key, make, read)
 
 
 def _sides(name: str) -> tuple[int, int]:

@@ -46,13 +46,12 @@ class _Chooser:
     final: bool  # parameters are what they are: a mask over dense ones is no longer to be had
 
     def __call__(self, pattern: Planned, x: Tensor) -> Choice:
-        kind = x.device.type
-        grad = x.requires_grad
-        if torch.is_autocast_enabled(kind):
-            x = x.to(torch.get_autocast_dtype(kind))
+        # Nothing in an evaluation says whether training will want dX, so that it is measured as well.
+        grad = x.requires_grad or not torch.is_grad_enabled()
+        x = x.to(kernels.compute_dtype(x))
         choice = choose(pattern.mask, pattern.layer, x, grad=grad, cache=cache_of(self.cache))
         if choice.formats is None and self.final:
-            reason = f"{choice.reason}; an example given to plan_ would have kept the mask"
+            reason = f"{choice.reason}; an example that calls this layer, given to plan_, would have kept the mask"
             return replace(choice, formats=(kernels.FLOOR,) * 3, reason=reason)
         return choice
 
@@ -73,7 +72,7 @@ def plan_(
         cache: file of remembered choices; see `planner.cache_of`.
 
     Errors: ValueError for an unknown plan, a layer that a named format cannot take, or a weight that
-    several layers share; nothing changes then.
+    several layers share; nothing changes then, nor after an example that the model refuses.
     """
     found = require_sparse_layers(model)
     layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
@@ -83,13 +82,22 @@ def plan_(
         return model
     _refuse_shared(model, layers)
     formats = {name: _named(plan, layer) for name, layer in layers.items()}
-    for name, layer in layers.items():
-        if formats[name] is None:
-            _open_(layer, cache, measured=bool(example))
-        else:
-            layer.plan_(formats[name])
-    if plan == "auto" and example:
-        _measure(model, example, cache_of(cache))
+    before = {layer: layer.pattern for layer in layers.values()}
+    try:
+        for name, layer in layers.items():
+            if formats[name] is None:
+                _open_(layer, cache, measured=bool(example))
+            else:
+                layer.plan_(formats[name])
+        if plan == "auto" and example:
+            _measure(model, example, cache_of(cache))
+    except BaseException:
+        for layer, pattern in before.items():
+            if layer.pattern is not pattern:
+                weight = layer.weight.detach()
+                kept = pattern.kept(weight) if isinstance(pattern, Planned) else weight
+                layer._become(pattern, kept)
+        raise
     return model
 
 
@@ -97,7 +105,7 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> N
     """A layer that is to choose by itself, unless its mask says enough."""
     mask = _mask(layer)
     assert mask is not None
-    share = float(mask.float().mean())
+    share = int(mask.sum()) / max(mask.numel(), 1)  # exact: a mean in float32 rounds to 1
     if share == 1:
         layer.unplan_()
         layer.pattern = Dense()
@@ -178,11 +186,19 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
         def make() -> dict[str, float]:
             return {way: _step_time(model, example, layers, made) for way, made in ways.items()}
 
+        def read(entry: Any) -> dict[str, float]:
+            return {way: float(entry[way]) for way in ways}
+
         shapes = [list(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
         facts = [(n, layers[n].weight_shape, c.formats, c.reason) for n, c in choices.items()]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        times = cache.get(f"step | {where(_device(model))} | {shapes} | {digest}", make)
+        times = cache.get(f"step | {where(_device(model))} | {shapes} | {digest}", make, read)
     best = min(times.values())
+    for layer in sparse_layers(model).values():
+        pattern = layer.pattern
+        if isinstance(pattern, Planned) and isinstance(pattern.choose, _Chooser):
+            # The example does not call it: by its first use there may be an optimiser.
+            pattern.choose = replace(pattern.choose, final=True)
     way = next(way for way in ways if times[way] <= _LEVEL * best)
     told = ", ".join(f"{way} {time:.3g}" for way, time in times.items())
     for name, layer in layers.items():
@@ -225,7 +241,8 @@ def _step_time(
     def step() -> None:
         outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor)]
         means = [t.float().mean() for t in outputs if t.requires_grad]
-        torch.autograd.grad(means, parameters, allow_unused=True)
+        if means and parameters:  # a frozen model has a forward alone
+            torch.autograd.grad(means, parameters, allow_unused=True)
 
     device = _device(model)
     time = 1e3 * min(seconds(step, device) for _ in range(2))
@@ -270,6 +287,9 @@ def remask_(
     """
     layers = sparse_layers(model)
     for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(f"remask_: expected a bool tensor for {name}, got {found}")
         layer = layers.get(name)
         planned = layer is not None and isinstance(layer.pattern, Planned)
         if layer is None or not planned or mask.shape != layer.weight_shape:

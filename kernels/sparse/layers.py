@@ -161,7 +161,8 @@ def _strided(result: Tensor, x: Tensor, format: Format) -> Tensor:
     if result.ndim == 4:
         return result.contiguous(memory_format=_layout(x, result.shape))
     if format.feature_major:
-        return result if result.T.is_contiguous() else result.T.contiguous().T
+        # No view, since autograd lets nothing write in place to a view that a function made.
+        return result.new_empty(0).set_(result.T.contiguous().T)  # pyright: ignore[reportArgumentType]
     return result.contiguous()
 
 
@@ -382,6 +383,14 @@ _differentiate(_dw, _Dw)
 # --- Public functions -------------------------------------------------------------------------------
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a product of x is computed in; autocast leaves float64 alone, as everywhere in torch."""
+    kind = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
 def sparse_layer(
     x: Float[Tensor, "*batch k"] | Float[Tensor, "b k h w"],
     values: Float[Tensor, " nnz"],
@@ -414,8 +423,7 @@ def sparse_layer(
     for name, value in (("x", x), ("values", values), ("bias", bias)):
         if value is not None and value.device != device:
             raise ValueError(f"{name}: expected it on {device} as the plan is, got {value.device}")
-    if torch.is_autocast_enabled(x.device.type):
-        x = x.to(torch.get_autocast_dtype(x.device.type))
+    x = x.to(compute_dtype(x))
     if layer.conv:
         if min(layer.output(x.shape)[2:]) < 1:
             raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")

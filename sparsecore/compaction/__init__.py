@@ -1,4 +1,4 @@
-"""Removes dead units exactly: `tracing` reads a model's graph, `walk` follows units through it, `groups` decides."""
+"""Removes dead units exactly: see `compacted`."""
 
 from .compacted import Compacted, compact
 

@@ -144,6 +144,6 @@ def _reads(layer: LayerUnits, rows: Tensor) -> Tensor:
 def _spare(layer: LayerUnits, stays: Tensor) -> Iterator[int]:
     """For each side of a layer of which nothing stays, the unit that costs least."""
     for units, dim in ((layer.rows, 1), (layer.columns, 0)):
-        if not stays[units].any():
+        if len(units) and not stays[units].any():
             weights = layer.live.sum(dim).expand(len(units))
             yield int(units[weights.argmin()])

@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from ..patterns import Masked
 from .groups import Groups, LayerUnits
-from .tracing import LINEAR, Traced
+from .operations import LINEAR, Traced
 
 _NUMBERS: dict[str, Callable[[Any, Any], Any]] = {
     "add": operator.add,

@@ -1,310 +1,21 @@
-"""Compaction is exact: the small model computes, trains and is restored as the full one does."""
+"""Which dead units go, which stay and why, and what cannot be compacted at all."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-import torchvision
-from helpers import generator, rand, randn, seeded
+from exactness import assert_close, assert_exact, kept
+from helpers import rand, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import sparsecore as sc
 from sparsecore.compaction import Compacted, compact
 from sparsecore.gates import Concrete
-from sparsecore.models.resnet_cifar import ResNet
 from sparsecore.patterns import Gated
-
-
-def small_lenet() -> nn.Module:
-    return sc.models.lenet_300_100((1, 8, 8), 10)
-
-
-def conv_4_like() -> nn.Module:
-    """Conv-4 with fewer channels."""
-    layers: list[nn.Module] = []
-    for a, b in ((1, 16), (16, 16), (16, 32), (32, 32)):
-        layers += [nn.Conv2d(a, b, 3, padding=1), nn.ReLU()]
-        layers += [nn.MaxPool2d(2)] if a == b else []
-    head = [nn.Linear(128, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)]
-    return nn.Sequential(*layers, nn.Flatten(), *head)
-
-
-def vgg_like() -> nn.Module:
-    """BatchNorm, pooling, and a flatten that gives every channel four features."""
-    layers: list[nn.Module] = []
-    for i, (a, b) in enumerate(((3, 24), (24, 32), (32, 48))):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=i == 1), nn.BatchNorm2d(b), nn.ReLU()]
-        layers += [nn.MaxPool2d(2) if i else nn.AvgPool2d(2)]
-    head = [nn.Linear(192, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Dropout(0.0), nn.Linear(64, 10)]
-    return nn.Sequential(*layers, nn.Flatten(), *head)
-
-
-def resnet_8(shortcut: str, affine: bool = True) -> Callable[[], nn.Module]:
-    return lambda: ResNet((3, 16, 16), 10, 1, shortcut, "ones", affine)
-
-
-def small_vit() -> nn.Module:
-    return sc.models.vit_small((3, 16, 16), 10, dim=24, depth=2, heads=3, hidden=64)
-
-
-def torchvision_vit() -> nn.Module:
-    return torchvision.models.VisionTransformer(16, 8, 2, 2, 16, 64, num_classes=10)
-
-
-def bottlenecks() -> nn.Module:
-    """torchvision's ResNet-50 with one block in each stage."""
-    block = torchvision.models.resnet.Bottleneck
-    return torchvision.models.ResNet(block, [1, 1, 1, 1], num_classes=10, width_per_group=16)
-
-
-class DenseNetLike(nn.Module):
-    """Every layer reads all before it, BatchNorm after the concatenation; the end is a plain view."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(3, 16, 3, 1, 1)
-        self.layers = nn.ModuleList(
-            nn.Sequential(
-                nn.BatchNorm2d(16 + 8 * i), nn.ReLU(inplace=True), nn.Conv2d(16 + 8 * i, 8, 3, 1, 1)
-            )
-            for i in range(4)
-        )
-        self.fc = nn.Linear(48 * 16, 10)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.relu(self.stem(x))
-        for layer in self.layers:
-            x = torch.cat([x, layer(x).relu()], 1)
-        x = F.avg_pool2d(x, 4)
-        return self.fc(x.view(x.size(0), -1))
-
-
-class Tangle(nn.Module):
-    """A random network: chains, residual sums, concatenation, depthwise, gated channels, any activation."""
-
-    ACTIVATIONS = (nn.ReLU, nn.ReLU, nn.ReLU, nn.ReLU6, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Identity)
-
-    def __init__(self, seed: int) -> None:
-        super().__init__()
-        draw = generator(seed)
-
-        def pick(options: Any) -> Any:
-            return options[int(torch.randint(len(options), (), generator=draw))]
-
-        self.stem = nn.Conv2d(3, 12, 3, padding=1)
-        self.blocks, self.kinds = nn.ModuleList(), []
-        self.afters = nn.ModuleList()
-        width = 12
-        for _ in range(5):
-            kind = pick(("chain", "chain", "sum", "sum", "cat", "scale", "depthwise"))
-            out = width if kind in ("sum", "scale", "depthwise") else pick((8, 12))
-            size, groups = pick((1, 3)), width if kind == "depthwise" else 1
-            block: list[nn.Module] = [nn.AdaptiveAvgPool2d(1)] if kind == "scale" else []
-            block += [
-                nn.Conv2d(width, out, size, 1, size // 2, groups=groups, bias=pick((True, False)))
-            ]
-            if kind != "scale" and pick((True, False)):
-                block += [nn.BatchNorm2d(out, affine=pick((True, True, False)))]
-            block += [nn.Sigmoid() if kind == "scale" else pick(self.ACTIVATIONS)()]
-            self.blocks.append(nn.Sequential(*block))
-            self.afters.append(pick(self.ACTIVATIONS)())
-            self.kinds.append(kind)
-            width = width + out if kind == "cat" else out
-        self.hidden = nn.Linear(width * 4, 24, bias=pick((True, False)))
-        self.activation = pick(self.ACTIVATIONS)()
-        self.fc = nn.Linear(24, 5, bias=pick((True, False)))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.relu(self.stem(x))
-        for kind, block, after in zip(self.kinds, self.blocks, self.afters, strict=True):
-            y = block(x)
-            if kind in ("sum", "scale"):
-                y = x + y if kind == "sum" else x * y
-            x = after(torch.cat([x, y], 1) if kind == "cat" else y)
-        x = torch.flatten(F.max_pool2d(x, 2), 1)
-        return self.fc(self.activation(self.hidden(x)))
-
-
-def ticketed(
-    build: Callable[[], nn.Module],
-    density: float,
-    shape: tuple[int, ...],
-    seed: int = 0,
-    biases: bool = True,
-) -> nn.Module:
-    """A model in float64 with random masks, biases of all signs, and statistics of a few batches."""
-    model = sc.sparsify_(seeded(build, seed).double())
-    for i, layer in enumerate(sc.sparse_layers(model).values()):
-        layer.set_mask_(rand(*layer.raw_weight.shape, seed=1000 * seed + i) < density)
-    with torch.no_grad():
-        for i, module in enumerate(model.modules() if biases else ()):
-            if isinstance(getattr(module, "bias", None), Tensor):
-                signs = torch.randint(
-                    -1, 2, module.bias.shape, generator=generator(1000 * seed + i)
-                )
-                # BatchNorm of a constant is rounding, of either sign: a ReLU must not ask for it.
-                signs[(signs == 0) & isinstance(module, _BatchNorm)] = 1
-                module.bias.copy_(0.3 * signs * rand(*signs.shape, seed=i))
-        # Sparse layers pass on little; larger weights keep differences above rounding.
-        for layer in sc.sparse_layers(model).values():
-            layer.raw_weight.mul_((1 / density) ** 0.5)
-        # A chain of BatchNorms over nearly constant channels multiplies rounding by eps ** -0.5 each.
-        for module in model.modules():
-            if isinstance(module, _BatchNorm):
-                module.eps = 0.1
-        model.train()
-        for i in range(2):
-            model(randn(8, *shape, seed=50 + i, dtype=torch.float64))
-    return model
-
-
-def part(compacted: Compacted, key: str, tensor: Tensor) -> Tensor:
-    """What the small model has of a tensor of the full one."""
-    for dim, index in enumerate(compacted.places.get(key, ())):
-        tensor = tensor.index_select(dim, index)
-    return tensor
-
-
-def assert_close(a: Tensor, b: Tensor, what: str) -> None:
-    scale = max(b.abs().max().item(), 1e-3) if b.numel() else 1.0
-    assert ((a - b).abs() <= 1e-9 * scale).all(), f"{what}: {(a - b).abs().max() / scale:.2g}"
-
-
-def plain(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if ".pattern." not in f".{k}"}
-
-
-def assert_exact(model: nn.Module, shape: tuple[int, ...], steps: int = 20) -> Compacted:
-    """Function, gradients, training and restoring agree in float64; the model is left untouched."""
-    before = copy.deepcopy(model.state_dict())
-    compacted = compact(model, randn(1, *shape, seed=9, dtype=torch.float64))
-    after = model.state_dict()
-    assert all(torch.equal(before[key], after[key]) for key in before | after)
-    assert all(p.grad is None for p in model.parameters())
-
-    full, small = copy.deepcopy(model), compacted.model
-    assert not {p.data_ptr() for p in small.parameters()} & {
-        p.data_ptr() for p in full.parameters()
-    }
-    test = randn(3, *shape, seed=8, dtype=torch.float64)
-    optimisers = [
-        torch.optim.SGD(m.parameters(), lr=0.02, momentum=0.9, weight_decay=0.01)
-        for m in (full, small)
-    ]
-    for step in range(steps):
-        if step in (0, steps - 1):
-            assert_close(small.eval()(test), full.eval()(test), f"evaluation, step {step}")
-        x = randn(8, *shape, seed=100 + step, dtype=torch.float64)
-        outputs = []
-        for m, optimiser in zip((full, small), optimisers, strict=True):
-            optimiser.zero_grad()
-            outputs.append(m.train()(x).flatten(1))
-            F.cross_entropy(outputs[-1], torch.arange(8) % outputs[-1].shape[1]).backward()
-        assert_close(outputs[1], outputs[0], f"training, step {step}")
-        if step == 0:
-            gradients = {k: p.grad for k, p in full.named_parameters() if p.grad is not None}
-            for key, p in small.named_parameters():
-                assert p.grad is not None or key not in gradients
-                if p.grad is not None:
-                    assert_close(p.grad, part(compacted, key, gradients[key]), f"gradient of {key}")
-        for optimiser in optimisers:
-            optimiser.step()
-    expected, found = plain(full), plain(small)
-    assert expected.keys() == found.keys()
-    for key, value in found.items():
-        assert_close(value, part(compacted, key, expected[key]), f"trained {key}")
-
-    restored = compacted.restore_(copy.deepcopy(model))
-    original = plain(model)
-    for key, value in plain(restored).items():
-        places = compacted.places.get(key, ())
-        assert torch.equal(part(compacted, key, value), found[key])
-        elsewhere = torch.ones_like(value, dtype=torch.bool)
-        elsewhere[torch.meshgrid(*places, indexing="ij") if places else ...] = False
-        assert torch.equal(value[elsewhere], original[key][elsewhere])
-    for name, layer in sc.sparse_layers(restored).items():
-        assert torch.equal(layer.weight, layer.raw_weight), name
-    assert_close(restored.eval()(test), full.eval()(test), "restored")
-    return compacted
-
-
-def kept(compacted: Compacted) -> float:
-    """Share of the weights that is left."""
-    sizes = [layer.weights for layer in compacted.layers.values()]
-    return sum(a for a, _ in sizes) / sum(b for _, b in sizes)
-
-
-CASES: dict[str, tuple[Callable[[], nn.Module], float, tuple[int, int, int], float]] = {
-    "lenet": (small_lenet, 0.01, (1, 8, 8), 0.15),
-    "conv-4": (conv_4_like, 0.01, (1, 8, 8), 0.6),
-    "vgg": (vgg_like, 0.01, (3, 16, 16), 0.5),
-    "resnet-8 A": (resnet_8("A"), 0.005, (3, 16, 16), 0.9),
-    "resnet-8 B": (resnet_8("B"), 0.005, (3, 16, 16), 0.6),
-    "resnet-8 without scale": (resnet_8("3x3", affine=False), 0.005, (3, 16, 16), 0.6),
-    "resnet-8 fresh": (resnet_8("B"), 0.005, (3, 16, 16), 0.5),
-    "vit": (small_vit, 0.03, (3, 16, 16), 0.99),
-    "torchvision vit": (torchvision_vit, 0.03, (3, 16, 16), 0.99),
-    "densenet": (DenseNetLike, 0.005, (3, 16, 16), 0.9),
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors; several threads would wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_small_models_compute_train_and_restore_as_full_ones(case: str) -> None:
-    build, density, shape, at_most = CASES[case]
-    model = ticketed(build, density, shape, biases="fresh" not in case)
-    assert kept(assert_exact(model, shape)) < at_most
-
-
-@pytest.mark.parametrize(
-    ("build", "density"),
-    [
-        (lambda: torchvision.models.resnet18(num_classes=10), 0.001),
-        (bottlenecks, 0.005),
-        (
-            lambda: torchvision.models.mobilenet_v2(num_classes=10, width_mult=0.35, dropout=0.0),
-            0.05,
-        ),
-    ],
-    ids=["resnet18", "resnet of bottlenecks", "mobilenet_v2"],
-)
-def test_torchvision_models(build: Callable[[], nn.Module], density: float) -> None:
-    model = ticketed(build, density, (3, 32, 32))
-    assert kept(assert_exact(model, (3, 32, 32), steps=2)) < 0.95
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_random_networks(seed: int) -> None:
-    model = ticketed(lambda: Tangle(seed), (0.02, 0.05, 0.1, 0.3)[seed % 4], (3, 4, 4), seed)
-    assert_exact(model, (3, 4, 4))
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_folding_keeps_what_evaluation_computes(seed: int) -> None:
-    model = ticketed(lambda: Tangle(seed), (0.02, 0.05, 0.1)[seed % 3], (3, 4, 4), seed)
-    with torch.no_grad():
-        for i, module in enumerate(model.modules()):
-            if isinstance(module, _BatchNorm):
-                module.running_mean.copy_(randn(module.num_features, seed=i))
-                module.running_var.copy_(0.5 + rand(module.num_features, seed=i))
-    x = randn(5, 3, 4, 4, dtype=torch.float64)
-    trains, folds = (compact(model, x[:1], training=training) for training in (True, False))
-    # A layer that is constant as a whole keeps a unit, with all that it reads.
-    assert kept(folds) <= kept(trains) or "the only unit" in str(folds)
-    assert_close(folds.model.eval()(x), model.eval()(x), "evaluation")
 
 
 def reports(compacted: Compacted) -> str:
@@ -729,8 +440,36 @@ def test_restoring_into_another_model_changes_nothing() -> None:
     compacted = compact(model, torch.zeros(1, 3))
     other = with_masks((3, 5, 2), [*rows, "xxx"], ["xxxxx"] * 2, dtype=torch.float32)
     masked = with_masks((3, 4, 2), rows, ["xx..", "xxxx"], dtype=torch.float32)
-    for target, why in ((other, r"0\.bias, 0\.weight, 2\.weight"), (masked, "2 has another mask")):
+    revived = with_masks(
+        (3, 4, 2), ["xxx"] * 4, reads, dtype=torch.float32
+    )  # where nothing is left
+    for target, why in (
+        (other, r"0\.bias, 0\.weight, 2\.weight"),
+        (masked, "2 has another mask"),
+        (revived, "0 has another mask"),
+    ):
         before = copy.deepcopy(target.state_dict())
         with pytest.raises(ValueError, match=why):
             compacted.restore_(target)
         assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+class Counting(nn.Linear):
+    """Has a state that is no tensor."""
+
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: Any) -> None:
+        pass
+
+
+def test_restoring_a_module_whose_name_is_pattern() -> None:
+    model: Any = nn.Sequential()
+    model.pattern, model.head = seeded(lambda: nn.Linear(3, 3)), seeded(lambda: Counting(3, 2))
+    sc.sparsify_(model, "pattern")
+    compacted = compact(model, torch.zeros(1, 3))
+    small: Any = compacted.model
+    small.pattern.bias.data.fill_(7.0)
+    compacted.restore_(model)
+    assert (model.pattern.bias == 7).all()
