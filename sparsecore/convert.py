@@ -83,6 +83,13 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
 
 
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state_dict's tensors without the patterns of sparse layers; they are the model's own."""
+    patterns = tuple(f"{name}.pattern.".lstrip(".") for name in sparse_layers(model))
+    state = model.state_dict()  # get_extra_state may give anything
+    return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(patterns)}
+
+
 def require_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """`sparse_layers`, or a ValueError that says how to get some."""
     layers = sparse_layers(model)

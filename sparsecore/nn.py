@@ -102,19 +102,24 @@ class SparseLayer(nn.Module):
         """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
 
         Weights that stay keep their values, new ones start at 0 or at their entries in `grown`, of the
-        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no plan.
+        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no mask.
         """
         old = self.pattern
-        if not isinstance(old, Planned) or mask.shape != self.weight_shape:
+        if not isinstance(old, Masked | Planned) or mask.shape != self.weight_shape:
             raise ValueError(
-                f"remask_: expected a planned layer and a mask {tuple(self.weight_shape)}, got "
+                f"remask_: expected a layer with a mask {tuple(self.weight_shape)}, got "
                 f"{type(old).__name__} and {tuple(mask.shape)}"
             )
         before, weight = old.mask, self.weight.detach()
         if grown is not None:
             weight = torch.where(before, weight, grown.to(weight))
-        pattern = old.on(mask.to(weight.device))
-        self._become(pattern, pattern.kept(weight))
+        if isinstance(old, Planned):
+            pattern = old.on(mask.to(weight.device))
+            self._become(pattern, pattern.kept(weight))
+        else:
+            masked = Masked(mask.to(weight.device).clone())
+            masked.choice = old.choice
+            self._become(masked, weight.where(masked.mask, 0))
         return before
 
     def _become(self, pattern: nn.Module, parameter: Tensor) -> None:

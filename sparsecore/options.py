@@ -57,7 +57,7 @@ PlanName = Annotated[
     str,
     typer.Option(
         "--plan",
-        help="auto (the fastest), mask, state, csr, compact, block, block:HxW, panel or panel:V.",
+        help="auto (the fastest), mask, state, csr, compact, block, block:HxW, panel, panel:V or semi.",
     ),
 ]
 PlanCache = Annotated[

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -80,11 +81,14 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.entries = self._read()
+
+    def _read(self) -> dict[str, Any]:
         try:
             found = json.loads(self.path.read_text())
         except (OSError, ValueError, RecursionError):
             found = None  # absent or damaged: what it held is measured again
-        self.entries: dict[str, Any] = found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else {}
 
     def get(self, key: str, make: Callable[[], Any], read: Callable[[Any], _T]) -> _T:
         """The entry as `read` understands it, made and written if it is new or `read` does not.
@@ -95,7 +99,8 @@ class Cache:
             return read(self.entries[key])
         except (KeyError, TypeError, ValueError, AttributeError):
             pass  # new, or of another version
-        self.entries[key] = make()
+        made = make()
+        self.entries = self._read() | self.entries | {key: made}  # other programs write it too
         part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -104,7 +109,7 @@ class Cache:
         except OSError:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
-        return read(self.entries[key])
+        return read(made)
 
 
 @functools.cache
@@ -128,7 +133,13 @@ def where(device: torch.device) -> str:
 
 
 def _processor() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()} {torch.get_num_threads()} threads"
+    name = platform.machine()
+    with suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = models[0] if models else name
+    kind = torch.backends.cpu.get_cpu_capability()
+    return f"{name} {kind} {torch.get_num_threads()} threads"
 
 
 def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:

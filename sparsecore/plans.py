@@ -16,7 +16,7 @@ from .convert import require_sparse_layers, sparse_layers
 from .costs import seconds, stored
 from .kernels import Layer
 from .nn import SparseLayer
-from .patterns import Dense, Masked, Planned
+from .patterns import Masked, Planned
 from .planner import PANELS, SIDES, Cache, Choice, cache_of, choose, where
 
 # A step's time over the shortest that still counts as level, and kept shares above which a layer stays a
@@ -75,6 +75,7 @@ def plan_(
     several layers share; nothing changes then, nor after an example that the model refuses.
     """
     found = require_sparse_layers(model)
+    check_plan(plan)
     layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
     if plan == "mask":
         for layer in layers.values():
@@ -101,14 +102,22 @@ def plan_(
     return model
 
 
+def check_plan(plan: str) -> None:
+    """Errors: ValueError for what is no plan at all."""
+    if plan not in ("auto", "mask", "block", "panel") and not kernels.is_format(plan):
+        raise ValueError(
+            f"plan: expected auto, mask, {', '.join(kernels.FORMATS)} (with sides as block:64x64 or "
+            f"panel:64), got {plan!r}"
+        )
+
+
 def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> None:
     """A layer that is to choose by itself, unless its mask says enough."""
     mask = _mask(layer)
     assert mask is not None
     share = int(mask.sum()) / max(mask.numel(), 1)  # exact: a mean in float32 rounds to 1
     if share == 1:
-        layer.unplan_()
-        layer.pattern = Dense()
+        _apply_(layer, Choice((kernels.FLOOR,) * 3, "nothing is pruned: as a dense layer"))
     elif share > _MOSTLY and not measured:
         _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
     else:
@@ -163,8 +172,8 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
     """Lets each layer choose in one training forward, then holds the whole step against a mask everywhere.
 
     What layers hand each other is seen only there: strides that a neighbour has to copy, gradients that one
-    call makes together.  Ties go to the choices, which save memory.  Random state, modes, buffers and
-    gradients are put back.
+    call makes together.  Ties go to the choices, which save memory.  Random state, modes and buffers are
+    put back; gradients of planned layers are dropped.
     """
     layers: dict[str, SparseLayer] = {}
     choices: dict[str, Choice] = {}
@@ -177,7 +186,10 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
             return
         ways = {
             "as measured": choices,
-            "row-major": {n: replace(c, formats=_plain(c.formats)) for n, c in choices.items()},
+            "row-major": {
+                n: c if layers[n].weight_shape[2:] else replace(c, formats=_plain(c.formats))
+                for n, c in choices.items()
+            },
             "mask": {n: replace(c, formats=None) for n, c in choices.items()},
         }
         if ways["row-major"] == choices:
@@ -277,13 +289,14 @@ def remask_(
     masks: Mapping[str, Tensor],
     optimizer: torch.optim.Optimizer | None = None,
 ) -> nn.Module:
-    """Other masks for planned layers, as dynamic sparse training wants them; returns the model.
+    """Other masks for masked or planned layers, as dynamic sparse training wants them; returns the model.
 
     Weights that stay keep their values and, in every state tensor that `optimizer` holds for them, their
-    entries; what has grown starts at 0.  Formats stay, nothing is measured anew.
+    entries; what has grown starts at 0.  Formats stay, nothing is measured anew.  Averages of a planned model
+    (EMA) and optimisers that are not given hold the old places: make them anew.
 
-    Errors: ValueError for a layer that is not there or not planned, or a mask of another shape; nothing
-    changes then.
+    Errors: ValueError for a layer that is not there or has no mask, or a mask of another shape or dtype;
+    nothing changes then.
     """
     layers = sparse_layers(model)
     for name, mask in masks.items():
@@ -291,26 +304,25 @@ def remask_(
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"remask_: expected a bool tensor for {name}, got {found}")
         layer = layers.get(name)
-        planned = layer is not None and isinstance(layer.pattern, Planned)
-        if layer is None or not planned or mask.shape != layer.weight_shape:
+        if layer is None or _mask(layer) is None or mask.shape != layer.weight_shape:
             found = (
                 "no such layer"
                 if layer is None
                 else f"{layer.pattern}, {tuple(layer.weight_shape)}"
             )
             raise ValueError(
-                f"remask_: expected a planned layer {name} of shape {tuple(mask.shape)}, got {found}"
+                f"remask_: expected a layer {name} with a mask of shape {tuple(mask.shape)}, got {found}"
             )
     for name, mask in masks.items():
         layer = layers[name]
         old, size = layer.pattern, layer.raw_weight.shape
-        layer.remask_(mask)
+        stay = layer.remask_(mask) & mask.to(layer.raw_weight.device)
         new = layer.pattern
-        assert isinstance(old, Planned) and isinstance(new, Planned)
         slots = {} if optimizer is None else optimizer.state.get(layer.raw_weight, {})
         for slot, value in slots.items():
             if isinstance(value, Tensor) and value.shape == size:
-                slots[slot] = new.kept(old(value))
+                dense = old(value) if isinstance(old, Planned) else value.where(stay, 0)
+                slots[slot] = new.kept(dense) if isinstance(new, Planned) else dense
     return model
 
 

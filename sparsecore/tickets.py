@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from . import safefile
-from .convert import require_sparse_layers
+from .convert import plain_state, require_sparse_layers
 from .granularity import NM, Block, Granularity, Weight, parse_granularity
 from .patterns import Dense
-from .plans import plan_
+from .plans import check_plan, plan_
 from .sparsities import masks_from_scores, top_k
 
 
@@ -24,11 +24,7 @@ class TicketError(ValueError):
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
     """The model's state_dict under its plain keys (no patterns), as clones on the CPU."""
-    return {
-        key: value.detach().cpu().clone()
-        for key, value in model.state_dict().items()
-        if ".pattern." not in f".{key}"
-    }
+    return {key: value.detach().cpu().clone() for key, value in plain_state(model).items()}
 
 
 @dataclass(frozen=True)
@@ -112,14 +108,15 @@ class Ticket:
             plan: how layers compute, as `plan_` takes it; "mask": a mask over dense weights, "auto": the
                 fastest way.  "block" and "panel" take the ticket's own sides where it has some.
 
-        Errors: TicketError for a ticket of another model; those of `plan_`, which leave it masked.
+        Errors: TicketError for a ticket of another model, ValueError for an unknown plan; other errors of
+        `plan_` leave it masked.
         """
+        check_plan(plan)
         try:
             layers = require_sparse_layers(model)
         except ValueError as error:
             raise TicketError(str(error)) from None
-        state = model.state_dict()
-        own = {key: value for key, value in state.items() if ".pattern." not in f".{key}"}
+        own = plain_state(model)
         found = {name: layer.weight_shape for name, layer in layers.items()}
         _check_names("sparse layers", self.masks, found, subset=True)
         _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
@@ -224,7 +221,8 @@ class Ticket:
 
         Errors: TicketError if the names or shapes are not the ticket's.
         """
-        plain = {key: w for key, w in weights.items() if ".pattern." not in f".{key}"}
+        patterns = tuple(f"{name}.pattern.".lstrip(".") for name in self.masks)
+        plain = {key: w for key, w in weights.items() if not key.startswith(patterns)}
         _check_names("weights", plain, self.weights)
         _check_shapes({key: (w, self.weights[key].shape) for key, w in plain.items()})
         fresh = {key: w.detach().cpu().clone() for key, w in plain.items()}

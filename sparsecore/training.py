@@ -275,7 +275,8 @@ class _Run:
         if meta["run"] != fingerprint:
             raise ValueError(
                 f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
-                f"{fingerprint[:12]}): remove it or name another checkpoint"
+                f"{fingerprint[:12]}): remove it or name another checkpoint; one of a plan that dropped dead "
+                "units goes on under that plan alone"
             )
 
         def part(name: str) -> dict[str, Tensor]:

@@ -14,15 +14,13 @@ from .products import block_forward, block_grad_input, block_grad_values, pack
 def _obstacle(
     device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
 ) -> str | None:
-    if reason := kernel_obstacle(device, dtype):
-        return reason
     if len(sides) != 2 or any(side not in SIDES for side in sides):
         return f"it takes two sides among {', '.join(map(str, SIDES))}, got {'x'.join(map(str, sides))}"
     if layer.groups > 1 and layer.shape[0] // layer.groups % sides[0]:
         return (
             f"its rows of blocks would straddle groups of {layer.shape[0] // layer.groups} outputs"
         )
-    return None
+    return kernel_obstacle(device, dtype)
 
 
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype, sides: tuple[int, int]) -> Storage:

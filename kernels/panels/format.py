@@ -13,13 +13,11 @@ from .products import panel_forward, panel_grad_input, panel_grad_values, panel_
 def _obstacle(
     device: torch.device, layer: Layer, dtype: torch.dtype, sides: tuple[int, ...]
 ) -> str | None:
-    if reason := kernel_obstacle(device, dtype):
-        return reason
     if layer.conv:
         return "it takes linear layers, got a convolution"
     if len(sides) != 1 or sides[0] not in HEIGHTS:
         return f"it takes one height among {', '.join(map(str, HEIGHTS))}, got {sides}"
-    return None
+    return kernel_obstacle(device, dtype)
 
 
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype, sides: tuple[int]) -> Storage:

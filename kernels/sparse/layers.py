@@ -125,19 +125,29 @@ def obstacle(name: str, device: torch.device, layer: Layer, dtype: torch.dtype) 
     return FORMATS[kind].obstacle(device, layer, dtype, **options)
 
 
+def is_format(name: str) -> bool:
+    """Whether a name is a format's, with sides where it takes some."""
+    try:
+        _parsed(name)
+    except ValueError:
+        return False
+    return True
+
+
 def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
     """ "block:64x32" as ("block", {"sides": (64, 32)})."""
-    kind, _, option = name.partition(":")
-    if kind not in FORMATS or bool(option) != (kind in ("block", "panel")):
+    kind, colon, option = name.partition(":")
+    if kind not in FORMATS or bool(colon) != (kind in ("block", "panel")):
         raise ValueError(
-            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64), got {name!r}"
+            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64 or panel:64), got {name!r}"
         )
-    if not option:
+    if not colon:
         return kind, {}
     try:
         return kind, {"sides": tuple(int(side) for side in option.split("x"))}
     except ValueError:
-        raise ValueError(f"format {kind}: expected sides as {kind}:64x64, got {name!r}") from None
+        example = {"block": "block:64x64", "panel": "panel:64"}[kind]
+        raise ValueError(f"format {kind}: expected sides as {example}, got {name!r}") from None
 
 
 # --- Products ---------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    weight = torch.sparse.to_sparse_semi_structured(dense_weight(values, storage, x.dtype))
+    weight = torch.sparse.to_sparse_semi_structured(dense_weight(values, layer, storage, x.dtype))
     return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 

@@ -6,6 +6,8 @@ again, since the values may have changed in between (4 to 12 bytes a kept weight
 product).  dW is made a slab of rows at a time and gathered, so it never exists as a whole; a slab fits
 the cache.  The optimiser sees the kept values alone: its state and its time are theirs.
 
+Where nothing is pruned the values are the dense weight as they are, and nothing is kept or moved.
+
 The dense weight is scratch of these operators: whoever reads it has filled it before.  So a plan is for one
 stream at a time.
 """
@@ -50,10 +52,12 @@ def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | N
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     """[places in the dense weight's storage, dense weight, places in their slab, slab], and slabs' rows and ends.
 
-    A convolution's dW is small and made at once: it has the first two only.
+    A convolution's dW is small and made at once: it has the first two only.  A whole mask has the first.
     """
-    weight = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     index = kept_index(mask)
+    if len(index) == mask.numel():
+        return Storage([index], [])
+    weight = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
     if layer.conv and mask.is_cuda:  # cuDNN's tensor cores want channels last
         weight = weight.contiguous(memory_format=torch.channels_last)
         n, k, r, s = mask.shape
@@ -69,8 +73,14 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     return Storage(tensors, [rows, *itertools.accumulate(slabs)])
 
 
-def dense_weight(values: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor:
+def _whole(storage: Storage) -> bool:
+    return len(storage.tensors) == 1
+
+
+def dense_weight(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
     """The layer's dense weight, holding the values; a new one in another dtype than was prepared for."""
+    if _whole(storage):
+        return values.to(dtype).view(layer.shape)
     index, weight = storage.tensors[:2]
     if weight.dtype != dtype:
         weight = torch.zeros_like(weight, dtype=dtype)
@@ -81,7 +91,7 @@ def dense_weight(values: Tensor, storage: Storage, dtype: torch.dtype) -> Tensor
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    weight = dense_weight(values, storage, x.dtype)
+    weight = dense_weight(values, layer, storage, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if layer.conv:
         return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
@@ -91,7 +101,7 @@ def _forward(
 def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    weight = dense_weight(values, storage, dy.dtype)
+    weight = dense_weight(values, layer, storage, dy.dtype)
     if layer.conv:
         x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
         return conv_backward(dy, x, weight, layer, [True, False, False])[0]
@@ -99,11 +109,14 @@ def _grad_input(
 
 
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
-    out = torch.empty_like(values)
     if layer.conv:
-        weight = storage.tensors[1].to(x.dtype)
-        dw = conv_backward(dy, x, weight, layer, [False, True, False])[1]
-        return _kept(dw, weight, storage.tensors[0], out)
+        whole = _whole(storage)
+        weight = values.view(layer.shape) if whole else storage.tensors[1]
+        dw = conv_backward(dy, x, weight.to(x.dtype), layer, [False, True, False])[1]
+        return _kept(dw, weight, storage, values)
+    if _whole(storage):
+        return (dy.T @ x).flatten().to(values.dtype)
+    out = torch.empty_like(values)
     (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
     slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
     for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
@@ -118,17 +131,20 @@ def _grad_both(
     dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage
 ) -> tuple[Tensor, Tensor]:
     """One call of the library, which then reorders dy once."""
-    weight = dense_weight(values, storage, dy.dtype)
+    weight = dense_weight(values, layer, storage, dy.dtype)
     dx, dw, _ = conv_backward(dy, x, weight, layer, [True, True, False])
-    return dx, _kept(dw, weight, storage.tensors[0], torch.empty_like(values))
+    return dx, _kept(dw, weight, storage, values)
 
 
-def _kept(dw: Tensor, weight: Tensor, index: Tensor, out: Tensor) -> Tensor:
-    """out = the kept entries of a convolution's dW, in the order of its weight's storage."""
+def _kept(dw: Tensor, weight: Tensor, storage: Storage, values: Tensor) -> Tensor:
+    """The kept entries of a convolution's dW, whose weight's storage has them in this order, as values are."""
+    if _whole(storage):
+        return dw.flatten().to(values.dtype)
     strides = zip(dw.stride(), weight.stride(), weight.shape, strict=True)
     if any(found != wanted for found, wanted, size in strides if size > 1):
-        dw = torch.empty_like(weight).copy_(dw)
-    _gather(dw.as_strided((dw.numel(),), (1,)), index, out)
+        dw = torch.empty_like(weight, dtype=dw.dtype).copy_(dw)
+    out = torch.empty_like(values)
+    _gather(dw.as_strided((dw.numel(),), (1,)), storage.tensors[0], out)
     return out
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..convert import require_dense_parameters, require_sparse_layers, sparse_layers
+from ..convert import plain_state, require_dense_parameters, require_sparse_layers, sparse_layers
 from ..nn import SparseLayer
 from ..patterns import Dense, Masked, Planned
 from .groups import Groups, Kept, LayerUnits, keep
@@ -92,7 +92,7 @@ class Compacted:
                 "model still computes; compact with training=True to train and restore"
             )
         require_dense_parameters(full)
-        small, target = _plain_state(self.model), _plain_state(full)
+        small, target = plain_state(self.model), plain_state(full)
         shapes = {key: value.shape for key, value in target.items()}
         if shapes != self.shapes:
             differing = sorted(k for k, _ in shapes.items() ^ self.shapes.items())
@@ -189,7 +189,7 @@ def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compac
         for name, layer in sparse_layers(model).items()
     }
     _check(small, example, traced.output)
-    shapes = {key: value.shape for key, value in _plain_state(model).items()}
+    shapes = {key: value.shape for key, value in plain_state(model).items()}
     masks = {name: _mask(layer).cpu().clone() for name, layer in sparse_layers(model).items()}
     return Compacted(small, reports, places, shapes, masks, tuple(folded))
 
@@ -309,10 +309,3 @@ def _mask(layer: SparseLayer) -> Tensor:
     if isinstance(layer.pattern, Masked | Planned):
         return layer.pattern.mask
     return torch.ones_like(layer.raw_weight, dtype=torch.bool)
-
-
-def _plain_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state_dict's tensors without the patterns of sparse layers; they are the model's own."""
-    patterns = tuple(f"{name}.pattern.".lstrip(".") for name in sparse_layers(model))
-    state = model.state_dict()  # get_extra_state may give anything
-    return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(patterns)}
