@@ -25,6 +25,9 @@ _TILE = 64
 _MANY, _SOME, _FEW = 100, 75, 25
 _TABLE = 1 << 21  # elements of inputs that lie in the level-3 cache
 _SPAN = 512  # tokens of a product that makes dW
+# Values whose pages outnumber what the processor finds without walking tables: writing them out of order is then
+# twice as fast as reading them so.
+_SCATTERED = 1 << 20
 
 
 def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
@@ -36,8 +39,9 @@ def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | N
 
 
 def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
-    """[row offsets, columns] of the weight as [n, inputs * taps], the same of its transpose, and the
-    place among the values of each weight of the transpose; int32 all."""
+    """[row offsets, columns] of the weight as [n, inputs * taps], the same of its transpose, all int32, and
+    the values' way into the transpose: from which place each of its weights comes (int32) or, for many
+    weights, to which place each value goes (int64)."""
     n, k, *filters = check_mask(mask).shape
     taps = filters[0] * filters[1] if filters else 1
     at = mask.flatten().nonzero().squeeze(1)
@@ -45,12 +49,15 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     column += row // (n // layer.groups) * (k * taps)  # a group's part of all inputs
     width = layer.inputs * taps
     column, order = column.int(), torch.sort(column.int(), stable=True).indices
+    way = order.int()
+    if len(order) >= _SCATTERED:
+        way = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
     with warnings.catch_warnings():  # tells once a process that such tensors are in beta
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor([0, 0], [], torch.empty(0), (1, 1))
     rows = [_offsets(row, n), column]
     columns = [_offsets(column, width), row[order].int()]
-    return Storage([*rows, *columns, order.int()], [width])
+    return Storage([*rows, *columns, way], [width])
 
 
 def _offsets(places: Tensor, count: int) -> Tensor:
@@ -65,6 +72,13 @@ def _bags(table: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Ten
     return F.embedding_bag(
         places, table, offsets, mode="sum", per_sample_weights=values, include_last_offset=True
     )
+
+
+def _transposed(values: Tensor, way: Tensor) -> Tensor:
+    """The values in the order of the transpose."""
+    if way.dtype == torch.int64:
+        return torch.empty_like(values).index_copy_(0, way, values)
+    return values.index_select(0, way)
 
 
 def _spmm(dense: Tensor, offsets: Tensor, places: Tensor, values: Tensor) -> Tensor:
@@ -106,8 +120,8 @@ def _forward(
 def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    offsets, places, order = storage.tensors[2:]
-    values = values.to(dy.dtype).index_select(0, order)
+    offsets, places, way = storage.tensors[2:]
+    values = _transposed(values.to(dy.dtype), way)
     if not layer.conv:
         return _spmm(dy.T, offsets, places, values).T
     dx = dy.new_empty(list(shape))

@@ -220,7 +220,8 @@ def _prepared(x: Tensor, plan: Plan, *products: str) -> Tensor:
     """x [T, k], feature-major if all these products want it so: copied once, not in each of them."""
     if plan.layer.conv or not all(plan.product(name)[0].feature_major for name in products):
         return x
-    return x.T.contiguous().T
+    turned = x.T
+    return x if turned.is_contiguous() else turned.contiguous().T
 
 
 def _in_graph(x: Tensor) -> bool:

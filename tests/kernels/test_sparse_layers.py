@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from sparsecore import kernels
 from sparsecore.kernels.formats import Layer
+from sparsecore.kernels.sparse import csr
 from sparsecore.kernels.sparse import layers as sparse_layers
 
 CPU = ["state", "csr", "compact"]
@@ -310,3 +311,17 @@ def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
         plan = kernels.plan_of(mask, format)
         y = kernels.sparse_layer(torch.ones(2, 4), torch.tensor([torch.nan, 1.0]), None, plan)
         assert y[:, 0].isnan().all() and torch.equal(y[:, 1], torch.ones(2))
+
+
+def test_csr_transposes_many_values_another_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = rand(30, 40) < 0.3
+    few = kernels.plan_of(mask, "csr")
+    monkeypatch.setattr(csr, "_SCATTERED", 1)
+    many = kernels.plan_of(mask, "csr")
+    assert many.storages[0].tensors[-1].dtype != few.storages[0].tensors[-1].dtype
+    x, values = randn(7, 40).requires_grad_(), randn(few.nnz)
+    gradients = [
+        torch.autograd.grad(kernels.sparse_layer(x, values, None, plan).square().sum(), x)[0]
+        for plan in (few, many)
+    ]
+    assert torch.equal(*gradients)
