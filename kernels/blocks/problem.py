@@ -127,7 +127,7 @@ def config_of(product: str, unit: Unit, size: int, tokens: int, tiles: int) -> C
         t //= 2
     step = deep * (t + side) * size
     stages = max(2, min(4, _SHARED // step))
-    warps = 8 if side == 128 and size == 2 else 4
+    warps = 8 if side == 128 else 4
     swap = side == 64
     sides = (side, deep) if product == "fwd" else (deep, side)
     return Config(t, *sides, swap, warps, stages)

@@ -172,7 +172,7 @@ def fwd_options(shape: Shape, precision: str) -> tuple[dict[str, Any], dict[str,
     if t > 64 and triton.cdiv(shape.tokens, t) * triton.cdiv(shape.n, v) < PROGRAMS:
         t //= 2
     constants = {"PRECISION": precision, "SWAP": v >= 64, "V": v, "BLOCK_T": t, "BLOCK_C": c}
-    warps = 8 if v == 128 and size == 2 else 4
+    warps = 8 if v == 128 else 4
     return constants, {"num_warps": warps, "num_stages": _stages(c * (t + v) * size)}
 
 
