@@ -179,10 +179,20 @@ def _lenet(batch: int, providers: tuple[str, ...] = _CPU) -> TrainCase:
     )
 
 
+def _whole(model: str, batch: int) -> TrainCase:
+    """Where layers are small, or few of them sparse enough: what "auto" must not make slower."""
+    providers = (DENSE, MASKED, "plan mask", "plan state", "plan auto")
+    return TrainCase(
+        "models", f"model/{model}", model, (3, 32, 32), batch, providers, (0.9, 0.95, 0.99), seconds=40
+    )  # fmt: skip
+
+
 # Steps of large batches take seconds, and measuring them for "plan auto" a minute each.
 CPU = (
     _mlp(128, 30, _AUTOGRAD),
     *(_lenet(batch, _AUTOGRAD if batch == 128 else _CPU) for batch in (128, 256, 512, 2048)),
+    _whole("vit-small", 64),
+    _whole("resnet-20", 128),
     _mlp(512, 40),
     _mlp(256, 30),
     _mlp(2048, 60, sparsities=(0.9, 0.95, 0.98, 0.99), autos=(0.9, 0.98)),

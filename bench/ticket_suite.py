@@ -15,7 +15,7 @@ from .ticket_training import train_case
 
 
 def parts_on(device: torch.device, *, quick: bool) -> tuple[str, ...]:
-    """The parts that a device measures: whole steps of MLPs on the CPU; bf16 models and products on a GPU."""
+    """The parts that a device measures: whole steps on the CPU; bf16 models and products on a GPU."""
     if quick:
         return PARTS
     cases = GPU if device.type == "cuda" else CPU

@@ -191,42 +191,50 @@ class SparseLayer(nn.Module):
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if isinstance(
-            self.pattern, Planned
-        ):  # as under a mask, so that a file does not depend on plans
+        # As under a mask, so that a file does not depend on plans.
+        if isinstance(self.pattern, Planned):
             destination[prefix + "weight"] = self.weight.detach()
             destination[prefix + "pattern.mask"] = self.pattern.mask
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
         mask = state_dict.get(prefix + "pattern.mask")
-        weight = state_dict.get(prefix + "weight")
-        if isinstance(
-            self.pattern, Planned
-        ):  # nothing else would tell: the shapes are those of a mask over a dense weight
-            for key, value in (("weight", weight), ("pattern.mask", mask)):
-                if value is not None and value.shape != self.weight_shape:
-                    rest[-1].append(
-                        f"size mismatch for {prefix}{key}: copying a param with shape {value.shape} "
-                        f"from checkpoint, the shape in current model is {self.weight_shape}."
-                    )
-                    return
-            mask = None if mask is None else mask.bool()
-        elif mask is not None and (mask.dtype != torch.bool or mask.shape != self.weight_shape):
-            mask = None
         if isinstance(self.pattern, Planned):
-            if mask is not None and not torch.equal(
-                mask.to(self.raw_weight.device), self.pattern.mask
-            ):
-                self.remask_(mask)
-            if weight is not None and weight.shape == self.weight_shape:
-                state_dict = {**state_dict, prefix + "weight": self.pattern.kept(weight)}
-        elif mask is not None:
+            errors = self._mismatches(state_dict, prefix)
+            if errors:  # the vector of kept weights would not tell
+                rest[-1].extend(errors)
+                return
+            state_dict = self._planned_state(state_dict, prefix)
+        elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
             self.pattern = Masked(mask.to(self.raw_weight.device).clone())
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if isinstance(self.pattern, Masked):
             with torch.no_grad():
                 self.raw_weight.masked_fill_(~self.pattern.mask, 0)
+
+    def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Errors as torch words them, for a weight or mask of another shape."""
+        found = {key: state_dict.get(prefix + key) for key in ("weight", "pattern.mask")}
+        return [
+            f"size mismatch for {prefix}{key}: copying a param with shape {value.shape} from checkpoint, "
+            f"the shape in current model is {self.weight_shape}."
+            for key, value in found.items()
+            if value is not None and value.shape != self.weight_shape
+        ]
+
+    def _planned_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
+        """Takes over the mask of a masked layer's state; returns the state with the kept weights alone."""
+        assert isinstance(self.pattern, Planned)
+        mask, weight = (state_dict.get(prefix + key) for key in ("pattern.mask", "weight"))
+        if mask is not None:
+            mask = mask.bool().to(self.raw_weight.device)
+            if not torch.equal(mask, self.pattern.mask):
+                self.remask_(mask)
+        return (
+            state_dict
+            if weight is None
+            else {**state_dict, prefix + "weight": self.pattern.kept(weight)}
+        )
 
 
 class SparseLinear(SparseLayer, nn.Linear):

@@ -105,11 +105,7 @@ def recipe_with(recipe: Recipe, pairs: list[str] | None) -> Recipe:
     for key, value in options.items():
         kind = hints[choose("recipe field", key, sorted(hints))]
         if not _fits(value, kind):
-            name = (
-                getattr(kind, "__name__", str(kind))
-                if kind in (int, float, str, bool)
-                else str(kind)
-            )
+            name = kind.__name__ if isinstance(kind, type) else kind
             raise ValueError(f"recipe {key}: expected {name}, got {value!r}")
     if "milestones" in options:
         options["milestones"] = tuple(options["milestones"])

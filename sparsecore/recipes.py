@@ -46,12 +46,20 @@ def build(
 ) -> nn.Module:
     """A freshly initialised dense model for images [C, H, W]; the global generator is left alone.
 
-    Errors: ValueError for an unknown name, listing the valid ones, or a shape the model cannot take.
+    Errors: ValueError for an unknown name, listing the valid ones, a shape or options that the model does
+    not take.
     """
     builder = _builder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return builder(shape, classes, **options)
+        try:
+            return builder(shape, classes, **options)
+        except TypeError as error:
+            if not options:
+                raise
+            raise ValueError(
+                f"{name}: expected options that it takes, got {options}: {error}"
+            ) from None
 
 
 def recipe_for(name: str) -> Recipe:

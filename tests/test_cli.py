@@ -146,6 +146,10 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
         (["search", *SMALL, "--recipe", "speed=9"], "recipe field: expected one of accumulate"),
         (["search", *SMALL, "--recipe", "lr"], "KEY=VALUE"),
         (["search", *SMALL, "--recipe", "lr=-1"], "recipe lr"),
+        (["search", *SMALL, "--recipe", "lr=abc"], "recipe lr: expected float, got 'abc'"),
+        (["search", *SMALL, "--recipe", "batch=1.5"], "recipe batch: expected int, got 1.5"),
+        (["search", *SMALL, "--recipe", "milestones=0.5"], "recipe milestones: expected tuple"),
+        (["search", *SMALL, "--model-option", "speed=9"], "expected options that it takes"),
         (["search", *SMALL, "--layers", "conv*"], "no layer matches"),
         (["search", *SMALL, "--rewind-epochs", "-1"], "rewind epochs"),
         (

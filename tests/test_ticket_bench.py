@@ -98,14 +98,14 @@ def test_the_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert parts_on(HERE, quick=False) == ("mlp", "lenet")
+    assert parts_on(HERE, quick=False) == ("mlp", "lenet", "models")
     assert set(parts_on(torch.device("cuda"), quick=False)) == {"models", "ops", "convs"}
     assert main([*RUN, str(tmp_path), "--parts", "convs"]) == 0
     rows = read(tmp_path / "cpu-ticket-quick.csv")
     assert {row["case"].partition("/")[0] for row in rows} == {"conv"}
     with pytest.raises(SystemExit):
-        main(["run", "--suite", "ticket", "--device", "cpu", "--parts", "models"])
-    assert "expected some of mlp, lenet, got models" in capsys.readouterr().err
+        main(["run", "--suite", "ticket", "--device", "cpu", "--parts", "ops"])
+    assert "expected some of mlp, lenet, models, got ops" in capsys.readouterr().err
 
 
 def test_what_is_captured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

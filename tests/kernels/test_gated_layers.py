@@ -14,11 +14,11 @@ from sparsecore.kernels import (
     choice,
     forget,
     gated_conv2d,
-    gated_layers,
     gated_linear,
     unit_shape,
 )
 from sparsecore.kernels import reference as ref
+from sparsecore.kernels.gated import layers as gated_layers
 from sparsecore.nn import SparseLayer
 from sparsecore.patterns import Gated
 
