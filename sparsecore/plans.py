@@ -1,6 +1,7 @@
 """Plans of whole models: how each masked layer of a ticket computes, what it costs, and why."""
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import kernels
 from .convert import require_sparse_layers, sparse_layers
-from .costs import seconds, stored
+from .costs import rounds, seconds, stored
 from .kernels import Layer
 from .nn import SparseLayer
 from .patterns import Masked, Planned
@@ -196,7 +197,11 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
             del ways["row-major"]
 
         def make() -> dict[str, float]:
-            return {way: _step_time(model, example, layers, made) for way, made in ways.items()}
+            times = dict.fromkeys(ways, math.inf)
+            for _ in rounds(2.0):
+                for way, made in ways.items():
+                    times[way] = min(times[way], _step_time(model, example, layers, made))
+            return times
 
         def read(entry: Any) -> dict[str, float]:
             return {way: float(entry[way]) for way in ways}
@@ -257,7 +262,7 @@ def _step_time(
             torch.autograd.grad(means, parameters, allow_unused=True)
 
     device = _device(model)
-    time = 1e3 * min(seconds(step, device) for _ in range(2))
+    time = 1e3 * seconds(step, device, budget=0.1)
     kinds = ("dense" if choices[name].formats is None else "kept" for name in layers)
     return time + sum(choices[n].update.get(k, 0.0) for n, k in zip(layers, kinds, strict=True))
 

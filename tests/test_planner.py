@@ -9,7 +9,7 @@ from helpers import mlp, rand, randn
 from torch import Tensor
 
 import sparsecore as sc
-from sparsecore import planner
+from sparsecore import costs, planner
 from sparsecore.convert import sparse_layers
 from sparsecore.costs import Facts, Machine, Times, predicted, stored
 from sparsecore.kernels import Layer
@@ -257,3 +257,18 @@ def test_a_step_is_timed_with_every_choice_in_place(cache: Path) -> None:
     ]
     (step,) = steps
     assert {"as measured", "mask"} <= set(step) and all(time > 0 for time in step.values())
+
+
+def test_what_other_programs_add_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, left = [0.0], [0.001, *[0.02] * 4, 0.01, *[0.03] * 20]
+
+    def step() -> None:
+        now[0] += left.pop(0)
+
+    monkeypatch.setattr(costs, "perf_counter", lambda: now[0])
+    assert costs.seconds(step, torch.device("cpu"), budget=0.1) == pytest.approx(0.01)
+    assert len(left) == 19  # the first run is not timed, and the budget ends the others
+
+    assert [step() for _ in costs.rounds(0.05)] == [None] * 2  # two rounds at least
+    left[:] = [0.001] * 9
+    assert [step() for _ in costs.rounds(9.0)] == [None] * 8
