@@ -29,6 +29,9 @@ _WORTH = 0.95  # another format must take less than this share of the floor's ti
 _HOPELESS = 1.6  # what should take this many times the best prediction is not measured
 SIDES = ((128, 128), (64, 64), (32, 32), (16, 16))
 PANELS = (128, 64, 32, 16)
+# Several formats in a layer must save that much over the best one: activations that one wants turned and another
+# does not are copied in between, and each product measures without that.
+_MIXED = 0.9
 _FILL = 0.5  # a block format stores at most this share of padding
 
 
@@ -317,6 +320,11 @@ def _decided(
         fastest = min(names, key=lambda name, i=i: measured[name][i])
         floor = measured["state"][i]
         formats.append(fastest if measured[fastest][i] < _WORTH * floor else "state")
+    alone = min(names, key=lambda name: measured[name].total)
+    alone = alone if measured[alone].total < _WORTH * measured["state"].total else "state"
+    mixed = sum(measured[f][i] for i, f in enumerate(formats))
+    if mixed > _MIXED * measured[alone].total:
+        formats = [alone] * 3
     total = sum(measured[f][i] for i, f in enumerate(formats)) + update["kept"]
     masked = measured["mask"].total + update["dense"]
     dense = measured["dense"].total + update["dense"]

@@ -34,6 +34,13 @@ def test_every_product_takes_its_own_fastest_format() -> None:
     assert "6.2 ms" in reason and "dense*mask 13" in reason and "dense 11" in reason
 
 
+def test_formats_are_mixed_only_for_a_clear_gain() -> None:
+    measured = {
+        "state": Times(2.8, 4, 4), "csr": Times(3, 1, 2), "dense": Times(3, 3, 3), "mask": Times(4, 3, 4),
+    }  # fmt: skip
+    assert _decided(measured, UPDATE, ["state", "csr"])[0] == ("csr",) * 3
+
+
 def test_a_format_must_win_by_more_than_noise() -> None:
     measured = {"state": Times(3, 3, 3), "csr": Times(2.9, 2.9, 2.9), "dense": Times(3, 3, 3)}
     measured["mask"] = Times(4, 3, 4)
