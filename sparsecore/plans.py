@@ -20,9 +20,8 @@ from .nn import SparseLayer
 from .patterns import Masked, Planned
 from .planner import PANELS, SIDES, Cache, Choice, cache_of, choose, where
 
-# A step's time over the shortest that still counts as level, and kept shares above which a layer stays a
-# mask unless it is measured: indices would cost what they save.
-_LEVEL, _MOSTLY = 1.02, 0.6
+# Kept shares above which a layer stays a mask unless it is measured: indices would cost what they save.
+_MOSTLY = 0.6
 
 
 @dataclass(frozen=True)
@@ -173,7 +172,7 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
     """Lets each layer choose in one training forward, then holds the whole step against a mask everywhere.
 
     What layers hand each other is seen only there: strides that a neighbour has to copy, gradients that one
-    call makes together.  Ties go to the choices, which save memory.  Random state, modes and buffers are
+    call makes together.  Random state, modes and buffers are
     put back; gradients of planned layers are dropped.
     """
     layers: dict[str, SparseLayer] = {}
@@ -202,7 +201,7 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
                 for _ in rounds(patience):
                     for way, made in ways.items():
                         times[way] = min(times[way], _step_time(model, example, layers, made))
-                if times["as measured"] <= _LEVEL * min(times.values()):
+                if times["as measured"] == min(times.values()):
                     break  # else the step denies what the layers say, which wants a longer look
             return times
 
@@ -213,13 +212,12 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
         facts = [(n, layers[n].weight_shape, c.formats, c.reason) for n, c in choices.items()]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
         times = cache.get(f"step | {where(_device(model))} | {shapes} | {digest}", make, read)
-    best = min(times.values())
     for layer in sparse_layers(model).values():
         pattern = layer.pattern
         if isinstance(pattern, Planned) and isinstance(pattern.choose, _Chooser):
             # The example does not call it: by its first use there may be an optimiser.
             pattern.choose = replace(pattern.choose, final=True)
-    way = next(way for way in ways if times[way] <= _LEVEL * best)
+    way = min(ways, key=times.__getitem__)
     told = ", ".join(f"{way} {time:.3g}" for way, time in times.items())
     for name, layer in layers.items():
         choice = ways[way][name]
