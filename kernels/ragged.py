@@ -22,9 +22,3 @@ def pieces_of(starts: Tensor, size: int) -> Tensor:
     row = torch.arange(len(counts), device=starts.device).repeat_interleave(counts)
     turn = torch.arange(len(row), device=starts.device) - (counts.cumsum(0) - counts)[row]
     return torch.stack((row, starts[row] + turn * size), 1).int()
-
-
-def imbalance(starts: Tensor) -> float:
-    """Longest row over the mean; 1 if there are no entries."""
-    counts = starts.diff()
-    return float(counts.max()) * len(counts) / float(starts[-1]) if starts[-1] else 1.0

@@ -1,6 +1,6 @@
 """How a kernel is compiled ahead of time, so that its registers and instructions can be counted without a GPU."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any, NamedTuple
 
 
@@ -39,3 +39,29 @@ def static_case(
     return StaticCase(
         name, config, function, signature, dict(constants), attributes, options, gates
     )
+
+
+def product_case(
+    function: Any,
+    family: str,
+    config: str,
+    options: tuple[dict[str, Any], dict[str, int]],
+    types: Mapping[str, str],
+    even: Set[str],
+) -> StaticCase:
+    """A product's kernel with the (constants, compiler options) of its launcher.
+
+    Pointers are bf16 and numbers int32 where `types` says nothing; `even` numbers are multiples of 16, as a
+    launch would see them.
+    """
+    constants, compiler = options
+    signature, attributes = {}, {}
+    for i, arg in enumerate(function.arg_names):
+        pointer = arg.endswith("_ptr")
+        signature[arg] = types.get(arg, "*bf16" if pointer else "i32")
+        if arg in constants:
+            signature[arg] = "constexpr"
+        elif pointer or arg in even:
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    name = f"{family}_" + function.__name__.strip("_").removesuffix("_kernel")
+    return StaticCase(name, config, function, signature, constants, attributes, compiler)

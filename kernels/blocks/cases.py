@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..static import StaticCase
+from ..static import StaticCase, product_case
 from ..units import Unit
 from . import gemm, values, weights
 from .problem import Geometry, Problem
@@ -23,16 +23,7 @@ def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCa
     # A launch sees that these are multiples of 16; sides of images and lengths of lists need not be.
     even = {"T", "P", "N", "K", "DN", "XB", "XH", "XW"}
     even |= {"WN", "WTAP", "width", "split_stride", "size"}
-    signature, attributes = {}, {}
-    for i, arg in enumerate(kernel.arg_names):
-        pointer = arg.endswith("_ptr")
-        signature[arg] = types.get(arg, "*bf16" if pointer else "i32")
-        if arg in constants:
-            signature[arg] = "constexpr"
-        elif pointer or arg in even:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    name = "block_" + kernel.__name__.strip("_").removesuffix("_kernel")
-    return StaticCase(name, what, kernel, signature, constants, attributes, compiler)
+    return product_case(kernel, "block", what, (constants, compiler), types, even)
 
 
 def static_cases() -> list[StaticCase]:

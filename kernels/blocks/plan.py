@@ -9,13 +9,12 @@ one group, as in a convolution's weight.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..ragged import imbalance, longest_first, pieces_of, starts_of
+from ..ragged import longest_first, pieces_of, starts_of
 from .lists import SIDES
 
 TILE = 64  # inputs that one tile of the gradient covers at least: narrower blocks share it
@@ -139,11 +138,6 @@ class BlockPlan:
     def fill(self) -> float:
         """Kept weights over stored ones; 1 if nothing is stored."""
         return self.nnz / max(1, len(self.source)) if self.blocks else 1.0
-
-    @cached_property
-    def imbalance(self) -> float:
-        """Longest row of blocks over the mean; 1 if nothing is stored."""
-        return imbalance(self.rows.start)
 
     def same(self, other: "BlockPlan") -> bool:
         (mine, sides), (theirs, others) = self.flatten(), other.flatten()

@@ -1,6 +1,6 @@
 """Sampling and its backward where every weight has a gate: a stream through memory, block by block.
 
-The formulas are in `gates`, which launches these kernels.
+The formulas are in `launch`, which launches these kernels.
 """
 
 import triton

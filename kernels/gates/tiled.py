@@ -1,6 +1,6 @@
 """Sampling and its backward where weights share a gate (blocks, channels) or compete for one (N:M).
 
-The formulas are in `gates`, which launches these kernels.
+The formulas are in `launch`, which launches these kernels.
 """
 
 import triton

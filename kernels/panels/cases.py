@@ -2,14 +2,13 @@
 
 from typing import Any
 
-from ..static import StaticCase
+from ..static import StaticCase, product_case
 from . import gemm
 from .gemm import Shape
 
 
 def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCase:
     """bf16 activations and packed weights; float32 values, bias and sums."""
-    constants, compiler = options
     single = ("bias", "values", "dvalues", "part")
     types = {f"{name}_ptr": "*fp32" for name in single}
     if kernel is gemm._outer_kernel:
@@ -17,16 +16,7 @@ def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCa
     lists = ("column", "start", "rank", "order", "tile", "source")
     types |= {f"{name}_ptr": "*i32" for name in lists}
     even = {"T", "N", "XK", "DN", "DXK", "span", "split_stride", "size"}  # multiples of 16
-    signature, attributes = {}, {}
-    for i, arg in enumerate(kernel.arg_names):
-        pointer = arg.endswith("_ptr")
-        signature[arg] = types.get(arg, "*bf16" if pointer else "i32")
-        if arg in constants:
-            signature[arg] = "constexpr"
-        elif pointer or arg in even:
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    name = "panel_" + kernel.__name__.strip("_").removesuffix("_kernel")
-    return StaticCase(name, what, kernel, signature, constants, attributes, compiler)
+    return product_case(kernel, "panel", what, options, types, even)
 
 
 def static_cases() -> list[StaticCase]:

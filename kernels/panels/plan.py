@@ -8,12 +8,11 @@ columns and still be a dense operand of tensor cores: 64 x 1 vectors are as fast
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from ..ragged import imbalance, longest_first, pieces_of, starts_of
+from ..ragged import longest_first, pieces_of, starts_of
 
 HEIGHTS = (16, 32, 64, 128)  # of panels; a tile of a product is one panel high
 
@@ -119,11 +118,6 @@ class PanelPlan:
     def fill(self) -> float:
         """Kept weights over stored ones; 1 if nothing is stored."""
         return self.nnz / len(self.source) if self.vectors else 1.0
-
-    @cached_property
-    def imbalance(self) -> float:
-        """Longest panel over the mean; 1 if nothing is stored."""
-        return imbalance(self.start)
 
     def same(self, other: "PanelPlan") -> bool:
         (mine, sides), (theirs, others) = self.flatten(), other.flatten()

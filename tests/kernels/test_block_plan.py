@@ -115,16 +115,15 @@ def test_groups_have_columns_of_their_own(
     check_walk(plan.columns, apart.transpose(1, 2).flatten(2).flatten(0, 1))
 
 
-def test_fill_and_imbalance() -> None:
+def test_fill() -> None:
     mask = torch.zeros(64, 64, dtype=torch.bool)
     plan = BlockPlan.from_mask(mask, (16, 16))
-    assert (plan.blocks, plan.nnz, plan.fill, plan.imbalance) == (0, 0, 1.0, 1.0)
+    assert (plan.blocks, plan.nnz, plan.fill) == (0, 0, 1.0)
     mask[0, :32] = True
     plan = BlockPlan.from_mask(mask, (16, 16))
-    assert (plan.blocks, plan.fill, plan.imbalance) == (2, 1 / 16, 4.0)
+    assert (plan.blocks, plan.fill) == (2, 1 / 16)
     plan = BlockPlan.from_mask(~mask[:20, :20], (16, 16))  # edge blocks are stored whole
     assert (plan.blocks, plan.fill) == (4, 380 / 1024)
-    assert plan.imbalance == 1.0
 
 
 @pytest.mark.gpu
