@@ -259,9 +259,8 @@ class Planned(nn.Module):
     def plan(self, x: Tensor) -> kernels.Plan:
         """The plan for an input; a new compute dtype prepares one, and an open choice is made."""
         dtype = kernels.compute_dtype(x)
-        if (
-            torch.compiler.is_compiling()
-        ):  # nothing can be prepared inside a graph, and all plans compute alike
+        # Nothing can be prepared inside a graph, and all plans compute alike.
+        if torch.compiler.is_compiling():
             return self._plans.get(dtype) or next(iter(self._plans.values()))
         if self.formats is None and self.choose is not None and x.numel():
             self.choice = self.choose(self, x)

@@ -267,9 +267,8 @@ def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) 
 
 def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
     """The same of a dense weight ("dense") or of weight times mask ("mask")."""
-    pattern = (
-        Masked(mask) if name == "mask" else Dense()
-    )  # what such a layer computes with, both ways
+    # What such a layer computes with, both ways.
+    pattern = Masked(mask) if name == "mask" else Dense()
     dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
 
     def forward() -> Tensor:

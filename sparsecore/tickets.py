@@ -126,9 +126,7 @@ class Ticket:
         for layer in layers.values():
             layer.unplan_()
         if weights:
-            state = (
-                model.state_dict()
-            )  # that of the dense parameters, which alone can be written to
+            state = model.state_dict()  # of dense parameters, which alone can be written to
             with torch.no_grad():
                 for key, value in self.weights.items():
                     state[key].copy_(value)
