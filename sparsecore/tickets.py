@@ -82,6 +82,12 @@ class Ticket:
         return parse_granularity(self.meta.get("granularity", "weight"))
 
     @property
+    def finished(self) -> bool:
+        """Whether `weights` are meant to be used as they are: a strong ticket, or one that trained while it
+        was searched."""
+        return bool(self.meta.get("finished", False))
+
+    @property
     def hash(self) -> str:
         """SHA-256 of the masks: equal exactly when they are (ranks of a job compare it)."""
         digest = hashlib.sha256()

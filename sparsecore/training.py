@@ -3,11 +3,12 @@
 import hashlib
 import json
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import islice, pairwise
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,19 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
+
+
+class Step(NamedTuple):
+    """An optimiser step that has just been taken."""
+
+    index: int  # since epoch 0
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    batch: Batch
+
+
+Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
+AfterStep = Callable[[Step], None]
 
 
 @dataclass(frozen=True)
@@ -98,15 +112,15 @@ class Recipe:
 
 @dataclass
 class History:
-    """What a run gave: a record per epoch, and the states asked for."""
+    """What a run gave: a record per epoch (or part of one), and the states asked for."""
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
-    snapshots: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def accuracy(self) -> float:
         """Test accuracy after the last epoch, percent."""
-        return self.epochs[-1]["accuracy"]
+        return self.epochs[-1]["accuracy"]  # a KeyError where there was nothing to test on
 
     @property
     def seconds(self) -> float:
@@ -130,24 +144,32 @@ def evaluate(model: nn.Module, batches: EpochBatches) -> float:
 def train(
     model: nn.Module,
     train_batches: EpochBatches,
-    test_batches: EpochBatches,
+    test_batches: EpochBatches | None,
     recipe: Recipe,
     *,
-    start_epoch: int = 0,
-    stop_epoch: int | None = None,
-    total_epochs: int | None = None,
+    start_epoch: float = 0,
+    stop_epoch: float | None = None,
+    total_epochs: float | None = None,
     seed: int = 0,
-    snapshots: Collection[int] = (),
+    snapshots: Collection[float] = (),
+    penalty: Penalty | None = None,
+    after_step: AfterStep | None = None,
     metrics: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = QUIET,
 ) -> History:
     """Trains from `start_epoch` to `stop_epoch` with a fresh optimiser; the schedule is absolute.
 
+    Epochs may be fractions: 1.5 is the middle of the second epoch, to the nearest batch.
+
     Args:
+        test_batches: None leaves accuracies out.
         total_epochs: the schedule's length, `recipe.epochs` by default.
         seed: of dropout and the like; data order belongs to the batches.
         snapshots: epochs after which the state_dict is kept (rewind points); start_epoch counts.
+        penalty: added to the loss of every step.
+        after_step: called after every step; what it changes has to be in the model's or optimiser's state,
+            so that a run that was killed goes on with it.
         metrics: one JSON line per epoch is appended here.
         checkpoint: written after every epoch; if it exists the run goes on from there, on the CPU
             to exactly the same numbers.
@@ -157,6 +179,7 @@ def train(
     """
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
+    run.penalty, run.after_step = penalty, after_step
     history = History()
     fingerprint = ""
     if checkpoint is not None:
@@ -168,42 +191,68 @@ def train(
         history.epochs = run.load(checkpoint, fingerprint)
     if metrics is not None:
         _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
-    first = start_epoch + len(history.epochs)
-    with progress.task("train", total=(stop - start_epoch) * len(train_batches)) as advance:
-        advance((first - start_epoch) * len(train_batches))
-        for epoch in range(first, stop):
+    parts = _parts(start_epoch, stop, snapshots, len(train_batches))
+    done = len(history.epochs)
+    with progress.task("train", total=sum(part.count for part in parts)) as advance:
+        advance(sum(part.count for part in parts[:done]))
+        for part in parts[done:]:
             start = perf_counter()
             with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
                 # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
-                torch.manual_seed(_mix(seed, epoch))
-                loss = run.epoch(train_batches.epoch(epoch), epoch, advance)
+                torch.manual_seed(_mix(seed, part.epoch, part.first))
+                loss = run.part(train_batches.epoch(part.epoch), part, advance)
             if not math.isfinite(loss):
                 raise TrainingError(
-                    f"epoch {epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
+                    f"epoch {part.epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
                     "add warm-up or clip_norm, or check the data"
                 )
-            record = {
-                "epoch": epoch + 1,
-                "lr": recipe.lr_at(epoch, run.total),
-                "loss": loss,
-                "accuracy": evaluate(run.evaluated, test_batches),
-                "seconds": perf_counter() - start,
-            }
+            record = {"epoch": part.end, "lr": recipe.lr_at(part.epoch, run.total), "loss": loss}
+            if test_batches is not None:
+                record["accuracy"] = evaluate(run.evaluated, test_batches)
+            record["seconds"] = perf_counter() - start
             history.epochs.append(record)
             if metrics is not None:
                 with metrics.open("a") as file:
                     file.write(json.dumps(record) + "\n")
-            if epoch + 1 in snapshots:
-                history.snapshots[epoch + 1] = run.snapshot()
+            if part.end in snapshots:
+                history.snapshots[part.end] = run.snapshot()
             if checkpoint is not None:
                 run.save(checkpoint, fingerprint, history.epochs)
-            advance(0, epoch=epoch + 1, accuracy=record["accuracy"])
+            advance(0, epoch=part.end, **{k: record[k] for k in ("accuracy",) if k in record})
     run.finish()
     return history
 
 
+class _Part(NamedTuple):
+    """The batches first ... last - 1 of an epoch, and the epoch that is reached by then."""
+
+    epoch: int
+    first: int
+    last: int
+    end: float
+
+    @property
+    def count(self) -> int:
+        return self.last - self.first
+
+
+def _parts(start: float, stop: float, between: Collection[float], batches: int) -> list[_Part]:
+    """A run cut at the ends of epochs and wherever a snapshot is due."""
+    whole = range(math.ceil(start), math.floor(stop) + 1)
+    cuts = sorted({start, stop, *whole, *(e for e in between if start < e < stop)})
+    parts = []
+    for a, b in pairwise(cuts):
+        epoch = math.floor(a)
+        first, last = round((a - epoch) * batches), round((b - epoch) * batches)
+        parts.append(_Part(epoch, first, last, b))
+    return parts
+
+
 class _Run:
     """The moving parts of one run: model, optimiser, loss scaler, average."""
+
+    penalty: Penalty | None = None
+    after_step: AfterStep | None = None
 
     def __init__(self, model: nn.Module, recipe: Recipe, total: float, steps: int) -> None:
         self.model, self.recipe, self.total, self.steps = model, recipe, total, max(steps, 1)
@@ -221,16 +270,19 @@ class _Run:
     def evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average
 
-    def epoch(self, batches: Iterator[Batch], epoch: int, advance: Any) -> float:
+    def part(self, batches: Iterator[Batch], part: _Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""
         self.model.train()
         total, count = torch.zeros((), device=self.device), 0
-        for i, (x, y) in enumerate(batches):
+        for i, (x, y) in enumerate(islice(batches, part.first, part.last), part.first):
             for group in self.optimizer.param_groups:
                 # The middle of the step: a warm-up never starts with a step of size 0.
-                group["lr"] = self.recipe.lr_at(epoch + (i + 0.5) / self.steps, self.total)
+                group["lr"] = self.recipe.lr_at(part.epoch + (i + 0.5) / self.steps, self.total)
             total += self._step(x, y) * len(y)
             count += len(y)
+            if self.after_step is not None:
+                index = part.epoch * self.steps + i
+                self.after_step(Step(index, self.model, self.optimizer, (x, y)))
             advance()
         return float(total) / max(count, 1)
 
@@ -245,6 +297,8 @@ class _Run:
             loss = loss * (len(labels) / len(y))
             self.scaler.scale(loss).backward()
             mean += loss.detach()
+        if self.penalty is not None:
+            self.scaler.scale(self.penalty(self.model)).backward()
         if recipe.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
@@ -305,9 +359,10 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return kind(parameters, **options)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """A seed per (seed, epoch), far apart for neighbours."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{epoch}".encode()).digest()[:7], "little")
+def _mix(seed: int, epoch: int, first: int) -> int:
+    """A seed per (seed, epoch, first batch), far apart for neighbours."""
+    text = f"{seed}/{epoch}/{first}" if first else f"{seed}/{epoch}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
 
 
 def _cut_metrics(path: Path, done: set[int]) -> None:

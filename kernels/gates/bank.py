@@ -34,6 +34,7 @@ def sample_gates_ref_(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
     layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
+    trained: bool,
 ) -> None:  # fmt: skip
     spec, covers = GateSpec.of(gate), Unit(*unit)
     step[1] = step[0] + 1
@@ -45,7 +46,9 @@ def sample_gates_ref_(
         noise = out[i] if spare else torch.empty_like(s)
         uniform_(_memory(noise), seeds[i : i + 1], step[1:], layers[i])
         z = project_ref(sample_ref(spec, s, noise), covers)
-        if q:
+        if q and trained:
+            q[i].copy_(z)
+        elif q:
             torch.mul(slope_ref(spec, z, s), weight, out=q[i])
         if spare:
             torch.mul(weight, z, out=out[i])
@@ -54,7 +57,7 @@ def sample_gates_ref_(
         if log_gain.numel():
             gain = log_gain[1, i].exp()
             out[i].mul_(gain)
-            if q:
+            if q and not trained:
                 q[i].mul_(gain)
 
 
@@ -62,6 +65,7 @@ def launch_sample_gates(
     out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
     weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
     layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
+    trained: bool,
 ) -> None:  # fmt: skip
     """K1 for all layers."""
     launch_sample(
@@ -78,9 +82,11 @@ def gates_backward_ref_(
     q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
     gate: list[float], unit: list[int], hints: list[int], fast: bool,
+    trained: bool,
 ) -> None:  # fmt: skip
     """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`.
 
+    Where weights are `trained`, `out`, not needed any more, becomes dR/dweight.
     `pulls`, size d density/ds of each layer, is for `balanced_step_ref_`; kernels compute it twice.
     """
     spec, covers = GateSpec.of(gate), Unit(*unit)
@@ -88,14 +94,22 @@ def gates_backward_ref_(
     for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
         flat = grad.to(torch.float32)
         dot = torch.dot(_memory(flat), _memory(out[i]).to(torch.float32))
-        if q:
+        gain = log_gain[1, i].exp() if log_gain.numel() else None
+        if q and not trained:
             found = grad.mul_(q[i])
         else:
-            noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
-            z = project_ref(sample_ref(spec, s, noise), covers)
+            if q:
+                z = q[i]
+            else:
+                noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
+                z = project_ref(sample_ref(spec, s, noise), covers)
+            if trained:
+                out[i].copy_(apply_ref(flat, z, covers))
             found = slope_ref(spec, z, s).mul_(gather_ref(flat * weight, covers))
-            if log_gain.numel():
-                found.mul_(log_gain[1, i].exp())
+            if gain is not None:
+                found.mul_(gain)
+                if trained:
+                    out[i].mul_(gain)
             found = (grads[i] if covers.single else ds[i]).copy_(found)
         density = density_ref(spec, s)
         pulls[i].copy_(density_slope_ref(spec, s, density))
@@ -113,14 +127,15 @@ def launch_gates_backward(
     q: list[Tensor],
     log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
     gate: list[float], unit: list[int], hints: list[int], fast: bool,
+    trained: bool,
 ) -> None:  # fmt: skip
     """K2 for all layers."""
     launch_backward(
         Segments(*plan, Hints(bool(hints[0]), hints[1])), GateSpec.of(gate), Unit(*unit), grad=grads[0],
         grad_offsets=grad_offsets, weight=weights[0], logits=logits[0], out=out[0],
         q=q[0] if q else None, log_gain=log_gain[1] if log_gain.numel() else None, seed=seeds,
-        step=step[1:], ds=ds[0] if ds else grads[0], dw=None, partials=partials, multi=True,
-        fast=fast,
+        step=step[1:], ds=ds[0] if ds else grads[0], dw=out[0] if trained else None,
+        partials=partials, multi=True, fast=fast,
     )  # fmt: skip
 
 
@@ -189,7 +204,7 @@ _sample = torch.library.custom_op(
 )  # fmt: skip
 _backward = torch.library.custom_op(
     "sparsecore::gates_backward_", gates_backward_ref_, device_types="cpu",
-    mutates_args=("grads", "ds", "pulls", "partials"),
+    mutates_args=("grads", "ds", "pulls", "partials", "out"),
 )  # fmt: skip
 _step = torch.library.custom_op(
     "sparsecore::balanced_step_", balanced_step_ref_, device_types="cpu",
@@ -219,7 +234,7 @@ class GateBank:
     """Logits, Adam's moments, gains and lambda of all layers, and the gated weights they give.
 
     Args:
-        weights: float32, frozen, [n, k] or [n, k, r, s] each, on one device; contiguous or channels_last.
+        weights: float32, [n, k] or [n, k, r, s] each, on one device; contiguous or channels_last.
         start: the logits' first value, one number a group.
         seeds, layers: one number a weight: with the step, the address of its noise.
         groups: for each weight the search it belongs to (several run side by side); ascending from 0.
@@ -229,6 +244,7 @@ class GateBank:
         dtype: of the gated weights.
         out: where the gated weights go, of the weights' shapes, in place of tensors of its own;
             empty where the layers draw by themselves (`begin_`, `take_`).
+        trained: whether the weights train as well: `backward_` then leaves dR/dweight in `out`.
         store_factor: keep q for the backward instead of drawing the noise again (one gate per weight only).
 
     Errors: ValueError for tensors of another kind.
@@ -239,7 +255,7 @@ class GateBank:
         seeds: Sequence[int], layers: Sequence[int], groups: Sequence[int],
         targets: Sequence[float], rule: Rule, weight: float = 0.0, lr: float = 0.1,
         gain_lr: float = 0.01, dtype: torch.dtype = torch.float32, out: Sequence[Tensor] | None = None,
-        store_factor: bool = False, fast: bool = True,
+        trained: bool = False, store_factor: bool = False, fast: bool = True,
     ) -> None:  # fmt: skip
         for w in weights:
             if w.dtype != torch.float32 or not is_dense(w) or w.device != weights[0].device:
@@ -248,7 +264,7 @@ class GateBank:
                     f"with strides {w.stride()} on {w.device}; use .float().contiguous()"
                 )
         device = weights[0].device
-        self.gate, self.unit, self.rule, self.fast = gate, unit, rule, fast
+        self.gate, self.unit, self.rule, self.fast, self.trained = gate, unit, rule, fast, trained
         self.on_cpu = device.type == "cpu"
         self.weights, self.layers, self.groups = list(weights), list(layers), list(groups)
         shapes = [unit_shape(w.shape, unit) for w in weights]
@@ -262,7 +278,8 @@ class GateBank:
             out = [torch.empty_like(w, dtype=dtype) for w in weights]
         self.out = list(out)
         elementwise = unit.single and not unit.keep
-        stored = store_factor and (elementwise or (unit.single and self.on_cpu))
+        # On the CPU q is z itself where weights are trained, which need it for their own gradient.
+        stored = store_factor and (unit.single if self.on_cpu else elementwise and not trained)
         self.q = [torch.empty_like(o) for o in self.out] if stored else []
         self.pulls = [torch.empty_like(s) for s in self.logits] if self.on_cpu else []
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
@@ -294,13 +311,16 @@ class GateBank:
         run(
             self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
             self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
-            self.fast,
+            self.fast, self.trained,
         )  # fmt: skip
         return self.out
 
     @torch.no_grad()
     def backward_(self, grads: Sequence[Tensor]) -> None:
-        """Takes dR/dw_eff of every layer, of w_eff's dtype; the tensors are overwritten."""
+        """Takes dR/dw_eff of every layer, of w_eff's dtype; the tensors are overwritten.
+
+        Where weights are trained, `out` becomes dR/dweight.
+        """
         self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
         if len({g.data_ptr() for g in self.grads}) < len(self.grads):
             self.grads = [g.clone() for g in self.grads]  # autograd may hand out one tensor twice
@@ -312,7 +332,7 @@ class GateBank:
             self.grads, self.ds, self.pulls, self.partials, offsets, self.weights, self.logits,
             self.out, self.q, self.log_gain, self.seeds, self.step, tables,
             self.layers, list(map(float, self.gate)), list(self.unit),
-            _hints(hints, self.grads), self.fast,
+            _hints(hints, self.grads), self.fast, self.trained,
         )  # fmt: skip
 
     @torch.no_grad()

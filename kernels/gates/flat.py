@@ -129,6 +129,8 @@ def backward_flat_kernel(
     grad_ptr, ds_ptr = grad_ptr + grad_offset, ds_ptr + grad_offset
     w_ptr, s_ptr = tensor_of(w_ptr, row, WEIGHT, ALIGNED), tensor_of(s_ptr, row, LOGITS, ALIGNED)
     out_ptr = tensor_of(out_ptr, row, OUT, ALIGNED)
+    if STORE_DW:
+        dw_ptr = tensor_of(dw_ptr, row, OUT, ALIGNED)
     q_ptr = tensor_of(q_ptr, row, FACTOR, ALIGNED)
     zero = tl.zeros([FLAT], dtype=tl.float32)
     task, kept, pull, dot = zero, zero, zero, zero

@@ -68,7 +68,8 @@ def launch_backward(
 ) -> None:  # fmt: skip
     """K2.  grad_offsets: int64 [segments], elements from `grad`; partials: fp32 [programs, 4].
 
-    `step` and `log_gain` start at this step's values: what K1 has stored at [1].
+    `step` and `log_gain` start at this step's values: what K1 has stored at [1].  `dw`, where it is wanted,
+    has the offsets of `out` and may be `out`: each program reads its stretch before it writes there.
     """
     gate = {
         "KIND": spec.kind,

@@ -136,6 +136,8 @@ def backward_tiled_kernel(
         grad_offset = tl.multiple_of(grad_offset, 8)
     grad_ptr += grad_offset
     w_ptr = tensor_of(w_ptr, row, WEIGHT, VECTOR > 1)
+    if STORE_DW:
+        dw_ptr = tensor_of(dw_ptr, row, OUT, VECTOR > 1)
     # One gate per weight: ds may lie where grad lies.  Otherwise it is small and has its own place.
     ds_ptr += grad_offset if KEEP > 0 else tl.load(row + FACTOR)
     s_ptr = tensor_of(s_ptr, row, LOGITS, VECTOR > 1)

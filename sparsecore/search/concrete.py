@@ -24,11 +24,8 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .graph import Feed
+from .protocol import SearchError
 from .steps import FusedStep, LayerwiseStep, ManyStep, PlainStep, SearchStep
-
-
-class SearchError(ValueError):
-    """A search that cannot go on; the message says what to change."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,13 @@ def three_steps(bank: GateBank) -> dict[str, list[Tensor]]:
         out = bank.sample_()
         grads = [randn(*o.shape, seed=10 * t + i).to(o) for i, o in enumerate(out)]
         seen.setdefault("out", []).extend(o.double().cpu() for o in out)
+        z = [o / w for o, w in zip(out, bank.weights, strict=True)]  # times the gain
+        expected = [g * share for g, share in zip(grads, z, strict=True)]
         bank.backward_(grads)
+        if bank.trained:
+            for mine, right in zip(bank.out, expected, strict=True):
+                torch.testing.assert_close(mine, right, rtol=1e-4, atol=1e-5)
+            seen.setdefault("dw", []).extend(o.double().cpu() for o in bank.out)
         seen.setdefault("sums", []).append(bank.sums().double().cpu())
         bank.step_()
         for name, value in bank.tensors().items():
@@ -101,27 +107,32 @@ def agree(mine: Tensor, right: Tensor) -> None:
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
-@pytest.mark.parametrize("stored", [False, True], ids=["recomputed", "stored"])
+@pytest.mark.parametrize("mode", ["recomputed", "stored", "trained"])
 @pytest.mark.parametrize("unit", UNITS.values(), ids=list(UNITS))
 @pytest.mark.parametrize("gate", GATES.values(), ids=list(GATES))
 def test_three_steps_of_two_searches(
     gate: GateSpec,
     unit: Unit,
-    stored: bool,
+    mode: str,
     rule: Rule,
     launched: None,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if stored and not unit.single:
-        stored = False  # nothing to store: the same as recomputed
-    plain = three_steps(bank_on("cpu", gate, unit, rule, store_factor=stored))
+    # Where a gate has several weights there is nothing to store: the same as recomputed.
+    options = {"store_factor": mode == "stored" and unit.single, "trained": mode == "trained"}
+    plain = three_steps(bank_on("cpu", gate, unit, rule, **options))
+    if mode == "trained":  # the CPU's own way keeps z
+        kept = three_steps(bank_on("cpu", gate, unit, rule, trained=True, store_factor=True))
+        for name, values in plain.items():
+            for mine, right in zip(kept[name], values, strict=True):
+                agree(mine, right)
     interpreted(monkeypatch)
-    bank = bank_on(DEVICE, gate, unit, rule, store_factor=stored)
+    bank = bank_on(DEVICE, gate, unit, rule, **options)
     for tensors in (bank.out, bank.ds, bank.q, [bank.partials]):
         for t in tensors:
             t.fill_(float("nan"))  # all of it must be written before it is read
     found = three_steps(bank)
-    again = three_steps(bank_on(DEVICE, gate, unit, rule, store_factor=stored))
+    again = three_steps(bank_on(DEVICE, gate, unit, rule, **options))
     for name, values in found.items():
         for mine, right, twice in zip(values, plain[name], again[name], strict=True):
             agree(mine, right)
@@ -227,6 +238,7 @@ def test_operators_pass_opcheck() -> None:
     sample = (
         bank.out, bank.q, bank.log_gain, bank.step, bank.control, bank.weights, bank.logits,
         bank.seeds, tables, bank.layers, gate, unit, list(hints), True,
+        False,
     )  # fmt: skip
     torch.library.opcheck(gate_bank._sample, sample, test_utils=tests)
     grads = [torch.ones_like(o) for o in bank.out]
@@ -234,6 +246,7 @@ def test_operators_pass_opcheck() -> None:
     backward = (
         grads, bank.ds, bank.pulls, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
         bank.log_gain, bank.seeds, bank.step, tables, bank.layers, gate, unit, list(hints), True,
+        False,
     )  # fmt: skip
     torch.library.opcheck(gate_bank._backward, backward, test_utils=tests)
     step = (
