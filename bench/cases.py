@@ -74,7 +74,7 @@ class StepBench:
             members = [(DENSITY, seed) for seed in range(case.members)]
             self.step = ManyStep(self.search, self.model, gated, members)
         else:
-            self.step = FusedStep(self.search, self.model, gated, DENSITY)
+            self.step = FusedStep(self.search, self.model, gated, [(DENSITY, 0)])
         self.samples = torch.arange(case.batch, device=device)
         self.memory = TeacherMemory(case.batch)
         self.memory.rows = self.samples

@@ -259,7 +259,8 @@ class _Run:
         self.device = next(model.parameters()).device
         if recipe.amp == "fp16" and self.device.type == "cpu":
             raise ValueError("recipe amp: fp16 needs a GPU; use bf16 on the CPU")
-        self.optimizer = _optimizer(model, recipe)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        self.optimizer = optimizer_for(parameters, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.average = None
         if recipe.ema is not None:
@@ -344,11 +345,13 @@ class _Run:
         return meta["epochs"]
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def optimizer_for(
+    parameters: list[nn.Parameter], recipe: Recipe, *, capturable: bool = False
+) -> torch.optim.Optimizer:
+    """A recipe's optimiser; `capturable`: its steps may be part of a CUDA graph."""
     # fused: one pass over weights, gradients and moments
     options: dict[str, Any] = {
-        "lr": recipe.lr,
+        "lr": torch.tensor(recipe.lr, device=parameters[0].device) if capturable else recipe.lr,
         "weight_decay": recipe.weight_decay,
         "fused": True,
     }
@@ -356,7 +359,7 @@ def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
         return torch.optim.SGD(parameters, **options)
     kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, **options)
+    return kind(parameters, capturable=capturable, **options)
 
 
 def _mix(seed: int, epoch: int, first: int) -> int:

@@ -104,7 +104,7 @@ def test_a_step_never_waits_for_the_device(
         batch_statistics(model),
         search._gated(model, sc.sparse_layers(model), 0.1) as gated,
     ):
-        feed = Feed(FusedStep(search, model, gated, 0.1), batches, graph=False)
+        feed = Feed(FusedStep(search, model, gated, [(0.1, 0)]), batches, graph=False)
         feed.begin(0)
         feed()  # allocates
         with NoHostSync():

@@ -209,7 +209,7 @@ def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granulari
         layer.pattern = patterns[name] = Gated(
             shape, search.gate, granularity, density=0.3, layer=i
         )
-    step = PlainStep(search, model, patterns, 0.3)
+    step = PlainStep(search, model, patterns, [(0.3, 0)])
     with torch.no_grad():
         for i, p in enumerate(step.params):
             p += randn(*p.shape, seed=i)
@@ -266,7 +266,7 @@ def test_a_controller_reads_both_norms_and_the_excess(kind: type[SearchStep]) ->
     found = torch.autograd.grad(search.objective(Net(model), batch), logits)
     for gated in patterns.values():
         gated.step -= 1
-    kind(search, model, patterns, 0.1)(batch)
+    kind(search, model, patterns, [(0.1, 0)])(batch)
     weights, target = 384, 1.1 * 0.1 * 384
     reading = control.readings[0]
     assert reading.excess.item() == pytest.approx(100 * (0.1 * weights / target - 1), rel=1e-4)
@@ -296,7 +296,7 @@ def test_the_fused_step_is_the_plain_one(
             layer.pattern = patterns[name] = Gated(
                 layer.raw_weight.shape, gate, granularity, density=0.4, layer=i, gain=True
             )
-        step = kind(search, model, patterns, 0.4)
+        step = kind(search, model, patterns, [(0.4, 0)])
         with torch.no_grad():  # away from the target, where the penalty's sign would be rounding's
             for i, gated in enumerate(patterns.values()):
                 gated.logits += 0.5 + 0.3 * randn(*gated.logits.shape, seed=i)
@@ -360,7 +360,7 @@ def test_many_searches_go_through_convolutions_and_batchnorm() -> None:
 def test_gradbalance_holds_the_density_near_its_target() -> None:
     model = trained_mlp()
     patterns = gates_for(model, 0.1)
-    step = FusedStep(ConcreteSearch(gate=Concrete()), model, patterns, 0.1)
+    step = FusedStep(ConcreteSearch(gate=Concrete()), model, patterns, [(0.1, 0)])
     with batch_statistics(model):
         for epoch in range(40):
             for batch in Blobs().epoch(epoch):

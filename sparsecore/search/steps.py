@@ -21,23 +21,41 @@ from ..objectives import Net, TeacherMemory
 from ..patterns import Gated
 
 if TYPE_CHECKING:
-    from .concrete import ConcreteSearch
+    from .gated import AbstractGateSearch
+
+Members = Sequence[tuple[float, int]]  # density and noise seed of each ticket searched
 
 
 class SearchStep(ABC):
     """A step and the state it carries; `total` [tickets] sums the objective over the steps of an epoch."""
 
     def __init__(
-        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+        self,
+        search: "AbstractGateSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
     ) -> None:
-        self.search, self.gated = search, gated
+        self.search, self.gated, self.members = search, gated, members
         self.net = Net(model)
         self.device = next(iter(gated.values())).logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
         self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
         self.count = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
-        self.target = search.control.target(density) * self.count  # expected weights kept
-        self.total = torch.zeros(1, device=self.device)
+        self.aims: Tensor | None = (
+            None  # [steps, tickets]: expected weights kept, where that changes
+        )
+        self.total = torch.zeros(len(members), device=self.device)
+
+    def first_targets(self) -> list[float]:
+        """Expected weights kept that each ticket's search begins with."""
+        return [self.search.targets(density, 1)[0] * self.count for density, _ in self.members]
+
+    def schedule(self, steps: int) -> None:
+        """Tells how many steps there will be."""
+        if self.search.ramp:
+            aims = [self.search.targets(density, steps) for density, _ in self.members]
+            self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.count
 
     def begin_epoch(self, samples: int | None) -> None:
         """`samples`: how many the data has, if each looks the same in every epoch."""
@@ -76,10 +94,14 @@ class FusedStep(SearchStep):
     """A step whose gates are a `GateBank`: the model computes with weights drawn beforehand."""
 
     def __init__(
-        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+        self,
+        search: "AbstractGateSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
     ) -> None:
-        super().__init__(search, model, gated, density)
-        self._build([(density, search.seed)])
+        super().__init__(search, model, gated, members)
+        self._build()
         self.leaves = [out.detach().requires_grad_() for out in self.bank.out]
         for i, pattern in enumerate(gated.values()):
             pattern.drawn = self.leaves[i]
@@ -87,23 +109,22 @@ class FusedStep(SearchStep):
             if pattern.log_gain is not None:
                 pattern.log_gain.data = self.bank.log_gain[0, i]
 
-    def _build(self, members: Sequence[tuple[float, int]], out: list[Tensor] | None = None) -> None:
-        """The bank of some (density, seed), one after the other, and the teacher's weights."""
-        search = self.search
+    def _build(self, out: list[Tensor] | None = None) -> None:
+        """The bank of all members, one after the other, and the teacher's weights."""
+        search, members = self.search, self.members
         spec, rule = search.gate.spec, search.control.rule
         assert spec is not None
-        self.members = members
         weights = [self._memory(layer.raw_weight.detach()) for layer in self.net.layers.values()]
         self.state: State = search.control.init(self.device)
         self.bank = kernels.GateBank(
             weights * len(members),
             gate=spec,
             unit=search.granularity.unit,
-            start=[search.gate.init(density) for density, _ in members],
+            start=[search.gate.init(search.start_density or density) for density, _ in members],
             seeds=[seed for _, seed in members for _ in weights],
             layers=[*range(len(weights))] * len(members),
             groups=[i for i in range(len(members)) for _ in weights],
-            targets=[search.control.target(density) * self.count for density, _ in members],
+            targets=self.first_targets(),
             # A controller of another kind is asked in every step and its answer held.
             rule=rule or kernels.Rule(1.0, 0.0, 0.0),
             weight=float(self.state["weight"]) if rule else 0.0,
@@ -111,6 +132,7 @@ class FusedStep(SearchStep):
             gain_lr=search.gain_lr,
             dtype=search.dtype,
             out=out,
+            trained=search.trains_weights,
             store_factor=self.device.type == "cpu",
         )
         if search.dtype != torch.float32 or search.channels_last:
@@ -141,10 +163,16 @@ class FusedStep(SearchStep):
         return torch.autograd.grad(loss, self.leaves, allow_unused=True, materialize_grads=True)
 
     def descend(self, batch: Batch) -> Tensor:
+        self._aim()
         self.bank.sample_()
         loss = self.objective(batch)
         self.bank.backward_(self.gradients(loss))
         return self._end(loss)
+
+    def _aim(self) -> None:
+        """The step's targets, read on the device: a graph replays this too."""
+        if self.aims is not None:
+            self.bank.targets.copy_(self.aims.index_select(0, self.bank.step[:1])[0])
 
     def _end(self, loss: Tensor) -> Tensor:
         if self.search.control.rule is None:
@@ -184,10 +212,14 @@ class LayerwiseStep(FusedStep):
     """
 
     def __init__(
-        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+        self,
+        search: "AbstractGateSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
     ) -> None:
-        SearchStep.__init__(self, search, model, gated, density)
-        self._build([(density, search.seed)], [])
+        SearchStep.__init__(self, search, model, gated, members)
+        self._build([])
         self.leaves: list[Tensor] = []
         for i, pattern in enumerate(gated.values()):
             pattern.logits.data = self.bank.logits[i]
@@ -199,6 +231,7 @@ class LayerwiseStep(FusedStep):
                 self.leaves.append(pattern.log_gain)
 
     def descend(self, batch: Batch) -> Tensor:
+        self._aim()
         self.bank.begin_()
         loss = self.objective(batch)
         found = self.gradients(loss)
@@ -211,12 +244,12 @@ class ManyStep(FusedStep):
 
     def __init__(
         self,
-        search: "ConcreteSearch",
+        search: "AbstractGateSearch",
         model: nn.Module,
         gated: dict[str, Gated],
-        members: Sequence[tuple[float, int]],
+        members: Members,
     ) -> None:
-        SearchStep.__init__(self, search, model, gated, members[0][0])
+        SearchStep.__init__(self, search, model, gated, members)
         if search.channels_last or search.control.rule is None:
             raise ValueError(
                 "many searches at once: expected channels_last=False and a controller with a rule, "
@@ -225,8 +258,7 @@ class ManyStep(FusedStep):
         shapes = [layer.raw_weight.shape for layer in self.net.layers.values()]
         count, made = len(members), {"dtype": search.dtype, "device": self.device}
         stacks = [torch.empty(count, *shape, **made) for shape in shapes]
-        self.total = torch.zeros(count, device=self.device)
-        self._build(members, [stack[i] for i in range(count) for stack in stacks])
+        self._build([stack[i] for i in range(count) for stack in stacks])
         self.leaves = [stack.requires_grad_() for stack in stacks]
 
     def _objective(self, batch: Batch) -> Tensor:
@@ -285,9 +317,14 @@ class PlainStep(SearchStep):
     """The same in autograd, one gate pattern at a time, with PyTorch's Adam."""
 
     def __init__(
-        self, search: "ConcreteSearch", model: nn.Module, gated: dict[str, Gated], density: float
+        self,
+        search: "AbstractGateSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
     ) -> None:
-        super().__init__(search, model, gated, density)
+        super().__init__(search, model, gated, members)
+        (self.target,) = self.first_targets()
         for pattern in gated.values():
             pattern.impl = "materialise"  # the one that can be differentiated twice
         self.params = [g.logits for g in gated.values()]
@@ -306,6 +343,7 @@ class PlainStep(SearchStep):
             self.optimizer.state[p] = slots
 
     def descend(self, batch: Batch) -> Tensor:
+        target = self._aim()
         for g in self.gated.values():
             g.step += 1
         loss = self.search.objective(self.net, batch)
@@ -314,7 +352,7 @@ class PlainStep(SearchStep):
         )
         found, follow = grads[: len(self.params)], grads[len(self.params) :]
         kept, pulls = self.sparsity()
-        percent = 100 / self.target  # of excess per weight
+        percent = 100 / target  # of excess per weight
         reading = Reading(_norm(found), percent * _norm(pulls), percent * kept - 100)
         weight, self.state = self.search.control.update(self.state, reading)
         for p, g_task, pull in zip(self.params, found, pulls, strict=True):
@@ -323,6 +361,12 @@ class PlainStep(SearchStep):
             p.grad = grad
         self.optimizer.step()
         return loss.detach()
+
+    def _aim(self) -> Tensor | float:
+        """The step's target."""
+        if self.aims is None:
+            return self.target
+        return self.aims.index_select(0, next(iter(self.gated.values())).step)[0, 0]
 
     @torch.no_grad()
     def sparsity(self) -> tuple[Tensor, list[Tensor]]:

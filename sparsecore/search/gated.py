@@ -1,0 +1,378 @@
+"""What all searches by trained gates share: gates put into a model, epochs of steps, a ticket of the best-scored."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from torch import nn
+
+from .. import checkpoints
+from ..batches import EpochBatches
+from ..control import AbstractController, GradBalance
+from ..convert import batch_statistics, require_dense_parameters
+from ..gates import AbstractGate, Concrete
+from ..granularity import Granularity, Weight
+from ..nn import SparseLayer
+from ..objectives import Objective, TeacherMemory, reverse_kl
+from ..patterns import Gated, Masked
+from ..progress import QUIET, Progress
+from ..sparsities import check_sparsity, masks_from_scores
+from ..tickets import Ticket
+from .graph import Feed
+from .protocol import SearchError, Watch
+from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
+
+Member = tuple[float, int]  # a ticket's sparsity, and the seed of its gates' noise
+
+
+@dataclass(frozen=True)
+class AbstractGateSearch(ABC):
+    """Trains one logit per unit of every sparse layer; a ticket keeps the units with the highest.
+
+    Args:
+        epochs: passes over the batches.
+        lr: Adam's on the logits; times `lr_drop` from the fraction `lr_drop_at` of the search on.
+        gain_lr: Adam's for one gain per layer, log-scaled, which makes up for the signal that the removed
+            weights carried; training takes the gains' place, so they are dropped.  0 leaves them out.
+        start_density: expected share of open gates that the search starts with; None: the ticket's own.
+        ramp: fraction of the search in which the density aimed at falls, exponentially, from `start_density`
+            to the ticket's own; 0: it is the ticket's from the start.
+        seed: of the gates' noise.
+        dtype: in which the networks compute; float32, bfloat16 or float16 (by autocast).
+        channels_last: whether convolutions compute in that memory format.
+        graph: whether a step is one CUDA graph, where the data lies on a GPU.
+
+    Errors: ValueError for a number out of range or another dtype.
+    """
+
+    epochs: int = 10
+    objective: Objective = reverse_kl
+    control: AbstractController = field(default_factory=GradBalance)
+    gate: AbstractGate = field(default_factory=lambda: Concrete(tau=1.0))
+    granularity: Granularity = field(default_factory=Weight)
+    lr: float = 0.1
+    gain_lr: float = 0.01
+    lr_drop: float = 0.1
+    lr_drop_at: float = 0.88
+    start_density: float | None = None
+    ramp: float = 0.0
+    seed: int = 0
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    graph: bool = True
+
+    def __post_init__(self) -> None:
+        start = self.start_density
+        checks = (
+            ("search epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("search lr", self.lr, self.lr > 0, "a positive number"),
+            ("gain_lr", self.gain_lr, self.gain_lr >= 0, "0 (no gains) or more"),
+            ("start_density", start, start is None or 0 < start < 1, "null or 0 < density < 1"),
+            ("ramp", self.ramp, 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
+            (
+                "dtype",
+                self.dtype,
+                self.dtype in (torch.float32, torch.bfloat16, torch.float16),
+                "float32, bfloat16 or float16",
+            ),
+        )
+        for name, value, good, expected in checks:
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """The method's, for the ticket's provenance."""
+
+    @property
+    def trains_weights(self) -> bool:
+        """Whether weights move during the search; they are put back at its end."""
+        return False
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsity: float,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Ticket:
+        """The ticket of exactly the best-scored gates; the model is returned to its former state.
+
+        Args:
+            model: with sparse layers (`sparsify_`), holding the weights the ticket shall start from.
+            sparsity: fraction removed, in (0, 1).
+            checkpoint: written after every epoch; if it exists, the search goes on from there with
+                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+            watch: measured after every epoch with the gates at their mean ("soft") and with the ticket that
+                would be found by then ("hard"); in the provenance under "progress".
+
+        Errors: ValueError for bad arguments; SearchError if the objective is not finite.
+        """
+        members = [(sparsity, self.seed)]
+        return self._find(model, batches, members, progress, checkpoint, watch)[0]
+
+    def _find(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        members: list[Member],
+        progress: Progress,
+        checkpoint: Path | None,
+        watch: Watch | None,
+    ) -> list[Ticket]:
+        layers = require_dense_parameters(model)
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        for sparsity, _ in members:
+            if check_sparsity(sparsity) == 0:
+                raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
+            # A pattern that cannot hold that many weights is told before the search, not after.
+            level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
+            masks_from_scores(level, shapes, sparsity, self.granularity)
+        metas = [self._meta(sparsity, seed) for sparsity, seed in members]
+        facts = (self.lr_drop, self.lr_drop_at, str(self.granularity))
+        run = ""
+        if checkpoint is not None:
+            run = checkpoints.fingerprint(model, batches, *metas, facts)
+        with self._gated(model, layers, self._first_density(members[0][0])) as gated:
+            step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
+            log = _Log(step, self, members, watch)
+            self._run(step, log, batches, run, progress, checkpoint)
+            found = log.scores()
+        tickets = []
+        for i, (scores, meta) in enumerate(zip(found, metas, strict=True)):
+            meta["objective_by_epoch"] = [loss[i] for loss in log.losses]
+            meta["progress"] = log.records[i]
+            ticket = Ticket.from_scores(
+                scores, model, meta["sparsity"], self.granularity, meta=meta
+            )
+            tickets.append(ticket)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return tickets
+
+    def _first_density(self, sparsity: float) -> float:
+        return 1 - sparsity if self.start_density is None else self.start_density
+
+    def targets(self, density: float, steps: int) -> list[float]:
+        """The density that GradBalance and its like aim at in each of `steps` steps, for a ticket of `density`."""
+        first, last = self._first_density(1 - density), density
+        length = self.ramp * steps
+        shares = [min(t / length, 1.0) if length else 1.0 for t in range(steps)]
+        return [self.control.target(first * (last / first) ** share) for share in shares]
+
+    def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
+        meta = {
+            "method": self.name,
+            "objective": self.objective.name,
+            "control": repr(self.control),
+            "gate": repr(self.gate),
+            "sparsity": sparsity,
+            "seed": seed,
+            "search_epochs": self.epochs,
+            "search_lr": self.lr,
+            "gain_lr": self.gain_lr,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        if self.start_density is not None:
+            meta |= {"start_density": self.start_density, "ramp": self.ramp}
+        return meta
+
+    def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
+        """The step that suits the gate, the objective and the device."""
+        if self.fusible:
+            kind = FusedStep if len(members) == 1 else ManyStep
+            return kind(self, model, gated, members)
+        if self.dtype == torch.float32 and not self.channels_last and len(members) == 1:
+            return PlainStep(self, model, gated, members)
+        raise ValueError(
+            "search dtype, channels_last and many: expected float32, False and one search for the "
+            f"objective {self.objective.name} with {self.gate}, which the fused step does not know"
+        )
+
+    @property
+    def fusible(self) -> bool:
+        """Whether `kernels.GateBank` knows the gate and the objective differentiates once."""
+        return self.gate.spec is not None and not self.objective.second_order
+
+    def _run(
+        self,
+        step: SearchStep,
+        log: "_Log",
+        batches: EpochBatches,
+        run: str,
+        progress: Progress,
+        checkpoint: Path | None,
+    ) -> None:
+        """All epochs."""
+        steps, length = self.epochs * len(batches), len(batches)
+        drop_at = int(self.lr_drop_at * steps)
+        step.schedule(steps)
+        done = log.load(checkpoint, run)
+        if done * length > drop_at:
+            step.drop_lr(self.lr_drop)
+        feed = Feed(step, batches, self.graph)
+        with progress.task("search", total=steps) as advance:
+            advance(done * length)
+            for epoch in range(done, self.epochs):
+                start = perf_counter()
+                feed.begin(epoch)
+                for i in range(length):
+                    if epoch * length + i == drop_at:
+                        step.drop_lr(self.lr_drop)
+                    feed()
+                    advance()
+                mean = log.end_epoch(length)
+                log.save(checkpoint, run)
+                advance.describe(objective=mean, seconds=perf_counter() - start)
+
+    @contextmanager
+    def _gated(
+        self, model: nn.Module, layers: dict[str, SparseLayer], density: float
+    ) -> Iterator[dict[str, Gated]]:
+        """Gates in every sparse layer, parameters frozen unless they train; undone on leaving."""
+        patterns = {name: layer.pattern for name, layer in layers.items()}
+        required = {p: p.requires_grad for p in model.parameters()}
+        memory = {p: p.data for p in required}
+        values = {p: p.detach().clone() for p in required} if self.trains_weights else {}
+        gated = {}
+        with batch_statistics(model):
+            try:
+                if not self.trains_weights:
+                    for p in required:
+                        p.requires_grad_(False)
+                for index, (name, layer) in enumerate(layers.items()):
+                    gated[name] = layer.pattern = Gated(
+                        layer.raw_weight.shape,
+                        self.gate,
+                        self.granularity,
+                        density=density,
+                        seed=self.seed,
+                        layer=index,
+                        gain=self.gain_lr > 0,
+                        device=layer.raw_weight.device,
+                    )
+                yield gated
+            finally:
+                for name, layer in layers.items():
+                    layer.pattern = patterns[name]
+                for p, flag in required.items():
+                    p.requires_grad_(flag)
+                    p.data = memory[p]
+                    if p in values:
+                        p.data.copy_(values[p])
+
+
+class _Log:
+    """What a search has found by now: losses and records of its epochs, scores; and its checkpoint."""
+
+    def __init__(
+        self,
+        step: SearchStep,
+        search: AbstractGateSearch,
+        members: list[Member],
+        watch: Watch | None,
+    ) -> None:
+        self.step, self.search, self.members, self.watch = step, search, members, watch
+        self.losses: list[list[float]] = []  # by epoch, the mean objective of each ticket
+        self.records: list[list[dict[str, Any]]] = [[] for _ in members]  # of each ticket, by epoch
+
+    def scores(self) -> list[dict[str, torch.Tensor]]:
+        """Of each ticket, by layer."""
+        return [
+            {name: self.search.gate.score(s.detach()) for name, s in logits.items()}
+            for logits in self.step.logits()
+        ]
+
+    def end_epoch(self, length: int) -> float:
+        """Notes an epoch of `length` steps and returns its mean objective; the epoch's only host sync."""
+        mean = (self.step.total / length).tolist()
+        self.losses.append(mean)
+        if not all(map(math.isfinite, mean)):
+            raise SearchError(
+                f"search epoch {len(self.losses)}: the objective {self.search.objective.name} is not "
+                "finite; check the data and the start weights, or lower lr"
+            )
+        for records, logits in zip(self.records, self.step.logits(), strict=True):
+            records.append(self._record(logits))
+        return sum(mean) / len(mean)
+
+    @torch.no_grad()
+    def _record(self, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+        """Expected sparsity by layer, and what `watch` says of soft gates and of hard ones."""
+        layers, gated = self.step.net.layers, self.step.gated
+        kept, counts = [], []
+        for name, s in logits.items():
+            shape = layers[name].raw_weight.shape
+            sizes = self.search.granularity.sizes(shape).to(s.device)
+            kept.append((self.search.gate.density(s) * sizes).sum())
+            counts.append(shape.numel())
+        kept = torch.stack(kept).tolist()
+        record = {
+            "epoch": len(self.losses),
+            "sparsity": 1 - sum(kept) / sum(counts),
+            "layers": {n: 1 - k / c for n, k, c in zip(gated, kept, counts, strict=True)},
+        }
+        if self.watch is not None:  # of one ticket alone
+            record["soft"] = self._watched(dict.fromkeys(gated))
+            shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+            sparsity = self.members[0][0]
+            record["hard"] = self._watched(
+                masks_from_scores(self.scores()[0], shapes, sparsity, self.search.granularity)
+            )
+        return record
+
+    def _watched(self, masks: dict[str, torch.Tensor] | dict[str, None]) -> float:
+        """`watch` of the network under masks, or with its gates at their mean."""
+        assert self.watch is not None
+        layers = self.step.net.layers
+        drawn = {name: pattern.drawn for name, pattern in self.step.gated.items()}
+        try:
+            for name, pattern in self.step.gated.items():
+                pattern.drawn = None
+                mask = masks[name]
+                if mask is not None:
+                    layers[name].pattern = Masked(mask)
+            return self.watch(self.step.net.model)
+        finally:
+            for name, pattern in self.step.gated.items():
+                pattern.drawn = drawn[name]
+                layers[name].pattern = pattern
+
+    def save(self, path: Path | None, run: str) -> None:
+        if path is None:
+            return
+        tensors = {name: value.contiguous() for name, value in self.step.tensors().items()}
+        memory = self.step.net.memory
+        if memory is not None and memory.table is not None:
+            tensors["teacher"] = memory.table
+        meta = {"epoch": len(self.losses), "losses": self.losses, "records": self.records}
+        checkpoints.write(path, tensors, meta | {"run": run})
+
+    def load(self, path: Path | None, run: str) -> int:
+        """Epochs that an interrupted run has done."""
+        if path is None or not path.exists():
+            return 0
+        tensors, meta = checkpoints.read(path)
+        if meta["run"] != run:
+            raise SearchError(
+                f"{path} belongs to another search: expected the fingerprint {run[:12]} of this "
+                f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
+            )
+        with torch.no_grad():
+            for name, value in self.step.tensors().items():
+                value.copy_(tensors[name])
+        if "teacher" in tensors:
+            self.step.net.memory = TeacherMemory(len(tensors["teacher"]))
+            self.step.net.memory.table = tensors["teacher"].to(self.step.device)
+        self.losses, self.records = meta["losses"], meta["records"]
+        return meta["epoch"]

@@ -1,0 +1,147 @@
+"""Joint Concrete Search: gates and weights train together while the density falls, then the weights are rewound.
+
+Concrete Ticket Search asks which frozen weights make the network work as it is.  A ticket is trained,
+though: what counts is what it can become.  Iterative magnitude pruning finds that out by training to the end
+before each small cut.  Here both happen at once.  Gates start half open, the penalty's target falls
+exponentially to the ticket's density, and the weights follow the task all the while, so each cut is made
+in a network that has adapted to those before.  One search of a few epochs replaces all rounds.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batch
+from ..objectives import Objective, task
+from ..patterns import Gated
+from ..training import Recipe, optimizer_for
+from .gated import AbstractGateSearch
+from .steps import FusedStep, Members, SearchStep
+
+
+@dataclass(frozen=True)
+class JointSearch(AbstractGateSearch):
+    """Finds the ticket of a network while that network trains under its gates; this project's own method.
+
+    The ticket starts from the model's present weights: those that the search trained are dropped.
+
+    Args:
+        objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
+        gain_lr: weights follow, so no gains are needed.
+        recipe: the weights' optimiser, rate (without its schedule; times `lr_drop` with the gates' own),
+            momentum, decay and clip_norm.
+
+    The other fields and errors are those of `AbstractGateSearch`; ValueError also for a gate that kernels
+    do not know, or an objective that differentiates twice.
+    """
+
+    epochs: int = 12
+    objective: Objective = task
+    gain_lr: float = 0.0
+    start_density: float | None = 0.5
+    ramp: float = 0.7
+    recipe: Recipe = field(default_factory=Recipe)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.fusible:
+            raise ValueError(
+                "joint search: expected a gate with a kernel (Concrete, HardConcrete, Gaussian, Bernoulli) and "
+                f"an objective of first order, got {self.gate} and {self.objective.name}"
+            )
+
+    @property
+    def name(self) -> str:
+        return "joint"
+
+    @property
+    def trains_weights(self) -> bool:
+        return True
+
+    def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
+        recipe = self.recipe
+        return super()._meta(sparsity, seed) | {
+            "optimizer": recipe.optimizer,
+            "lr": recipe.lr,
+            "momentum": recipe.momentum,
+            "weight_decay": recipe.weight_decay,
+            "clip_norm": recipe.clip_norm,
+        }
+
+    def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
+        return JointStep(self, model, gated, members)
+
+
+class JointStep(FusedStep):
+    """A fused step after which the weights move too."""
+
+    def __init__(
+        self, search: JointSearch, model: nn.Module, gated: dict[str, Gated], members: Members
+    ) -> None:
+        super().__init__(search, model, gated, members)
+        self.batchwise = True  # the teacher moves: nothing about it can be remembered
+        layers = self.net.layers.values()
+        for layer, weight in zip(layers, self.bank.weights, strict=True):
+            layer.raw_weight.data = weight  # one memory, also where the bank has its own layout
+        gated_weights = [layer.raw_weight for layer in layers]
+        known = set(map(id, gated_weights))
+        self.others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
+        self.weights = [*gated_weights, *self.others]
+        self.clip_norm = search.recipe.clip_norm
+        self.optimizer = optimizer_for(
+            self.weights, search.recipe, capturable=self.device.type == "cuda"
+        )
+        self._make_state()
+
+    def _make_state(self) -> None:
+        """The optimiser's state exists from the start, so that a checkpoint or a graph finds it in its place."""
+        rates = [group["lr"] for group in self.optimizer.param_groups]
+        for p in self.weights:
+            p.grad = torch.zeros_like(p)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rates[0] * 0
+        self.optimizer.step()
+        for slots in self.optimizer.state.values():
+            for value in slots.values():
+                if isinstance(value, Tensor):
+                    value.zero_()
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+
+    def gradients(self, loss: Tensor) -> Sequence[Tensor]:
+        """dR/dw_eff in the bank's order; those of all other parameters go where their optimiser looks."""
+        found = torch.autograd.grad(
+            loss, [*self.leaves, *self.others], allow_unused=True, materialize_grads=True
+        )
+        count = len(self.leaves)
+        for p, grad in zip(self.others, found[count:], strict=True):
+            p.grad = grad
+        return found[:count]
+
+    def descend(self, batch: Batch) -> Tensor:
+        loss = super().descend(batch)
+        # The bank has left dR/dweight where the gated weight was.
+        for p, grad in zip(self.weights, self.bank.out, strict=False):
+            p.grad = grad.detach().to(p.dtype)
+        grads = [p.grad for p in self.weights if p.grad is not None]
+        torch._foreach_div_(grads, self.search.objective.scale)
+        if self.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.weights, self.clip_norm)
+        self.optimizer.step()
+        return loss
+
+    def drop_lr(self, factor: float) -> None:
+        super().drop_lr(factor)
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = super().tensors()
+        for i, p in enumerate(self.weights):
+            found[f"weight/{i}"] = p.detach()
+            slots = self.optimizer.state[p]
+            found |= {f"{k}/{i}": v for k, v in slots.items() if isinstance(v, Tensor)}
+        return found
