@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,11 +16,9 @@ from . import data as datasets
 from .compare import Comparison, check_method
 from .describe import layers_of, plans_of
 from .experiment import (
-    METHODS,
     SANITIES,
     Setup,
     apply_sanity,
-    choose,
     find_ticket,
     model_of,
     plan_for,
@@ -27,34 +26,20 @@ from .experiment import (
     setup_of,
     train_on,
 )
+from .methods import METHODS
 from .options import (
-    ChannelsLast,
-    Control,
     DataDir,
-    DataName,
     Device,
-    GainLr,
-    GranularityName,
     ImageSize,
     Json,
-    LayersGlob,
-    ModelName,
-    ModelOption,
-    Objective,
     PlanCache,
     PlanName,
     RecipeOption,
-    RewindEpochs,
-    SearchBatch,
-    SearchDtype,
-    SearchEpochs,
-    SearchLr,
     Seed,
-    Tau,
     device_of,
     numbers,
     recipe_with,
-    setup_from,
+    with_setup,
 )
 from .progress import Progress
 from .recipes import recipe_for
@@ -84,63 +69,41 @@ def check_folder(path: Path | None) -> None:
 
 
 @app.command()
+@with_setup
 def search(
+    setup: Setup,
+    dataset: Callable[[], datasets.Dataset],
     out: Annotated[Path, typer.Option(help="The ticket file to write.")],
-    model: ModelName = "lenet-300-100",
-    data: DataName = "fashion-mnist",
-    data_dir: DataDir = None,
-    method: Annotated[str, typer.Option(help=f"One of {', '.join(METHODS)}.")] = "cts",
-    objective: Objective = "reverse-kl",
-    control: Control = "gradbalance",
-    granularity: GranularityName = "weight",
-    rewind_epochs: RewindEpochs = 2,
-    search_epochs: SearchEpochs = 10,
-    search_batch: SearchBatch = 512,
-    search_lr: SearchLr = 0.1,
-    gain_lr: GainLr = 0.01,
-    tau: Tau = 1.0,
-    search_dtype: SearchDtype = "fp32",
-    channels_last: ChannelsLast = False,
+    method: Annotated[
+        str,
+        typer.Option(help=f"One of {', '.join(METHODS)}; its own fields as METHOD:KEY=VALUE."),
+    ] = "cts",
     sparsity: Annotated[float, typer.Option(help="Fraction of weights removed, in [0, 1).")] = 0.99,
-    layers: LayersGlob = None,
-    model_option: ModelOption = None,
-    recipe: RecipeOption = None,
-    image_size: ImageSize = None,
+    rounds: Annotated[
+        Path | None, typer.Option(help="Keep the networks that rewinding trains in this folder.")
+    ] = None,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Note test accuracy as the search progresses.")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Train briefly, search there, write the ticket.  Run again after a kill to go on."""
     target = device_of(device)
-    choose("method", method, METHODS)
+    setup.search(method, seed)
     check_sparsity(sparsity)
     check_folder(out)
     check_folder(json_file)
-    setup = setup_from(
-        model,
-        recipe,
-        model_option,
-        data=data,
-        rewind_epochs=rewind_epochs,
-        search_epochs=search_epochs,
-        search_batch=search_batch,
-        search_lr=search_lr,
-        gain_lr=gain_lr,
-        tau=tau,
-        search_dtype=search_dtype,
-        channels_last=channels_last,
-        objective=objective,
-        control=control,
-        granularity=granularity,
-        sparse_layers=layers,
-    )
-    dataset = datasets.load(data, data_dir, image_size=image_size)
+    data = dataset()
+    own = setup.start_of(method)
     dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
     with Progress() as progress:
-        start = rewind_point(setup, dataset, seed, target, progress, dense_part)
+        start = rewind_point(own, data, seed, target, progress, dense_part)
         ticket, seconds = find_ticket(
-            setup, start, dataset, method, sparsity, seed, target, progress, search_part
-        )
+            setup, start, data, method, sparsity, seed, target, progress, search_part,
+            rounds=rounds, watched=watch,
+        )  # fmt: skip
     ticket.save(out)
     dense_part.unlink(missing_ok=True)
     result = {"ticket": str(out), "method": method, "seconds": seconds}
@@ -152,7 +115,10 @@ def search(
 @app.command()
 def train(
     ticket: Annotated[Path, typer.Argument(help="A ticket file.")],
-    epochs: Annotated[int, typer.Option(help="Epochs to train after the rewind point.")] = 12,
+    epochs: Annotated[
+        float | None,
+        typer.Option(help="After the rewind point; default the ticket's own, 0 if it is finished."),
+    ] = None,
     plan: PlanName = "mask",
     cache: PlanCache = None,
     sanity: Annotated[
@@ -177,10 +143,12 @@ def train(
     target = device_of(device)
     for path in (metrics, checkpoint, save, json_file):
         check_folder(path)
-    if epochs < 1:
-        raise ValueError(f"epochs: expected at least 1, got {epochs}")
+    if epochs is not None and not epochs >= 0:
+        raise ValueError(f"epochs: expected at least 0, got {epochs}")
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
+    if epochs is None:
+        epochs = 0 if loaded.finished else setup.train_epochs
     dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
@@ -271,34 +239,22 @@ def plan(
 
 
 @app.command()
+@with_setup
 def compare(
+    setup: Setup,
+    dataset: Callable[[], datasets.Dataset],
     methods: Annotated[
-        str, typer.Option(help="With commas; METHOD+shuffle, +reinit or +invert is a control.")
-    ] = "cts,snip,magnitude,random",
+        str,
+        typer.Option(
+            help="With commas; METHOD:KEY=VALUE sets its own fields, METHOD+shuffle, +reinit or +invert "
+            "is a control."
+        ),
+    ] = "joint,cts,snip,magnitude,random",
     sparsities: Annotated[str, typer.Option(help="With commas.")] = "0.95,0.98,0.99",
     seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")] = Path(
         "runs/compare"
     ),
-    epochs: Annotated[int, typer.Option(help="Epochs to train each ticket.")] = 12,
-    model: ModelName = "lenet-300-100",
-    data: DataName = "fashion-mnist",
-    data_dir: DataDir = None,
-    objective: Objective = "reverse-kl",
-    control: Control = "gradbalance",
-    granularity: GranularityName = "weight",
-    rewind_epochs: RewindEpochs = 2,
-    search_epochs: SearchEpochs = 10,
-    search_batch: SearchBatch = 512,
-    search_lr: SearchLr = 0.1,
-    gain_lr: GainLr = 0.01,
-    tau: Tau = 1.0,
-    search_dtype: SearchDtype = "fp32",
-    channels_last: ChannelsLast = False,
-    layers: LayersGlob = None,
-    model_option: ModelOption = None,
-    recipe: RecipeOption = None,
-    image_size: ImageSize = None,
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
@@ -306,32 +262,11 @@ def compare(
     """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
     target = device_of(device)
     check_folder(json_file)
-    chosen = [check_method(m.strip()) for m in methods.split(",") if m.strip()]
+    chosen = [check_method(setup, m.strip()) for m in methods.split(",") if m.strip()]
     wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
-    if not (chosen and wanted and seeds >= 1 and epochs >= 1):
-        raise ValueError("compare: expected at least one method, sparsity, seed and epoch")
-    setup = setup_from(
-        model,
-        recipe,
-        model_option,
-        data=data,
-        rewind_epochs=rewind_epochs,
-        search_epochs=search_epochs,
-        search_batch=search_batch,
-        search_lr=search_lr,
-        gain_lr=gain_lr,
-        tau=tau,
-        search_dtype=search_dtype,
-        channels_last=channels_last,
-        objective=objective,
-        control=control,
-        granularity=granularity,
-        sparse_layers=layers,
-    )
-    dataset = datasets.load(data, data_dir, image_size=image_size)
-    report(
-        setup, dataset, chosen, wanted, range(seed, seed + seeds), epochs, out, target, json_file
-    )
+    if not (chosen and wanted and seeds >= 1):
+        raise ValueError("compare: expected at least one method, sparsity and seed")
+    report(setup, dataset(), chosen, wanted, range(seed, seed + seeds), out, target, json_file)
 
 
 def report(
@@ -340,13 +275,12 @@ def report(
     methods: list[str],
     sparsities: list[float],
     seeds: range,
-    epochs: int,
     out: Path,
     device: torch.device,
     json_file: Path | None,
 ) -> None:
     """Runs a comparison and shows where everything is."""
-    comparison = Comparison(out, setup, epochs)
+    comparison = Comparison(out, setup)
     with Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
     picture = comparison.plot()
@@ -374,12 +308,13 @@ def demo(
         data="digits",
         recipe=dataclasses.replace(recipe_for("lenet-300-100"), batch=64),
         rewind_epochs=2,
+        train_epochs=40,
         search_epochs=40,  # 23 steps each: the set is small
         search_batch=64,
     )
     dataset = datasets.load("digits")
     methods = ["cts", "cts+shuffle", "snip", "magnitude", "random"]
-    report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), 40, out, target, json_file)  # fmt: skip
+    report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), out, target, json_file)  # fmt: skip
     best = out / "tickets" / f"cts-0.99-{seed}.safetensors"
     console.print(
         "\nTry next:\n"

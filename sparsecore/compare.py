@@ -14,17 +14,16 @@ from rich.table import Table
 from . import safefile
 from .data import Dataset
 from .experiment import (
-    METHODS,
     SANITIES,
     Setup,
     apply_sanity,
-    choose,
     find_ticket,
     model_of,
     new_model,
     rewind_point,
     train_on,
 )
+from .fields import choose
 from .progress import QUIET, Progress
 from .sparsities import check_sparsity
 from .tickets import Ticket, dense_state
@@ -54,14 +53,19 @@ class Cell:
     seed: int
 
     @property
+    def base(self) -> str:
+        """The method without its control."""
+        return self.method.partition("+")[0]
+
+    @property
     def key(self) -> str:
         return f"{self.method}-{self.sparsity:g}-{self.seed}"
 
 
-def check_method(text: str) -> str:
-    """A method, or METHOD+SANITY; ValueError with the valid names otherwise."""
+def check_method(setup: Setup, text: str) -> str:
+    """A method of the setup, or METHOD+SANITY; ValueError with the valid names otherwise."""
     method, _, sanity = text.partition("+")
-    choose("method", method, METHODS)
+    setup.search(method, seed=0)
     if sanity:
         choose("sanity", sanity, SANITIES)
     return text
@@ -73,10 +77,10 @@ class Comparison:
     Cells found in results.csv are not run again.  ValueError if the folder holds another setup.
     """
 
-    def __init__(self, folder: Path, setup: Setup, epochs: int) -> None:
-        self.folder, self.setup, self.epochs = folder, setup, epochs
+    def __init__(self, folder: Path, setup: Setup) -> None:
+        self.folder, self.setup = folder, setup
         (folder / "tickets").mkdir(parents=True, exist_ok=True)
-        wanted = json.loads(json.dumps(asdict(setup) | {"epochs": epochs}))
+        wanted = json.loads(json.dumps(asdict(setup)))
         path = folder / "setup.json"
         if not path.exists():
             path.write_text(json.dumps(wanted, indent=2) + "\n")
@@ -102,7 +106,7 @@ class Comparison:
         for sparsity in sparsities:
             check_sparsity(sparsity)
         for method in methods:
-            check_method(method)
+            check_method(self.setup, method)
         seeds = list(seeds)
         cells = [Cell("dense", 0.0, seed) for seed in seeds]
         cells += [Cell(m, s, seed) for seed in seeds for s in sparsities for m in methods]
@@ -116,17 +120,18 @@ class Comparison:
     def _measure(
         self, cell: Cell, dataset: Dataset, device: torch.device, progress: Progress
     ) -> dict[str, str]:
+        setup, epochs = self.setup, self.setup.train_epochs
         if cell.method == "dense":
-            model = self._start(cell.seed, dataset, device, progress)
+            model = self._start(setup, cell.seed, dataset, device, progress)
             kept, search_seconds = sum(p.numel() for p in model.parameters() if p.ndim > 1), 0.0
         else:
             ticket = self._ticket(cell, dataset, device, progress)
             model = model_of(ticket, dataset, device)
             kept = sum(int(mask.sum()) for mask in ticket.masks.values())
             search_seconds = ticket.meta["search_seconds"]
-        history = train_on(
-            model, self.setup, dataset, self.epochs, seed=cell.seed, progress=progress
-        )
+            setup = setup.start_of(cell.base)
+            epochs = 0 if ticket.finished else setup.train_epochs
+        history = train_on(model, setup, dataset, epochs, seed=cell.seed, progress=progress)
         values = (
             cell.method,
             f"{cell.sparsity:g}",
@@ -148,25 +153,27 @@ class Comparison:
         if path.exists():
             ticket = Ticket.load(path)
         else:
-            model = self._start(cell.seed, dataset, device, progress)
+            start = self.setup.start_of(method)
+            model = self._start(start, cell.seed, dataset, device, progress)
             ticket, seconds = find_ticket(
                 self.setup, model, dataset, method, cell.sparsity, cell.seed, device, progress,
                 checkpoint=path.with_suffix(".checkpoint"),
+                rounds=self.folder / "rounds" / f"{method}-{cell.seed}",
             )  # fmt: skip
             ticket.meta["search_seconds"] = round(seconds, 3)
             ticket.save(path)
         return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
 
     def _start(
-        self, seed: int, dataset: Dataset, device: torch.device, progress: Progress
+        self, setup: Setup, seed: int, dataset: Dataset, device: torch.device, progress: Progress
     ) -> torch.nn.Module:
-        """The seed's rewind point, trained once and kept on disk."""
-        path = self.folder / f"rewind-{seed}.safetensors"
+        """A setup's rewind point, trained once a seed and kept on disk."""
+        path = self.folder / f"rewind-{setup.rewind_epochs:g}-{seed}.safetensors"
         if path.exists():
-            model = new_model(self.setup, dataset, seed)
+            model = new_model(setup, dataset, seed)
             model.load_state_dict(safefile.read(path, kind="weights")[0])
             return model.to(device)
-        model = rewind_point(self.setup, dataset, seed, device, progress)
+        model = rewind_point(setup, dataset, seed, device, progress)
         safefile.write(path, dense_state(model), {}, kind="weights")
         return model
 

@@ -13,63 +13,58 @@ import torch
 from torch import nn
 
 from .compaction import Compacted, compact
-from .control import CONTROLS
 from .convert import Filter, is_prunable, sparsify_
 from .data import Batches, Dataset
-from .gates import Concrete
-from .granularity import parse_granularity
-from .objectives import OBJECTIVES
+from .fields import choose
+from .methods import DTYPES, search_for, split
 from .plans import plan_
 from .progress import QUIET, Progress
 from .recipes import build, recipe_for
-from .scores import SCORES
-from .search import ConcreteSearch, OneShot
+from .search import Search
 from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
-from .training import History, Recipe, train
+from .training import History, Recipe, evaluate, train
 
-METHODS = ("cts", *SCORES)
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SANITIES = ("shuffle", "reinit", "invert")
-
-
-def choose(what: str, name: str, valid: Any) -> str:
-    """`name` if it is one of `valid`, else a ValueError that lists them."""
-    if name not in valid:
-        raise ValueError(f"{what}: expected one of {', '.join(valid)}, got {name!r}")
-    return name
 
 
 @dataclass(frozen=True)
 class Setup:
-    """One model on one data set and how tickets are searched in it.  Errors: ValueError, listing valid names."""
+    """One model on one data set and how tickets are searched and trained in it.
+
+    Args:
+        rewind_epochs: of dense training before the search, fractions too; tickets start there.
+        train_epochs: of training after the rewind point.
+        search_epochs, search_lr, gain_lr, tau, objective, control: of searches by gates; None: the method's.
+        sparse_layers: a glob on layer names; None: every linear layer and convolution.
+
+    Errors: ValueError, listing valid names.
+    """
 
     model: str
     data: str
     recipe: Recipe
     model_options: dict[str, Any] = field(default_factory=dict)
-    rewind_epochs: int = 2
-    search_epochs: int = 10
+    rewind_epochs: float = 2
+    train_epochs: float = 12
+    search_epochs: int | None = None
     search_batch: int = 512
-    search_lr: float = 0.1
-    gain_lr: float = 0.01
-    tau: float = 1.0
+    search_lr: float | None = None
+    gain_lr: float | None = None
+    tau: float | None = None
     search_dtype: str = "fp32"
     channels_last: bool = False
-    objective: str = "reverse-kl"
-    control: str = "gradbalance"
+    objective: str | None = None
+    control: str | None = None
     granularity: str = "weight"
-    sparse_layers: str | None = None  # a glob on layer names; None: every linear and convolution
+    sparse_layers: str | None = None
 
     def __post_init__(self) -> None:
         recipe_for(self.model)  # an unknown model is told at once
-        choose("objective", self.objective, OBJECTIVES)
-        choose("control", self.control, CONTROLS)
-        choose("search dtype", self.search_dtype, _DTYPES)
-        parse_granularity(self.granularity)
-        self.search("cts", seed=0)  # refuses its bad numbers
-        for name, least in (("rewind_epochs", 0), ("search_batch", 1)):
-            if getattr(self, name) < least:
+        choose("search dtype", self.search_dtype, DTYPES)
+        self.search("cts", seed=0)  # refuses its bad names and numbers
+        for name, least in (("rewind_epochs", 0), ("train_epochs", 0), ("search_batch", 1)):
+            if not getattr(self, name) >= least:
                 raise ValueError(
                     f"{name.replace('_', ' ')}: expected at least {least}, got {getattr(self, name)}"
                 )
@@ -78,23 +73,20 @@ class Setup:
     def filter(self) -> Filter:
         return self.sparse_layers or is_prunable
 
-    def search(self, method: str, seed: int) -> ConcreteSearch | OneShot:
-        """The search behind a method's name."""
-        granularity = parse_granularity(self.granularity)
-        if choose("method", method, METHODS) == "cts":
-            return ConcreteSearch(
-                epochs=self.search_epochs,
-                objective=OBJECTIVES[self.objective],
-                control=CONTROLS[self.control](),
-                gate=Concrete(self.tau),
-                granularity=granularity,
-                lr=self.search_lr,
-                gain_lr=self.gain_lr,
-                dtype=_DTYPES[self.search_dtype],
-                channels_last=self.channels_last,
-                seed=seed,
-            )
-        return OneShot(SCORES[method], granularity, seed)
+    @property
+    def total_epochs(self) -> float:
+        """What the schedule of a whole training spans."""
+        return self.rewind_epochs + self.train_epochs
+
+    def search(self, method: str, seed: int) -> Search:
+        """The search behind a method's name, such as `cts` or `ltr:rate=0.3`."""
+        return search_for(self, method, seed)
+
+    def start_of(self, method: str) -> "Setup":
+        """This setup with the method's own rewind point; the schedule's end stays where it is."""
+        if not split(method)[0].from_init or not self.rewind_epochs:
+            return self
+        return replace(self, rewind_epochs=0, train_epochs=self.total_epochs)
 
 
 def new_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
@@ -131,7 +123,7 @@ def rewind_point(
             *loaders(dataset, setup.recipe, seed, device),
             setup.recipe,
             stop_epoch=setup.rewind_epochs,
-            total_epochs=max(setup.recipe.epochs, setup.rewind_epochs),
+            total_epochs=setup.total_epochs,
             seed=seed,
             checkpoint=checkpoint,
             progress=progress,
@@ -149,20 +141,35 @@ def find_ticket(
     device: torch.device,
     progress: Progress = QUIET,
     checkpoint: Path | None = None,
+    *,
+    rounds: Path | None = None,
+    watched: bool = False,
 ) -> tuple[Ticket, float]:
-    """A ticket at the model's present weights with full provenance, and the seconds the search took."""
+    """A ticket at the model's present weights with full provenance, and the seconds the search took.
+
+    Args:
+        rounds: folder for the trained networks of methods that have rounds; other sparsities reuse them.
+        watched: whether the provenance says how test accuracy went as the search progressed.
+    """
     check_sparsity(sparsity)
-    batches = Batches(dataset, "train", setup.search_batch, seed=seed, device=device)
+    setup = setup.start_of(method)
     search = setup.search(method, seed)
+    if rounds is not None and hasattr(search, "rounds"):
+        search = replace(search, rounds=rounds)  # type: ignore[type-var]
+    training, test = loaders(dataset, setup.recipe, seed, device)
+    if not split(method)[0].trains:
+        training = Batches(dataset, "train", setup.search_batch, seed=seed, device=device)
     start = perf_counter()
-    if isinstance(search, ConcreteSearch):
-        ticket = search(model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint)
-    else:
-        ticket = search(model, batches, sparsity=sparsity)
+    ticket = search(
+        model, training, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
+        watch=(lambda net: evaluate(net, test)) if watched else None,
+    )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    seconds = perf_counter() - start
-    return replace(ticket, meta=ticket.meta | {"setup": asdict(setup)}), seconds
+    meta = dict(ticket.meta)
+    # A search that took up what another run had done knows better what all of it took.
+    seconds = meta.pop("search_seconds", perf_counter() - start)
+    return replace(ticket, meta=meta | {"setup": asdict(setup)}), seconds
 
 
 def setup_of(ticket: Ticket) -> Setup:
@@ -183,7 +190,7 @@ def train_on(
     model: nn.Module,
     setup: Setup,
     dataset: Dataset,
-    epochs: int,
+    epochs: float,
     *,
     recipe: Recipe | None = None,
     seed: int = 0,
@@ -193,13 +200,21 @@ def train_on(
 ) -> History:
     """Trains a model at its rewind point for `epochs` more epochs, with a fresh optimiser.
 
-    The schedule is indexed by the absolute epoch: it spans rewind_epochs + epochs.
+    The schedule is indexed by the absolute epoch: it spans rewind_epochs + epochs.  After 0 epochs, for
+    finished tickets, there is the accuracy alone.
     """
     recipe = recipe or setup.recipe
     end = setup.rewind_epochs + epochs
+    train_batches, test_batches = loaders(dataset, recipe, seed, next(model.parameters()).device)
+    if not epochs:
+        start = perf_counter()
+        accuracy = evaluate(model, test_batches)
+        record = {"epoch": end, "accuracy": accuracy, "seconds": perf_counter() - start}
+        return History([record])
     return train(
         model,
-        *loaders(dataset, recipe, seed, next(model.parameters()).device),
+        train_batches,
+        test_batches,
         recipe,
         start_epoch=setup.rewind_epochs,
         stop_epoch=end,

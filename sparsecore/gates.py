@@ -215,3 +215,11 @@ class TopK(AbstractGate):
 
     def score(self, logits: Tensor) -> Tensor:
         return logits.abs()
+
+
+GATES: dict[str, type[AbstractGate]] = {
+    "concrete": Concrete,
+    "hard-concrete": HardConcrete,
+    "gaussian": Gaussian,
+    "bernoulli": Bernoulli,
+}

@@ -1,15 +1,19 @@
 """What the commands share: option types, and the values behind their texts."""
 
-import dataclasses
-import json
+import functools
+import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any
 
 import torch
 import typer
 
-from .experiment import Setup, choose
-from .recipes import recipe_for
+from .data import Dataset, load
+from .experiment import Setup
+from .fields import pairs, replaced
+from .objectives import OBJECTIVES
+from .recipes import PRESETS, recipe_for
 from .training import Recipe
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -28,27 +32,40 @@ ModelOption = Annotated[
 ]
 RecipeOption = Annotated[
     list[str] | None,
-    typer.Option("--recipe", help="KEY=VALUE over the model's training recipe, e.g. lr=0.05."),
+    typer.Option(
+        "--recipe", help="KEY=VALUE over the model's training recipe, e.g. lr=0.05; or stable."
+    ),
 ]
-Objective = Annotated[str, typer.Option(help="What CTS minimises.")]
-Control = Annotated[str, typer.Option(help="gradbalance, lagrangian or fixed.")]
+Objective = Annotated[
+    str | None, typer.Option(help=f"What a search by gates minimises: {', '.join(OBJECTIVES)}.")
+]
+Control = Annotated[
+    str | None, typer.Option(help="gradbalance, lagrangian or fixed=LAMBDA: how sparsity pulls.")
+]
 GranularityName = Annotated[
     str, typer.Option("--granularity", help="weight, block:HxW, vector:V, channel or N:M.")
 ]
-RewindEpochs = Annotated[int, typer.Option(help="Dense epochs before the search.")]
-SearchEpochs = Annotated[int, typer.Option(help="Passes over the data in a CTS search.")]
-SearchBatch = Annotated[int, typer.Option(help="Batch of a CTS search.")]
-SearchLr = Annotated[float, typer.Option(help="Of the gates' Adam; 0.4 for ImageNet.")]
-GainLr = Annotated[
-    float,
-    typer.Option(help="Of a gain per layer in a CTS search; 0, as in the paper: none."),
+RewindEpochs = Annotated[
+    float, typer.Option(help="Dense epochs before the search, fractions too: where tickets start.")
 ]
-Tau = Annotated[float, typer.Option(help="The gates' temperature; 0.6667 in the paper.")]
+TrainEpochs = Annotated[
+    float, typer.Option("--epochs", help="Epochs of training after the rewind point.")
+]
+SearchEpochs = Annotated[
+    int | None, typer.Option(help="Passes over the data in a search by gates.")
+]
+SearchBatch = Annotated[int, typer.Option(help="Batch of a search by gates or scores.")]
+SearchLr = Annotated[float | None, typer.Option(help="Of the gates' Adam; 0.4 for ImageNet.")]
+GainLr = Annotated[
+    float | None,
+    typer.Option(help="Of a gain per layer in a search by gates; 0, as in the papers: none."),
+]
+Tau = Annotated[float | None, typer.Option(help="Of Concrete gates; 0.6667 in the paper.")]
 SearchDtype = Annotated[
-    str, typer.Option(help="fp32, bf16 or fp16: in which a CTS search computes.")
+    str, typer.Option(help="fp32, bf16 or fp16: in which a search by gates computes.")
 ]
 ChannelsLast = Annotated[
-    bool, typer.Option("--channels-last", help="Convolutions of a CTS search in that layout.")
+    bool, typer.Option("--channels-last", help="Convolutions of such a search in that layout.")
 ]
 LayersGlob = Annotated[
     str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
@@ -84,55 +101,76 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def parse_options(pairs: list[str] | None, what: str) -> dict[str, Any]:
-    """KEY=VALUE pairs; a value is JSON where it parses, else a string."""
-    options = {}
-    for pair in pairs or []:
-        key, equals, text = pair.partition("=")
-        if not equals:
-            raise ValueError(f"{what}: expected KEY=VALUE, got {pair!r}")
-        try:
-            options[key] = json.loads(text)
-        except json.JSONDecodeError:
-            options[key] = text
-    return options
+def recipe_with(recipe: Recipe, texts: list[str] | None) -> Recipe:
+    """The recipe as --recipe changes it: `stable`, or fields as KEY=VALUE."""
+    presets = [text for text in texts or [] if text in PRESETS]
+    for preset in presets:
+        recipe = PRESETS[preset](recipe)
+    return replaced(recipe, pairs([t for t in texts or [] if t not in presets], "recipe"), "recipe")
 
 
-def recipe_with(recipe: Recipe, pairs: list[str] | None) -> Recipe:
-    """The recipe with --recipe's fields replaced."""
-    options = parse_options(pairs, "recipe")
-    hints = get_type_hints(type(recipe))
-    for key, value in options.items():
-        kind = hints[choose("recipe field", key, sorted(hints))]
-        if not _fits(value, kind):
-            name = kind.__name__ if isinstance(kind, type) else kind
-            raise ValueError(f"recipe {key}: expected {name}, got {value!r}")
-    if "milestones" in options:
-        options["milestones"] = tuple(options["milestones"])
-    return dataclasses.replace(recipe, **options)
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    """Whether a JSON value is of a field's type; a tuple's is a list of numbers."""
-    if get_origin(kind) is tuple:
-        return isinstance(value, list) and all(_fits(v, float) for v in value)
-    if get_args(kind):
-        return any(_fits(value, k) for k in get_args(kind))
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def setup_from(
-    model: str, recipe: list[str] | None, model_option: list[str] | None, **rest: Any
-) -> Setup:
-    """The setup that options describe; `rest` are fields of Setup as they are."""
-    return Setup(
+def setup_of_options(
+    model: ModelName = "lenet-300-100",
+    data: DataName = "fashion-mnist",
+    data_dir: DataDir = None,
+    objective: Objective = None,
+    control: Control = None,
+    granularity: GranularityName = "weight",
+    rewind_epochs: RewindEpochs = 2,
+    epochs: TrainEpochs = 12,
+    search_epochs: SearchEpochs = None,
+    search_batch: SearchBatch = 512,
+    search_lr: SearchLr = None,
+    gain_lr: GainLr = None,
+    tau: Tau = None,
+    search_dtype: SearchDtype = "fp32",
+    channels_last: ChannelsLast = False,
+    layers: LayersGlob = None,
+    model_option: ModelOption = None,
+    recipe: RecipeOption = None,
+    image_size: ImageSize = None,
+) -> tuple[Setup, Callable[[], Dataset]]:
+    """The setup that options describe, and how its data is loaded."""
+    setup = Setup(
         model=model,
+        data=data,
         recipe=recipe_with(recipe_for(model), recipe),
-        model_options=parse_options(model_option, "model option"),
-        **rest,
+        model_options=pairs(model_option, "model option"),
+        rewind_epochs=rewind_epochs,
+        train_epochs=epochs,
+        search_epochs=search_epochs,
+        search_batch=search_batch,
+        search_lr=search_lr,
+        gain_lr=gain_lr,
+        tau=tau,
+        search_dtype=search_dtype,
+        channels_last=channels_last,
+        objective=objective,
+        control=control,
+        granularity=granularity,
+        sparse_layers=layers,
     )
+    return setup, lambda: load(data, data_dir, image_size=image_size)
+
+
+def with_setup(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command all options of `setup_of_options`; it is called with `setup` and `dataset`, which
+    loads the data, in their place."""
+    shared = inspect.signature(setup_of_options).parameters
+    own = inspect.signature(command).parameters
+    kept = [p for name, p in own.items() if name not in ("setup", "dataset")]
+
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        setup, dataset = setup_of_options(**{name: values.pop(name) for name in shared})
+        command(setup=setup, dataset=dataset, **values)
+
+    # Typer reads a command's options from its signature.
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    parameters = [p.replace(kind=keyword) for p in (*kept, *shared.values())]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
 
 
 def numbers(text: str, what: str) -> list[float]:

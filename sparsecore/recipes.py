@@ -33,6 +33,7 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing=0.1,
     ),
 }
+PRESETS: dict[str, Callable[[Recipe], Recipe]] = {}
 _TORCHVISION = Recipe(lr=0.1, weight_decay=1e-4, batch=256, epochs=90, milestones=(1 / 3, 2 / 3))
 
 

@@ -35,7 +35,9 @@ def test_the_whole_command_line_of_the_paper(ticket: Path, tmp_path: Path) -> No
     out = tmp_path / "t.safetensors"
     flags = ["--method", "cts", "--objective", "reverse-kl", "--control", "gradbalance"]
     assert main([*SEARCH, *flags, "--granularity", "weight", "--out", str(out)]) == 0
-    assert out.read_bytes() == ticket.read_bytes()  # the defaults, and the same numbers again
+    again, first = Ticket.load(out), Ticket.load(ticket)
+    assert again.meta["objective_by_epoch"] == first.meta["objective_by_epoch"]  # the defaults
+    assert again.hash == first.hash
 
 
 KILLED = """
@@ -131,7 +133,7 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["search", *SMALL, "--method", "luck"], "one of cts, random, magnitude, snip, got 'luck'"),
+        (["search", *SMALL, "--method", "luck"], "magnitude, snip, got 'luck'"),
         (["search", *SMALL, "--model", "lenet"], "one of lenet-300-100, conv-4"),
         (["search", *SMALL, "--objective", "kl"], "reverse-kl"),
         (["search", *SMALL, "--control", "pid"], "gradbalance, lagrangian, fixed"),
@@ -158,7 +160,7 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
         ),
         (["search", *SMALL[:2], "--out", "/nowhere/x"], "its folder does not exist"),
         (["train", "missing.safetensors"], "nothing there"),
-        (["train", "missing.safetensors", "--epochs", "0"], "at least 1"),
+        (["train", "missing.safetensors", "--epochs", "-1"], "at least 0"),
         (["info", "missing.safetensors"], "nothing there"),
         (["compare", "--methods", "cts+luck"], "shuffle, reinit, invert"),
         (["compare", "--sparsities", "a,b"], "numbers with commas"),

@@ -1,7 +1,17 @@
 """Searches: values with one signature, `search(model, batches, *, sparsity) -> Ticket`."""
 
 from .concrete import ConcreteSearch
+from .joint import JointSearch
 from .one_shot import OneShot
 from .protocol import Search, SearchError, Watch
+from .strong import StrongSearch
 
-__all__ = ["ConcreteSearch", "OneShot", "Search", "SearchError", "Watch"]
+__all__ = [
+    "ConcreteSearch",
+    "JointSearch",
+    "OneShot",
+    "Search",
+    "SearchError",
+    "StrongSearch",
+    "Watch",
+]

@@ -1,15 +1,17 @@
 """OneShot: score every weight once, keep the best."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
-from ..batches import Batch
+from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
+from ..progress import QUIET, Progress
 from ..scores import Score
 from ..tickets import Ticket
+from .protocol import Watch
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,16 @@ class OneShot:
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
 
-    def __call__(self, model: nn.Module, batches: Iterable[Batch], *, sparsity: float) -> Ticket:
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsity: float,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Ticket:
         """A ticket that keeps the globally best-scored weights and starts from the model's weights.
 
         Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores.

@@ -1,0 +1,102 @@
+"""Fields of frozen values, from the KEY=VALUE texts of a command line."""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from .control import CONTROLS, AbstractController
+from .gates import GATES, AbstractGate
+from .objectives import OBJECTIVES, Objective
+
+T = TypeVar("T")
+
+
+def choose(what: str, name: str, valid: Any) -> str:
+    """`name` if it is one of `valid`, else a ValueError that lists them."""
+    if name not in valid:
+        raise ValueError(f"{what}: expected one of {', '.join(valid)}, got {name!r}")
+    return name
+
+
+def pairs(texts: list[str] | None, what: str) -> dict[str, Any]:
+    """KEY=VALUE texts; a value is JSON where it parses, else a string."""
+    options = {}
+    for text in texts or []:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"{what}: expected KEY=VALUE, got {text!r}")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:
+            options[key] = value
+    return options
+
+
+def objective_of(text: str) -> Objective:
+    """An objective by name."""
+    return OBJECTIVES[choose("objective", text, OBJECTIVES)]
+
+
+def control_of(text: str) -> AbstractController:
+    """A controller by name, or NAME=NUMBER for its first field, such as fixed=0.5."""
+    return _named("control", text, CONTROLS)
+
+
+def gate_of(text: str) -> AbstractGate:
+    """A gate by name, or NAME=NUMBER for its first field, such as gaussian=0.25."""
+    return _named("gate", text, GATES)
+
+
+_MAKERS = {Objective: objective_of, AbstractController: control_of, AbstractGate: gate_of}
+
+
+def replaced(value: T, options: Mapping[str, Any], what: str) -> T:
+    """The frozen dataclass `value` with fields from `pairs`.
+
+    Errors: ValueError for an unknown field or a value of another type.
+    """
+    hints = {key: hint for key, hint in get_type_hints(type(value)).items() if _settable(hint)}
+    made = {}
+    for key, text in options.items():
+        hint = hints[choose(f"{what} field", key, sorted(hints))]
+        if hint in _MAKERS:
+            made[key] = _MAKERS[hint](str(text))
+        elif _fits(text, hint):
+            made[key] = tuple(text) if isinstance(text, list) else text
+        else:
+            name = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{what} {key}: expected {name}, got {text!r}")
+    return dataclasses.replace(value, **made)  # type: ignore[type-var]
+
+
+def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
+    name, equals, number = text.partition("=")
+    make = table[choose(what, name, table)]
+    if not equals:
+        return make()
+    try:
+        return make(float(number))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"{what} {name}: expected a number it takes, got {number!r} ({error})"
+        ) from None
+
+
+def _settable(hint: Any) -> bool:
+    if hint in _MAKERS or hint in (int, float, bool, str, type(None)):
+        return True
+    if get_origin(hint) is tuple:
+        return all(_settable(kind) for kind in get_args(hint) if kind is not Ellipsis)
+    return bool(get_args(hint)) and any(kind in (int, float, bool, str) for kind in get_args(hint))
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of a field's type; a tuple's is a list of numbers."""
+    if get_origin(hint) is tuple:
+        return isinstance(value, list) and all(_fits(v, float) for v in value)
+    if get_args(hint):
+        return any(_fits(value, kind) for kind in get_args(hint))
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(hint, type) and isinstance(value, (int, float) if hint is float else hint)

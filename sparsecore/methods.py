@@ -1,0 +1,108 @@
+"""Search methods by name, as the command line and comparisons know them: `cts`, `ltr:rate=0.3`, ..."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+
+from .fields import choose, control_of, objective_of, pairs, replaced
+from .gates import Concrete
+from .granularity import parse_granularity
+from .scores import SCORES
+from .search import (
+    ConcreteSearch,
+    JointSearch,
+    OneShot,
+    Search,
+    StrongSearch,
+)
+from .search.gated import AbstractGateSearch
+
+if TYPE_CHECKING:
+    from .experiment import Setup
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+G = TypeVar("G", bound=AbstractGateSearch)
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a name becomes a search.
+
+    Args:
+        build: the search for a setup and a seed.
+        says: one line for users.
+        from_init: it looks at initial weights, whatever the setup's rewind point; what the setup trains before
+            that point then belongs to the ticket's own training.
+        trains: its batches are those of training, augmentation included, and not a search's.
+    """
+
+    build: "Callable[[Setup, int], Search]"
+    says: str
+    from_init: bool = False
+    trains: bool = False
+
+
+def _with_gates(search: G, setup: "Setup", seed: int) -> G:
+    """A gate search with what the setup says about all of them; None: the method's own."""
+    options: dict[str, Any] = {
+        "epochs": setup.search_epochs,
+        "lr": setup.search_lr,
+        "gain_lr": setup.gain_lr,
+        "granularity": parse_granularity(setup.granularity),
+        "dtype": DTYPES[setup.search_dtype],
+        "channels_last": setup.channels_last,
+        "seed": seed,
+    }
+    if setup.objective is not None:
+        options["objective"] = objective_of(setup.objective)
+    if setup.control is not None:
+        options["control"] = control_of(setup.control)
+    if setup.tau is not None and isinstance(search.gate, Concrete):
+        options["gate"] = Concrete(setup.tau)
+    given = {key: value for key, value in options.items() if value is not None}
+    return replace(search, **given)
+
+
+def _one_shot(score: str) -> Method:
+    says = {
+        "random": "uniform noise: the floor that any method has to beat",
+        "magnitude": "the largest weights at the rewind point",
+        "snip": "|gradient x weight| over one pass of the data",
+    }
+    return Method(
+        lambda setup, seed: OneShot(SCORES[score], parse_granularity(setup.granularity), seed),
+        says[score],
+    )
+
+
+METHODS: dict[str, Method] = {
+    "cts": Method(
+        lambda setup, seed: _with_gates(ConcreteSearch(), setup, seed),
+        "Concrete Ticket Search: gates over frozen weights",
+    ),
+    "joint": Method(
+        lambda setup, seed: _with_gates(JointSearch(recipe=setup.recipe), setup, seed),
+        "Joint Concrete Search: gates and weights train together while the density falls",
+    ),
+    "strong": Method(
+        lambda setup, seed: _with_gates(StrongSearch(), setup, seed),
+        "strong tickets: relaxed Bernoulli gates over untrained weights, never trained",
+        from_init=True,
+    ),
+}
+METHODS |= {name: _one_shot(name) for name in SCORES}
+
+
+def split(text: str) -> tuple[Method, dict[str, Any]]:
+    """The method and the fields it sets: `ltr:rate=0.3:seed=1`.  Errors: ValueError, listing valid names."""
+    name, *settings = text.split(":")
+    return METHODS[choose("method", name, METHODS)], pairs(settings, f"method {name}")
+
+
+def search_for(setup: "Setup", text: str, seed: int) -> Search:
+    """The search that a method's name and fields describe.  Errors: ValueError for bad ones."""
+    method, options = split(text)
+    search = method.build(setup, seed)
+    return replaced(search, options, text.partition(":")[0]) if options else search
