@@ -67,7 +67,7 @@ class TicketPlan:
 PAPER = TicketPlan(
     "cts-resnet20",
     Setup(
-        "resnet-20", "cifar10", recipe_for("resnet-20"), rewind_epochs=9, search_batch=512,
+        "resnet-20", "cifar10", recipe_for("resnet-20"), rewind_epochs=9, train_epochs=151, search_batch=512,
         model_options={"shortcut": "3x3", "bn_init": "uniform"}, objective="reverse-kl",
     ),
     SPARSITY,
@@ -77,7 +77,7 @@ QUICK = TicketPlan(
     "cts-resnet20-quick",
     Setup(
         "lenet-300-100", "digits", replace(recipe_for("lenet-300-100"), epochs=2),
-        rewind_epochs=1, search_batch=128,
+        rewind_epochs=1, train_epochs=1, search_batch=128,
     ),
     0.9,
     {"short": 1, "half": 2, "long": 2},

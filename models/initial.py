@@ -1,17 +1,44 @@
-"""Initial weights that several models share."""
+"""Initial weights and activations that several models share."""
+
+from collections.abc import Callable
 
 from torch import nn
 
+ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU}
+INITS = ("glorot", "uniform")
 
-def glorot_(model: nn.Module) -> nn.Module:
-    """Glorot-normal weights and zero biases, as Frankle & Carbin 2019 use for LeNet and Conv-4.
 
-    torch's default for nn.Linear is uniform with a variance of 1 / (3 fan_in), about a quarter of
-    this: at 0.5 % of the weights the signal of a ticket is then so small that it trains slowly.
+def activation_of(model: str, name: str) -> Callable[[], nn.Module]:
+    """What makes an activation module.  Errors: ValueError for an unknown name."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"{model} activation: expected {' or '.join(ACTIVATIONS)}, got {name!r}")
+    return ACTIVATIONS[name]
+
+
+def scaled(model: str, width: float, *sizes: int) -> list[int]:
+    """The layers' sizes times `width`, at least 1.  Errors: ValueError for a width that is not positive."""
+    if not width > 0:
+        raise ValueError(f"{model} width: expected a positive factor, got {width}")
+    return [max(1, round(width * size)) for size in sizes]
+
+
+def initialise_(model: nn.Module, init: str = "glorot") -> nn.Module:
+    """Weights of linear layers and convolutions by `init`, biases zero.  Errors: ValueError for another init.
+
+    "glorot": Glorot-normal, as Frankle & Carbin 2019 use for LeNet and Conv-4.  torch's default for
+    nn.Linear is uniform with a variance of 1 / (3 fan_in), about a quarter of this: at 0.5 % of the weights
+    the signal of a ticket is then so small that it trains slowly.  "uniform": U[-a, a] with
+    a = sqrt(6 / fan_in), twice the variance that keeps a ReLU network's signal when half is removed
+    (arXiv 2603.08914 draws U[-a, a] and does not say a).
     """
+    if init not in INITS:
+        raise ValueError(f"init: expected {' or '.join(INITS)}, got {init!r}")
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
-            nn.init.xavier_normal_(module.weight)
+            if init == "glorot":
+                nn.init.xavier_normal_(module.weight)
+            else:
+                nn.init.kaiming_uniform_(module.weight, nonlinearity="relu")
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
     return model

@@ -12,9 +12,8 @@ import torch
 from rich.table import Table
 
 from . import safefile
-from .data import Dataset
+from .data import Dataset, corrupted
 from .experiment import (
-    SANITIES,
     Setup,
     apply_sanity,
     find_ticket,
@@ -25,6 +24,7 @@ from .experiment import (
 )
 from .fields import choose
 from .progress import QUIET, Progress
+from .sanity import CHECKS, Verdict, verdict
 from .sparsities import check_sparsity
 from .tickets import Ticket, dense_state
 
@@ -67,7 +67,7 @@ def check_method(setup: Setup, text: str) -> str:
     method, _, sanity = text.partition("+")
     setup.search(method, seed=0)
     if sanity:
-        choose("sanity", sanity, SANITIES)
+        choose("sanity", sanity, CHECKS)
     return text
 
 
@@ -149,14 +149,17 @@ class Comparison:
         self, cell: Cell, dataset: Dataset, device: torch.device, progress: Progress
     ) -> Ticket:
         method, _, sanity = cell.method.partition("+")
+        searched = dataset
+        if sanity == "corrupt":  # found where there is nothing to learn, trained on the data
+            method, searched, sanity = cell.method, corrupted(dataset, cell.seed), ""
         path = self.folder / "tickets" / f"{method}-{cell.sparsity:g}-{cell.seed}.safetensors"
         if path.exists():
             ticket = Ticket.load(path)
         else:
-            start = self.setup.start_of(method)
+            start = self.setup.start_of(cell.base)
             model = self._start(start, cell.seed, dataset, device, progress)
             ticket, seconds = find_ticket(
-                self.setup, model, dataset, method, cell.sparsity, cell.seed, device, progress,
+                self.setup, model, searched, cell.base, cell.sparsity, cell.seed, device, progress,
                 checkpoint=path.with_suffix(".checkpoint"),
                 rounds=self.folder / "rounds" / f"{method}-{cell.seed}",
             )  # fmt: skip
@@ -207,6 +210,21 @@ class Comparison:
             by_sparsity = found.setdefault(row["method"], {})
             by_sparsity.setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
         return found
+
+    def accuracies(self, method: str, sparsity: float) -> dict[int, float]:
+        """Accuracy (%) by seed of a method's finished cells."""
+        rows = self.rows.values()
+        return {
+            int(row["seed"]): float(row["accuracy"])
+            for row in rows
+            if row["method"] == method and float(row["sparsity"]) == sparsity
+        }
+
+    def verdicts(self, method: str, sparsity: float) -> list[Verdict]:
+        """What the finished controls of a method say."""
+        ticket = self.accuracies(method, sparsity)
+        controls = {check: self.accuracies(f"{method}+{check}", sparsity) for check in CHECKS}
+        return [verdict(check, ticket, found) for check, found in controls.items() if found]
 
     def table(self) -> Table:
         """Mean accuracy with its standard deviation over seeds, a row per method."""

@@ -147,6 +147,26 @@ def load(
     return Dataset(name, splits[0], splits[1], len(raw.classes), shape, mean, std, flip_crop)
 
 
+def corrupted(dataset: Dataset, seed: int) -> Dataset:
+    """The same data with nothing to learn: training labels shuffled, and each training image's pixels too.
+
+    What a search finds there it did not learn from the data (Su et al. 2020, arXiv 2009.11094).
+
+    Errors: DataError for images that are read when asked for.
+    """
+    images = dataset.train.images
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"{dataset.name}: expected images in memory to corrupt, got a folder too large"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    count, channels, height, width = images.shape
+    order = torch.rand(count, height * width, generator=generator).argsort(1)  # of the pixels
+    pixels = images.flatten(2).gather(2, order[:, None].expand(-1, channels, -1))
+    labels = dataset.train.labels[torch.randperm(count, generator=generator)]
+    return replace(dataset, train=Split(pixels.view_as(images), labels))
+
+
 def _digits() -> Dataset:
     try:
         from sklearn.datasets import load_digits

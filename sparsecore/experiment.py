@@ -25,7 +25,11 @@ from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
 from .training import History, Recipe, evaluate, train
 
-SANITIES = ("shuffle", "reinit", "invert")
+SANITIES = (
+    "shuffle",
+    "reinit",
+    "invert",
+)  # controls made of a ticket; "corrupt" is a search of its own
 
 
 @dataclass(frozen=True)
@@ -169,7 +173,7 @@ def find_ticket(
     meta = dict(ticket.meta)
     # A search that took up what another run had done knows better what all of it took.
     seconds = meta.pop("search_seconds", perf_counter() - start)
-    return replace(ticket, meta=meta | {"setup": asdict(setup)}), seconds
+    return replace(ticket, meta=meta | {"search": method, "setup": asdict(setup)}), seconds
 
 
 def setup_of(ticket: Ticket) -> Setup:

@@ -87,3 +87,15 @@ def test_torchvision_models_by_name() -> None:
     assert model.eval()(randn(1, 3, 32, 32)).shape == (1, 5)
     assert recipe_for("torchvision:resnet18").epochs == 90 and "torchvision:NAME" in model_names()
     assert seeded(lambda: build("lenet-300-100", (1, 4, 4), 2)) is not None
+
+
+def test_lenet_variants() -> None:
+    shape = (1, 28, 28)
+    small = build("lenet-300-100", shape, 10, width=0.2, activation="prelu", init="uniform")
+    assert [m.out_features for m in small if isinstance(m, nn.Linear)] == [60, 20, 10]
+    assert sum(isinstance(m, nn.PReLU) for m in small) == 2
+    assert small[1].weight.abs().max().item() == pytest.approx((6 / 784) ** 0.5, rel=0.01)
+    assert prunable(build("conv-4", (3, 32, 32), 10, width=0.5)) < 700_000
+    for options in ({"width": 0}, {"activation": "tanh"}, {"init": "zeros"}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            build("lenet-300-100", shape, 10, **options)

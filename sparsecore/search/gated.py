@@ -51,7 +51,7 @@ class AbstractGateSearch(ABC):
     Errors: ValueError for a number out of range or another dtype.
     """
 
-    epochs: int = 10
+    epochs: int | None = 10
     objective: Objective = reverse_kl
     control: AbstractController = field(default_factory=GradBalance)
     gate: AbstractGate = field(default_factory=lambda: Concrete(tau=1.0))
@@ -70,7 +70,7 @@ class AbstractGateSearch(ABC):
     def __post_init__(self) -> None:
         start = self.start_density
         checks = (
-            ("search epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("search epochs", self.epochs, self.epochs is None or self.epochs >= 1, "at least 1"),
             ("search lr", self.lr, self.lr > 0, "a positive number"),
             ("gain_lr", self.gain_lr, self.gain_lr >= 0, "0 (no gains) or more"),
             ("start_density", start, start is None or 0 < start < 1, "null or 0 < density < 1"),
@@ -96,6 +96,12 @@ class AbstractGateSearch(ABC):
         """Whether weights move during the search; they are put back at its end."""
         return False
 
+    def epochs_for(self, sparsity: float) -> int:
+        """Passes over the batches for a ticket of `sparsity`.  Errors: ValueError where that is not said."""
+        if self.epochs is None:
+            raise ValueError(f"search epochs of {self.name}: expected at least 1, got None")
+        return self.epochs
+
     def __call__(
         self,
         model: nn.Module,
@@ -113,8 +119,8 @@ class AbstractGateSearch(ABC):
             sparsity: fraction removed, in (0, 1).
             checkpoint: written after every epoch; if it exists, the search goes on from there with
                 the numbers of an uninterrupted run, and it is removed when the ticket is found.
-            watch: measured after every epoch with the gates at their mean ("soft") and with the ticket that
-                would be found by then ("hard"); in the provenance under "progress".
+            watch: measured after every epoch with the gates at their mean ("accuracy") and with the ticket that
+                would be found by then ("hard_accuracy"); in the provenance under "progress".
 
         Errors: ValueError for bad arguments; SearchError if the objective is not finite.
         """
@@ -146,7 +152,8 @@ class AbstractGateSearch(ABC):
         with self._gated(model, layers, self._first_density(members[0][0])) as gated:
             step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
             log = _Log(step, self, members, watch)
-            self._run(step, log, batches, run, progress, checkpoint)
+            epochs = self.epochs_for(members[0][0])
+            self._run(step, log, epochs, batches, run, progress, checkpoint)
             found = log.scores()
         tickets = []
         for i, (scores, meta) in enumerate(zip(found, metas, strict=True)):
@@ -178,7 +185,7 @@ class AbstractGateSearch(ABC):
             "gate": repr(self.gate),
             "sparsity": sparsity,
             "seed": seed,
-            "search_epochs": self.epochs,
+            "search_epochs": self.epochs_for(sparsity),
             "search_lr": self.lr,
             "gain_lr": self.gain_lr,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -208,13 +215,14 @@ class AbstractGateSearch(ABC):
         self,
         step: SearchStep,
         log: "_Log",
+        epochs: int,
         batches: EpochBatches,
         run: str,
         progress: Progress,
         checkpoint: Path | None,
     ) -> None:
         """All epochs."""
-        steps, length = self.epochs * len(batches), len(batches)
+        steps, length = epochs * len(batches), len(batches)
         drop_at = int(self.lr_drop_at * steps)
         step.schedule(steps)
         done = log.load(checkpoint, run)
@@ -223,7 +231,7 @@ class AbstractGateSearch(ABC):
         feed = Feed(step, batches, self.graph)
         with progress.task("search", total=steps) as advance:
             advance(done * length)
-            for epoch in range(done, self.epochs):
+            for epoch in range(done, epochs):
                 start = perf_counter()
                 feed.begin(epoch)
                 for i in range(length):
@@ -308,7 +316,7 @@ class _Log:
 
     @torch.no_grad()
     def _record(self, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Expected sparsity by layer, and what `watch` says of soft gates and of hard ones."""
+        """Expected sparsity by layer, and what `watch` says of soft gates and of the ticket by then."""
         layers, gated = self.step.net.layers, self.step.gated
         kept, counts = [], []
         for name, s in logits.items():
@@ -323,10 +331,10 @@ class _Log:
             "layers": {n: 1 - k / c for n, k, c in zip(gated, kept, counts, strict=True)},
         }
         if self.watch is not None:  # of one ticket alone
-            record["soft"] = self._watched(dict.fromkeys(gated))
+            record["accuracy"] = self._watched(dict.fromkeys(gated))
             shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
             sparsity = self.members[0][0]
-            record["hard"] = self._watched(
+            record["hard_accuracy"] = self._watched(
                 masks_from_scores(self.scores()[0], shapes, sparsity, self.search.granularity)
             )
         return record

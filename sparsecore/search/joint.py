@@ -7,6 +7,7 @@ exponentially to the ticket's density, and the weights follow the task all the w
 in a network that has adapted to those before.  One search of a few epochs replaces all rounds.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ class JointSearch(AbstractGateSearch):
     The ticket starts from the model's present weights: those that the search trained are dropped.
 
     Args:
+        epochs: None: `pace` for each factor of e by which weights are removed, so that a search costs as little
+            beside the rounds of magnitude pruning at any sparsity.
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (without its schedule; times `lr_drop` with the gates' own),
@@ -38,15 +41,18 @@ class JointSearch(AbstractGateSearch):
     do not know, or an objective that differentiates twice.
     """
 
-    epochs: int = 12
+    epochs: int | None = None
+    pace: float = 5.0
     objective: Objective = task
     gain_lr: float = 0.0
     start_density: float | None = 0.5
-    ramp: float = 0.7
+    ramp: float = 0.5
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not self.pace > 0:
+            raise ValueError(f"pace: expected a positive number of epochs, got {self.pace}")
         if not self.fusible:
             raise ValueError(
                 "joint search: expected a gate with a kernel (Concrete, HardConcrete, Gaussian, Bernoulli) and "
@@ -56,6 +62,11 @@ class JointSearch(AbstractGateSearch):
     @property
     def name(self) -> str:
         return "joint"
+
+    def epochs_for(self, sparsity: float) -> int:
+        if self.epochs is not None:
+            return self.epochs
+        return max(1, round(self.pace * -math.log1p(-sparsity)))
 
     @property
     def trains_weights(self) -> bool:
@@ -87,7 +98,8 @@ class JointStep(FusedStep):
         for layer, weight in zip(layers, self.bank.weights, strict=True):
             layer.raw_weight.data = weight  # one memory, also where the bank has its own layout
         gated_weights = [layer.raw_weight for layer in layers]
-        known = set(map(id, gated_weights))
+        gates = (p for pattern in gated.values() for p in pattern.parameters())
+        known = set(map(id, (*gated_weights, *gates)))  # logits and gains are the bank's to move
         self.others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         self.weights = [*gated_weights, *self.others]
         self.clip_norm = search.recipe.clip_norm

@@ -17,7 +17,7 @@ class StrongSearch(AbstractGateSearch):
     lambda was set: GradBalance sets it so that the asked density is met, `FixedPenalty` keeps it.
 
     The ticket keeps the best-scored gates, exactly as many as `sparsity` asks for.  Its provenance has, with
-    `watch`, the accuracy with the gates at their mean ("soft") and as they are kept ("hard") epoch by epoch.
+    `watch`, the accuracy with the gates at their mean and of the ticket that would be found by then, by epoch.
     """
 
     epochs: int = 30

@@ -1,0 +1,411 @@
+"""`sparsecore analyze ...`: what explains a ticket, as a table, a CSV file and a figure."""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from . import data as datasets
+from . import figures
+from .compare import Comparison
+from .connectivity import (
+    LinearPath,
+    barrier,
+    instability,
+    is_stable,
+    path_errors,
+    rewind_by_instability,
+)
+from .data import Batches, Dataset
+from .experiment import (
+    Setup,
+    loaders,
+    model_of,
+    new_model,
+    setup_of,
+)
+from .gates import AbstractGate
+from .options import DataDir, Device, ImageSize, Json, Seed, device_of, numbers, with_setup
+from .progress import Progress
+from .regions import angular_distances, round_paths
+from .rounds import load_rounds
+from .sanity import CHECKS, table_of
+from .sparsities import check_sparsity
+from .tickets import Ticket, TicketError
+
+app = typer.Typer(no_args_is_help=True, help="Explain tickets: figures and CSV files.")
+console = Console()
+
+TicketFile = Annotated[Path, typer.Argument(help="A ticket file.")]
+Out = Annotated[Path, typer.Option(help="Folder of figures and CSV files; run again to go on.")]
+OUT = Path("runs/analysis")
+Points = Annotated[int, typer.Option(help="Points on a path, its ends included.")]
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """A ticket with its data on a device."""
+
+    ticket: Ticket
+    setup: Setup
+    dataset: Dataset
+    device: torch.device
+
+    @property
+    def model(self) -> nn.Module:
+        return model_of(self.ticket, self.dataset, self.device)
+
+    def batches(self, seed: int) -> Batches:
+        return loaders(self.dataset, self.setup.recipe, seed, self.device)[0]
+
+    @property
+    def test(self) -> Batches:
+        return loaders(self.dataset, self.setup.recipe, 0, self.device)[1]
+
+
+def _bench(
+    ticket: Path, data_dir: Path | None, image_size: int | None, device: str, out: Path
+) -> _Bench:
+    target = device_of(device)
+    loaded = Ticket.load(ticket)
+    setup = setup_of(loaded)
+    out.mkdir(parents=True, exist_ok=True)
+    return _Bench(loaded, setup, datasets.load(setup.data, data_dir, image_size=image_size), target)
+
+
+def _wrote(json_file: Path | None, result: Mapping[str, Any], *paths: Path) -> None:
+    for path in paths:
+        console.print(f"wrote  {path}", soft_wrap=True)
+    if json_file is not None:
+        json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _told(path: LinearPath) -> str:
+    kind = "stable" if is_stable(path) else "unstable"
+    return (
+        f"error {path.errors[0]:.2f} % and {path.errors[-1]:.2f} % at the ends, barrier "
+        f"{barrier(path):.2f} points: {kind}"
+    )
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: expected weights that `train --save` wrote, got {error}"
+        ) from None
+
+
+@app.command()
+def path(
+    ticket: TicketFile,
+    first: Annotated[Path, typer.Argument(help="Weights of one run, from `train --save`.")],
+    second: Annotated[Path, typer.Argument(help="Weights of the other.")],
+    points: Points = 30,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    out: Out = OUT,
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """Test error on the straight line between two trained runs of a ticket (linear mode connectivity)."""
+    bench = _bench(ticket, data_dir, image_size, device, out)
+    ends = [_state(file) for file in (first, second)]
+    with Progress() as progress:
+        found = path_errors(
+            bench.model, ends[0], ends[1], bench.test, points=points,
+            train_batches=bench.batches(0), progress=progress,
+        )  # fmt: skip
+    console.print(_told(found))
+    _wrote(
+        json_file,
+        {"barrier": barrier(found), "stable": is_stable(found), "path": found.rows},
+        figures.write_csv(out / "path.csv", found.rows),
+        figures.draw_paths(out / "path.png", {f"{first.stem} - {second.stem}": found}),
+    )
+
+
+@app.command("instability")
+def instability_(
+    ticket: TicketFile,
+    points: Points = 30,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    out: Out = OUT,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Train a ticket twice with different data orders: do the runs stay linearly connected?"""
+    bench = _bench(ticket, data_dir, image_size, device, out)
+    setup = bench.setup
+    with Progress() as progress:
+        found = instability(
+            bench.model, replace(setup.recipe, epochs=round(setup.total_epochs)), bench.batches,
+            bench.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
+            folder=out / f"instability-{bench.ticket.hash[:12]}-{seed}", progress=progress,
+        ).path  # fmt: skip
+    console.print(_told(found))
+    _wrote(
+        json_file,
+        {"instability": barrier(found), "stable": is_stable(found), "path": found.rows},
+        figures.write_csv(out / "instability.csv", found.rows),
+        figures.draw_paths(out / "instability.png", {ticket.stem: found}),
+    )
+
+
+@app.command()
+@with_setup
+def rewind(
+    setup: Setup,
+    dataset: Callable[[], Dataset],
+    candidates: Annotated[
+        str, typer.Option(help="Rewind epochs with commas, fractions too.")
+    ] = "0,0.5,1,2,4",
+    points: Points = 30,
+    out: Out = OUT,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Instability of dense training from several rewind points: the first stable one is where to rewind to."""
+    target, epochs = device_of(device), numbers(candidates, "candidates")
+    data = dataset()
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = replace(setup.recipe, epochs=round(setup.total_epochs))
+    with Progress() as progress:
+        scan = rewind_by_instability(
+            new_model(setup, data, seed).to(target), recipe,
+            lambda s: loaders(data, recipe, s, target)[0], loaders(data, recipe, 0, target)[1],
+            epochs, seed=seed, seeds=(seed + 1, seed + 2), points=points, folder=out / f"rewind-{seed}",
+            progress=progress,
+        )  # fmt: skip
+    rows = [{"rewind_epoch": e, "instability": v} for e, v in scan.instabilities.items()]
+    for row in rows:
+        console.print(f"rewind epoch {row['rewind_epoch']:g}: {row['instability']:.2f} points")
+    first = scan.earliest
+    console.print(
+        "no candidate is stable" if first is None else f"first stable rewind epoch: {first:g}"
+    )
+    _wrote(
+        json_file,
+        {"rows": rows, "earliest": first},
+        figures.write_csv(out / "rewind.csv", rows),
+        figures.draw_instabilities(out / "rewind.png", {setup.model: scan.instabilities}),
+    )
+
+
+@app.command("rounds")
+def rounds_(
+    ticket: TicketFile,
+    folder: Annotated[Path, typer.Argument(help="What `search --rounds` has kept.")],
+    points: Points = 20,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    out: Out = OUT,
+    device: Device = "auto",
+    json_file: Json = None,
+) -> None:
+    """Do the rounds of rewinding end in one region?  Barriers between successive ones, angles between all."""
+    bench = _bench(ticket, data_dir, image_size, device, out)
+    rounds = load_rounds(folder)
+    sparsities = [1 - r.density for r in rounds]
+    with Progress() as progress:
+        paths = round_paths(
+            bench.model, rounds, bench.test, points=points, train_batches=bench.batches(0),
+            folder=out / f"rounds-{rounds[0].run[:12]}", progress=progress,
+        )  # fmt: skip
+    angles = angular_distances(rounds)
+    barriers = {s: barrier(p) for s, p in zip(sparsities[1:], paths, strict=True)}
+    table = Table(title=f"{len(rounds)} rounds of {folder}")
+    for column in ("sparsity", "accuracy", "barrier from the round before", "angle"):
+        table.add_column(column, justify="right")
+    rows = []
+    for i, (r, s) in enumerate(zip(rounds, sparsities, strict=True)):
+        row = {
+            "round": i,
+            "sparsity": s,
+            "accuracy": r.accuracy,
+            "barrier": barriers.get(s),
+            "angle": float(angles[i - 1, i]) if i else None,
+        }
+        rows.append(row)
+        shown = (row["accuracy"], row["barrier"], row["angle"])
+        table.add_row(f"{100 * s:.2f} %", *("" if v is None else f"{v:.2f}" for v in shown))
+    console.print(table)
+    _wrote(
+        json_file,
+        {"rows": rows, "angles": angles.tolist()},
+        figures.write_csv(out / "rounds.csv", rows),
+        figures.draw_barriers(out / "barriers.png", {folder.name: barriers}),
+        figures.draw_angles(out / "angles.png", angles, sparsities),
+    )
+
+
+@app.command()
+def sanity(
+    ticket: TicketFile,
+    checks: Annotated[str, typer.Option(help="With commas.")] = ",".join(CHECKS),
+    seeds: Annotated[int, typer.Option(help="How many pairs, counted up from --seed.")] = 3,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    out: Out = OUT,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Search as the ticket was searched, with several seeds, and compare with controls: a paired test each."""
+    bench = _bench(ticket, data_dir, image_size, device, out)
+    method, sparsity = bench.ticket.meta.get("search"), bench.ticket.meta["sparsity"]
+    if not isinstance(method, str):
+        raise TicketError("the ticket's provenance does not name its search; find it again")
+    chosen = [c.strip() for c in checks.split(",") if c.strip()]
+    comparison = Comparison(out / "sanity", bench.setup)
+    with Progress() as progress:
+        comparison.run(
+            bench.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],
+            range(seed, seed + seeds), bench.device, progress,
+        )  # fmt: skip
+    found = [v for v in comparison.verdicts(method, sparsity) if v.check in chosen]
+    console.print(table_of(found, f"{method} at {100 * sparsity:g} % sparsity"))
+    rows = [
+        {"check": v.check, "loss": v.loss, "spread": v.spread, "p": v.p, "seeds": v.seeds, "verdict": v.text}
+        for v in found
+    ]  # fmt: skip
+    clean = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
+    _wrote(json_file, {"rows": clean}, figures.write_csv(out / "sanity.csv", clean))
+
+
+@app.command()
+def progress(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None:
+    """Sparsity, and accuracy if the search was run with --watch, as the search went on; by layer in the CSV."""
+    out.mkdir(parents=True, exist_ok=True)
+    records = Ticket.load(ticket).meta.get("progress")
+    if not records:
+        raise TicketError(
+            f"{ticket}: expected a ticket of a search that goes by epochs; it notes nothing"
+        )
+    rows = [
+        {k: v for k, v in r.items() if k != "layers"} | {f"sparsity {k}": v for k, v in r.get("layers", {}).items()}
+        for r in records
+    ]  # fmt: skip
+    _wrote(
+        json_file,
+        {"rows": rows},
+        figures.write_csv(out / "progress.csv", rows),
+        figures.draw_search(out / "progress.png", records, ticket.stem),
+    )
+
+
+@app.command()
+def layers(
+    tickets: Annotated[list[Path], typer.Argument(help="Ticket files.")],
+    out: Out = OUT,
+    json_file: Json = None,
+) -> None:
+    """The sparsity of each layer, tickets side by side."""
+    out.mkdir(parents=True, exist_ok=True)
+    found = {path.stem: Ticket.load(path).layer_sparsities() for path in tickets}
+    rows = [
+        {"ticket": name, "layer": layer, "sparsity": sparsity}
+        for name, by_layer in found.items()
+        for layer, sparsity in by_layer.items()
+    ]
+    _wrote(
+        json_file,
+        {"rows": rows},
+        figures.write_csv(out / "layers.csv", rows),
+        figures.draw_layers(out / "layers.png", found),
+    )
+
+
+@app.command()
+def gates(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None:
+    """A histogram of where each layer's gates ended, and how many are undecided."""
+    out.mkdir(parents=True, exist_ok=True)
+    loaded = Ticket.load(ticket)
+    gate = _gate_of(loaded, ticket)
+    assert loaded.scores is not None
+    values = {name: gate.mean(score) for name, score in loaded.scores.items()}
+    rows = [
+        {
+            "layer": name,
+            "gates": v.numel(),
+            "closed": float((v <= 0.05).float().mean()),
+            "undecided": float(((v > 0.05) & (v < 0.95)).float().mean()),
+            "open": float((v >= 0.95).float().mean()),
+        }
+        for name, v in values.items()
+    ]
+    _wrote(
+        json_file,
+        {"rows": rows},
+        figures.write_csv(out / "gates.csv", rows),
+        figures.draw_gates(out / "gates.png", values, title=ticket.stem),
+    )
+
+
+def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:
+    """The gate a ticket was searched with, from its name and numbers in the provenance."""
+    from . import gates as known
+
+    text = str(ticket.meta.get("gate", ""))
+    name, _, rest = text.partition("(")
+    kind = {k.__name__: k for k in known.GATES.values()}.get(name)
+    if kind is None or ticket.scores is None:
+        raise TicketError(
+            f"{path}: expected a ticket of a search by gates, got one of {ticket.meta.get('method')}"
+        )
+    pairs = (part.partition("=") for part in rest.rstrip(")").split(",") if part)
+    return kind(**{key.strip(): float(value) for key, _, value in pairs})
+
+
+@app.command()
+@with_setup
+def width(
+    setup: Setup,
+    dataset: Callable[[], Dataset],
+    method: Annotated[str, typer.Option(help="As `search` takes it.")] = "strong",
+    sparsity: Annotated[float, typer.Option(help="Fraction of weights removed.")] = 0.5,
+    widths: Annotated[
+        str, typer.Option(help="Factors on the hidden sizes, with commas.")
+    ] = "0.2,0.5,1",
+    seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 1,
+    out: Out = OUT,
+    device: Device = "auto",
+    seed: Seed = 0,
+    json_file: Json = None,
+) -> None:
+    """Are there still tickets when the base network is smaller?  For models with the option `width`."""
+    target, factors = device_of(device), numbers(widths, "widths")
+    check_sparsity(sparsity)
+    setup.search(method, seed)
+    data = dataset()
+    found: dict[float, list[float]] = {}
+    rows = []
+    with Progress() as bars:
+        for factor in factors:
+            sized = replace(setup, model_options=setup.model_options | {"width": factor})
+            comparison = Comparison(out / f"width-{factor:g}", sized)
+            comparison.run(data, [method], [sparsity], range(seed, seed + seeds), target, bars)
+            by_seed = comparison.accuracies(method, sparsity)
+            found[factor] = list(by_seed.values())
+            rows += [{"width": factor, "seed": s, "accuracy": a} for s, a in by_seed.items()]
+    for factor, accuracies in found.items():
+        console.print(f"width {factor:g}: {sum(accuracies) / len(accuracies):.2f} %")
+    _wrote(
+        json_file,
+        {"rows": rows},
+        figures.write_csv(out / "width.csv", rows),
+        figures.draw_widths(out / "width.png", {f"{method}, {100 * sparsity:g} %": found}),
+    )

@@ -1,0 +1,245 @@
+"""Gates and weights trained together, and gates over weights that are never trained."""
+
+import copy
+import math
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GRANULARITIES, Blobs, mlp, randn, seeded
+from test_search import accuracy, trained_mlp
+from torch import nn
+from torch.nn import functional as F
+
+import sparsecore as sc
+from sparsecore.control import FixedPenalty
+from sparsecore.convert import batch_statistics
+from sparsecore.gates import Bernoulli, Concrete, Gaussian, HardConcrete, TopK
+from sparsecore.granularity import Granularity
+from sparsecore.objectives import OBJECTIVES, Objective
+from sparsecore.search import JointSearch, SearchError, StrongSearch
+from sparsecore.search.joint import JointStep
+from sparsecore.training import Recipe, evaluate, optimizer_for
+
+RECIPE = Recipe(optimizer="adam", lr=1e-2)
+
+
+def test_the_target_falls_exponentially_to_the_tickets_density() -> None:
+    search = JointSearch(start_density=0.5, ramp=0.5)
+    slack = search.control.target(1.0)
+    aims = [aim / slack for aim in search.targets(0.005, 100)]
+    assert aims[0] == 0.5
+    assert aims[25] == pytest.approx(0.05)  # halfway, in logarithms
+    assert aims[50:] == pytest.approx([0.005] * 50)
+    assert replace(search, ramp=0.0).targets(0.1, 3) == pytest.approx([0.1 * slack] * 3)
+
+
+def test_a_search_is_as_long_as_its_sparsity_is_high() -> None:
+    search = JointSearch(pace=5.0)
+    assert [search.epochs_for(s) for s in (0.1, 0.5, 0.9, 0.99)] == [1, 3, 12, 23]
+    assert replace(search, epochs=7).epochs_for(0.99) == 7
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(lr=0.05, weight_decay=1e-3, clip_norm=1.0)])
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+def test_one_step_by_hand(granularity: Granularity, recipe: Recipe) -> None:
+    """Gates, weights, biases and BatchNorm move as autograd and PyTorch's optimisers move them."""
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Linear(12, 8, bias=False), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4)
+        )
+    )
+    sc.sparsify_(model)
+    control = FixedPenalty(0.5)
+    search = JointSearch(
+        epochs=1, recipe=recipe, granularity=granularity, control=control, start_density=0.4
+    )
+    twin, batch = copy.deepcopy(model), next(Blobs().epoch(0))
+    layers = sc.sparse_layers(model)
+    with search._gated(model, layers, 0.4) as gated:
+        step = JointStep(search, model, gated, [(0.1, 0)])
+        start = [s.clone() for s in step.bank.logits]
+        drawn = [o.clone() for o in step.bank.sample_()]
+        step.bank.step.zero_()
+        step(batch)
+        logits = [s.clone() for s in step.bank.logits]
+        named = model.named_parameters()
+        moved = [p.detach().clone() for n, p in named if ".pattern." not in n]
+
+    # The draw's z, from the gated weight itself; then everything again in plain autograd.
+    weights = [layer.raw_weight for layer in sc.sparse_layers(twin).values()]
+    gate, slopes = Concrete(1.0), []
+    leaves = []
+    for w, out, s in zip(weights, drawn, start, strict=True):
+        z = out / w.detach()
+        leaves.append(w.detach() * z)
+        slopes.append((z, s))
+    effective = [w * z for w, (z, _) in zip(weights, slopes, strict=True)]
+    with batch_statistics(twin):
+        x, y = batch
+        h = F.linear(x, effective[0])
+        loss = F.cross_entropy(F.linear(twin[2](twin[1](h)), effective[1], twin[3].bias), y)
+        found = torch.autograd.grad(loss, [*effective, *twin.parameters()])
+    total = sum(w.numel() for w in weights)
+    for w, (z, s), grad, now in zip(weights, slopes, found, logits, strict=False):
+        units = granularity.gather(z) / granularity.gather(torch.ones_like(z))
+        through = granularity.gather(grad * w.detach()) * gate.slope(units, s) * 100
+        if str(granularity) == "2:4":  # where N:M closed a gate its slope is 0
+            through = torch.where(z == 0, 0.0, grad * w.detach() * z * (1 - z) * 100)
+        p = torch.sigmoid(s)
+        sizes = granularity.sizes(w.shape)
+        pull = 0.5 * 100 / (0.4 * total) * sizes * p * (1 - p)
+        expected = s - 0.1 * (through + pull) / ((through + pull).abs() + 1e-8)  # Adam's first step
+        torch.testing.assert_close(now, expected, rtol=1e-3, atol=1e-3)
+    parameters = list(twin.parameters())
+    optimizer = optimizer_for(parameters, recipe)
+    for p, grad in zip(parameters, found[2:], strict=True):
+        p.grad = grad
+    if recipe.clip_norm is not None:
+        nn.utils.clip_grad_norm_(parameters, recipe.clip_norm)
+    optimizer.step()
+    for mine, right in zip(moved, parameters, strict=True):
+        torch.testing.assert_close(mine, right.detach(), rtol=1e-3, atol=1e-5)
+
+
+def test_joint_gives_the_model_back_and_beats_its_own_shuffle() -> None:
+    model = trained_mlp(1)
+    before = copy.deepcopy(model.state_dict())
+    required = [p.requires_grad for p in model.parameters()]
+    memory = [p.data_ptr() for p in model.parameters()]
+    ticket = JointSearch(epochs=20, recipe=RECIPE)(model, Blobs(), sparsity=0.9)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert [p.data_ptr() for p in model.parameters()] == memory
+    assert sum(int(m.sum()) for m in ticket.masks.values()) == 38 and not ticket.finished
+    assert all(torch.equal(ticket.weights[k], v) for k, v in before.items())
+
+    def trained(t: sc.Ticket) -> float:
+        net = t.apply_(copy.deepcopy(model))
+        sc.train(net, Blobs(), Blobs(), replace(RECIPE, epochs=10))
+        return accuracy(net)
+
+    assert trained(ticket) > 0.95
+    assert trained(ticket) > max(trained(ticket.shuffled(seed)) for seed in range(3)) + 0.05
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
+@pytest.mark.parametrize("gate", [Concrete(), HardConcrete(), Gaussian(), Bernoulli()], ids=repr)
+@pytest.mark.parametrize("kind", [JointSearch, StrongSearch])
+def test_every_gate_at_every_granularity(kind: type, gate, granularity: Granularity) -> None:
+    search = kind(epochs=2, gate=gate, granularity=granularity)
+    ticket = search(trained_mlp(1), Blobs(), sparsity=0.75)
+    kept = sum(int(m.sum()) for m in ticket.masks.values())
+    largest = max(int(granularity.sizes(m.shape).max()) for m in ticket.masks.values())
+    assert 96 - largest < kept <= 96
+
+
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(lr=0.05, momentum=0.9)], ids=["adam", "sgd"])
+def test_a_joint_search_killed_at_any_epoch_finds_the_same_ticket(
+    tmp_path: Path, recipe: Recipe
+) -> None:
+    model = trained_mlp(1)
+    search = JointSearch(epochs=5, recipe=recipe)
+    expected = search(model, Blobs(), sparsity=0.9)
+    for at in range(1, 5):
+
+        class Killed(Blobs):
+            def epoch(self, index: int, at: int = at):
+                if index == at:
+                    raise KeyboardInterrupt
+                return super().epoch(index)
+
+        path = tmp_path / f"{at}"
+        before = copy.deepcopy(model.state_dict())
+        with pytest.raises(KeyboardInterrupt):
+            search(model, Killed(), sparsity=0.9, checkpoint=path)
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        with pytest.raises(SearchError, match="another search"):
+            replace(search, recipe=replace(recipe, lr=0.02))(
+                model, Blobs(), sparsity=0.9, checkpoint=path
+            )
+        ticket = search(model, Blobs(), sparsity=0.9, checkpoint=path)
+        assert ticket.hash == expected.hash and ticket.meta == expected.meta
+        assert not path.exists()
+
+
+def test_the_provenance_tells_how_the_search_went() -> None:
+    model, seen = trained_mlp(1), []
+
+    def watch(net: nn.Module) -> float:
+        blobs = Blobs()
+        seen.append(evaluate(net, blobs))
+        return seen[-1]
+
+    search = JointSearch(epochs=3, recipe=RECIPE)
+    ticket = search(model, Blobs(), sparsity=0.8, watch=watch)
+    unwatched = search(model, Blobs(), sparsity=0.8)
+    assert ticket.hash == unwatched.hash  # watching changes nothing
+    records = ticket.meta["progress"]
+    assert [r["epoch"] for r in records] == [1, 2, 3] and len(seen) == 6
+    assert [v for r in records for v in (r["accuracy"], r["hard_accuracy"])] == seen
+    for record in records:
+        kept = 288 * (1 - record["layers"]["0"]) + 96 * (1 - record["layers"]["2"])
+        assert record["sparsity"] == pytest.approx(1 - kept / 384)
+    assert "accuracy" not in unwatched.meta["progress"][0]
+
+
+def test_a_strong_ticket_of_twelve_weights_is_the_best_of_all_masks() -> None:
+    """Brute force over all C(12, 6) masks of a frozen network."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(4, 3, bias=False)))
+    sc.sparsify_(model)
+    with torch.no_grad():
+        model[0].raw_weight.copy_(randn(3, 4, seed=5))
+    x = randn(200, 4, seed=1)
+    hidden = torch.zeros(12)
+    hidden[[0, 3, 5, 6, 8, 11]] = 1
+    y = F.linear(x, model[0].raw_weight.detach() * hidden.view(3, 4)).argmax(1)
+
+    class Points:
+        def __len__(self) -> int:
+            return 4
+
+        def epoch(self, index: int):
+            yield from zip(x.split(50), y.split(50), strict=True)
+
+    def loss(mask: torch.Tensor) -> float:
+        return F.cross_entropy(F.linear(x, model[0].raw_weight.detach() * mask), y).item()
+
+    masks = []
+    for places in combinations(range(12), 6):
+        mask = torch.zeros(12)
+        mask[list(places)] = 1
+        masks.append(mask.view(3, 4))
+    ranked = sorted(masks, key=loss)
+    before = model[0].raw_weight.detach().clone()
+    ticket = StrongSearch(epochs=150, gate=Bernoulli(), lr=0.05)(model, Points(), sparsity=0.5)
+    assert ticket.finished and torch.equal(model[0].raw_weight, before)
+    assert torch.equal(ticket.weights["0.weight"], before)
+    # The best of 924, or next to it.
+    assert loss(ticket.masks["0"].float()) <= loss(ranked[2])
+
+
+def test_bad_arguments_are_told_at_once() -> None:
+    for options, message in (
+        ({"start_density": 1.0}, "start_density"),
+        ({"ramp": 1.5}, "ramp"),
+        ({"pace": 0.0}, "pace"),
+        ({"epochs": 0}, "at least 1"),
+        ({"gate": TopK(0.5)}, "a gate with a kernel"),
+        ({"objective": OBJECTIVES["gradient-norm"]}, "first order"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            JointSearch(**options)
+    with pytest.raises(ValueError, match="got None"):
+        StrongSearch(epochs=None)(sc.sparsify_(mlp()), Blobs(), sparsity=0.5)
+
+
+def test_a_joint_search_that_fails_gives_the_model_back() -> None:
+    model = trained_mlp(1)
+    before = copy.deepcopy(model.state_dict())
+    broken = Objective("broken", lambda net, batch: net.sparse(batch[0]).sum() * math.nan)
+    with pytest.raises(SearchError, match="broken is not finite"):
+        JointSearch(epochs=1, objective=broken)(model, Blobs(), sparsity=0.5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
