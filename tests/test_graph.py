@@ -9,16 +9,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsecore as sc
 from sparsecore.control import AbstractController, GradBalance, Reading, State
-from sparsecore.convert import batch_statistics
 from sparsecore.data import Batches, Dataset
 from sparsecore.gates import HardConcrete
 from sparsecore.granularity import Block, Channel, Granularity
 from sparsecore.kernels.gates import bank as gate_bank
 from sparsecore.objectives import task
 from sparsecore.recipes import build
-from sparsecore.search import ConcreteSearch
+from sparsecore.search import ConcreteSearch, JointSearch, StrongSearch
+from sparsecore.search.gated import AbstractGateSearch
 from sparsecore.search.graph import Feed, Resident
-from sparsecore.search.steps import FusedStep
+from sparsecore.training import Recipe
 
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 
@@ -88,23 +88,30 @@ class Own(AbstractController):
         return GradBalance().update(state, reading)
 
 
-@pytest.mark.parametrize("control", [GradBalance(), Own()], ids=["rule", "own"])
+SEARCHES = {
+    "cts": ConcreteSearch(),
+    "own controller": ConcreteSearch(control=Own()),
+    "joint": JointSearch(epochs=2, recipe=Recipe(optimizer="adam", lr=1e-3, clip_norm=1.0)),
+    "joint sgd": JointSearch(epochs=2, recipe=Recipe(lr=0.01, weight_decay=1e-4)),
+    "strong": StrongSearch(),
+}
+
+
+@pytest.mark.parametrize("search", SEARCHES.values(), ids=list(SEARCHES))
 @pytest.mark.parametrize("name", ["lenet-300-100", "resnet-20"])
 def test_a_step_never_waits_for_the_device(
-    digits: Dataset, name: str, control: AbstractController, monkeypatch: pytest.MonkeyPatch
+    digits: Dataset, name: str, search: AbstractGateSearch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # As on a GPU, where the bank's work is inside of operators.
     monkeypatch.setattr(gate_bank, "sample_gates_ref_", gate_bank._sample)
     monkeypatch.setattr(gate_bank, "gates_backward_ref_", gate_bank._backward)
     monkeypatch.setattr(gate_bank, "balanced_step_ref_", gate_bank._step)
     model = model_for(digits, name)
-    search = ConcreteSearch(control=control)
     batches = Batches(digits, "train", 64, device=DEVICE)
-    with (
-        batch_statistics(model),
-        search._gated(model, sc.sparse_layers(model), 0.1) as gated,
-    ):
-        feed = Feed(FusedStep(search, model, gated, [(0.1, 0)]), batches, graph=False)
+    with search._gated(model, sc.sparse_layers(model), 0.1) as gated:
+        step = search._step(model, gated, [(0.1, 0)])
+        step.schedule(2 * len(batches))
+        feed = Feed(step, batches, graph=False)
         feed.begin(0)
         feed()  # allocates
         with NoHostSync():
@@ -121,9 +128,12 @@ def test_a_step_never_waits_for_the_device(
 @gpu
 @pytest.mark.parametrize("name", ["lenet-300-100", "resnet-20"])
 @pytest.mark.parametrize("lower", [False, True], ids=["fp32", "bf16-channels-last"])
-def test_replaying_a_graph_is_running_the_step(digits: Dataset, name: str, lower: bool) -> None:
+@pytest.mark.parametrize("kind", ["cts", "joint", "joint sgd"])
+def test_replaying_a_graph_is_running_the_step(
+    digits: Dataset, name: str, kind: str, lower: bool
+) -> None:
     batches = Batches(digits, "train", 256, device=DEVICE)
-    search = ConcreteSearch(epochs=3)
+    search = replace(SEARCHES[kind], epochs=3)
     if lower:
         search = replace(search, dtype=torch.bfloat16, channels_last=True)
     before = torch.backends.cudnn.deterministic
