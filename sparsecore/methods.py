@@ -77,13 +77,20 @@ def _one_shot(score: str) -> Method:
     )
 
 
+def _joint(setup: "Setup", seed: int) -> JointSearch:
+    """Its weights move at the recipe's rate, scaled with the batch as usual (Goyal et al. 2017)."""
+    recipe = setup.recipe
+    scaled = replace(recipe, lr=recipe.lr * setup.search_batch / recipe.batch)
+    return _with_gates(JointSearch(recipe=scaled), setup, seed)
+
+
 METHODS: dict[str, Method] = {
     "cts": Method(
         lambda setup, seed: _with_gates(ConcreteSearch(), setup, seed),
         "Concrete Ticket Search: gates over frozen weights",
     ),
     "joint": Method(
-        lambda setup, seed: _with_gates(JointSearch(recipe=setup.recipe), setup, seed),
+        _joint,
         "Joint Concrete Search: gates and weights train together while the density falls",
     ),
     "strong": Method(

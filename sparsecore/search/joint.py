@@ -34,8 +34,8 @@ class JointSearch(AbstractGateSearch):
             beside the rounds of magnitude pruning at any sparsity.
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
-        recipe: the weights' optimiser, rate (without its schedule; times `lr_drop` with the gates' own),
-            momentum, decay and clip_norm.
+        recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with
+            the gates' own), momentum, decay and clip_norm.
 
     The other fields and errors are those of `AbstractGateSearch`; ValueError also for a gate that kernels
     do not know, or an objective that differentiates twice.
@@ -46,7 +46,7 @@ class JointSearch(AbstractGateSearch):
     objective: Objective = task
     gain_lr: float = 0.0
     start_density: float | None = 0.5
-    ramp: float = 0.5
+    ramp: float = 0.4
     recipe: Recipe = field(default_factory=Recipe)
 
     def __post_init__(self) -> None:

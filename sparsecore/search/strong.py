@@ -23,8 +23,10 @@ class StrongSearch(AbstractGateSearch):
     epochs: int = 30
     objective: Objective = task
     gate: AbstractGate = field(default_factory=Gaussian)
+    lr: float = 0.01
     gain_lr: float = 0.0
     start_density: float | None = 0.84  # mu = 0.5 at sigma = 0.5
+    ramp: float = 0.6
 
     @property
     def name(self) -> str:
