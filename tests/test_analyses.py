@@ -1,0 +1,131 @@
+"""`sparsecore analyze` as a user meets it: a table, a CSV file and a figure each."""
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from sparsecore.cli import main
+from sparsecore.tickets import Ticket
+
+SEARCH = [
+    "search", "--model", "lenet-300-100", "--model-option", "width=0.1", "--data", "digits", "--rewind-epochs",
+    "1", "--epochs", "2", "--search-epochs", "2", "--search-batch", "256",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A joint ticket, watched, and one of rewinding with its rounds."""
+    out = tmp_path_factory.mktemp("analyses")
+    joint, ltr = out / "joint.safetensors", out / "ltr.safetensors"
+    assert (
+        main([*SEARCH, "--method", "joint", "--sparsity", "0.7", "--watch", "--out", str(joint)])
+        == 0
+    )
+    rounds = ["--rounds", str(out / "rounds"), "--watch"]
+    assert main([*SEARCH, "--method", "ltr", "--sparsity", "0.4", *rounds, "--out", str(ltr)]) == 0
+    return out
+
+
+def analysed(folder: Path, out: Path, *command: str) -> tuple[dict, list[dict[str, str]]]:
+    """(JSON, CSV rows) of a command, after a look at its figures."""
+    result = out / "r.json"
+    assert main(["analyze", *command, "--out", str(out), "--json", str(result)]) == 0
+    for picture in out.glob("*.png"):
+        assert picture.read_bytes()[:4] == b"\x89PNG"
+    with (out / f"{command[0]}.csv").open() as file:
+        return json.loads(result.read_text()), list(csv.DictReader(file))
+
+
+def test_progress_layers_and_gates_of_a_search(folder: Path, tmp_path: Path) -> None:
+    ticket = str(folder / "joint.safetensors")
+    found, rows = analysed(folder, tmp_path, "progress", ticket)
+    assert [r["epoch"] for r in rows] == ["1", "2"] and float(rows[1]["hard_accuracy"]) > 0
+    assert 0 < float(rows[0]["sparsity 1"]) < 1
+    found, rows = analysed(folder, tmp_path, "layers", ticket, str(folder / "ltr.safetensors"))
+    assert len(rows) == 6 and {r["ticket"] for r in rows} == {"joint", "ltr"}
+    loaded = Ticket.load(ticket)
+    assert found["rows"][0]["sparsity"] == pytest.approx(loaded.layer_sparsities()["1"])
+    found, rows = analysed(folder, tmp_path, "gates", ticket)
+    for row in found["rows"]:
+        assert row["gates"] == loaded.masks[row["layer"]].numel()
+        assert row["closed"] + row["undecided"] + row["open"] == pytest.approx(1)
+    assert {p.name for p in tmp_path.glob("*.png")} == {"progress.png", "layers.png", "gates.png"}
+
+
+def test_rounds_have_angles_and_barriers(folder: Path, tmp_path: Path) -> None:
+    found, rows = analysed(
+        folder, tmp_path, "rounds", str(folder / "ltr.safetensors"), str(folder / "rounds"), "--points", "3"
+    )  # fmt: skip
+    assert len(rows) == 3 and rows[0]["barrier"] == "" and float(rows[1]["angle"]) > 0
+    assert found["angles"][1][1] == 0 and found["angles"][0][2] == found["angles"][2][0]
+
+
+def test_two_runs_of_a_ticket_and_the_path_between_them(folder: Path, tmp_path: Path) -> None:
+    ticket = str(folder / "ltr.safetensors")
+    saved = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, path in enumerate(saved):
+        assert main(["train", ticket, "--seed", str(seed), "--save", str(path)]) == 0
+    found, rows = analysed(folder, tmp_path, "path", ticket, *map(str, saved), "--points", "4")
+    assert len(rows) == 4 and found["barrier"] >= 0
+    same, _ = analysed(
+        folder, tmp_path, "path", ticket, str(saved[0]), str(saved[0]), "--points", "3"
+    )
+    assert same["barrier"] == 0 and same["stable"]
+    found, rows = analysed(folder, tmp_path, "instability", ticket, "--points", "3")
+    assert len(rows) == 3 and found["instability"] >= 0
+
+
+def test_a_rewind_point_by_instability(tmp_path: Path) -> None:
+    options = [*SEARCH[1:9], "--epochs", "2", "--candidates", "0,0.5", "--points", "3"]
+    found, rows = analysed(tmp_path, tmp_path, "rewind", *options)
+    assert [float(r["rewind_epoch"]) for r in rows] == [0, 0.5] and "earliest" in found
+
+
+def test_sanity_checks_of_a_ticket(folder: Path, tmp_path: Path) -> None:
+    options = ["--checks", "shuffle,corrupt", "--seeds", "2"]
+    found, rows = analysed(folder, tmp_path, "sanity", str(folder / "joint.safetensors"), *options)
+    assert [r["check"] for r in rows] == ["shuffle", "corrupt"]
+    assert all(0 <= row["p"] <= 1 and row["verdict"] for row in found["rows"])
+
+
+def test_a_sweep_over_the_width_of_the_base(tmp_path: Path) -> None:
+    options = [
+        *SEARCH[1:3],
+        *SEARCH[5:],
+        "--widths",
+        "0.1,0.2",
+        "--method",
+        "strong",
+        "--sparsity",
+        "0.5",
+    ]
+    found, rows = analysed(tmp_path, tmp_path, "width", *options)
+    assert [row["width"] for row in found["rows"]] == [0.1, 0.2] and len(rows) == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["rounds", "{ltr}", "nowhere"], "found none"),
+        (["gates", "{ltr}"], "a search by gates"),
+        (["path", "{ltr}", "{ltr}", "nowhere"], "train --save"),
+        (["sanity", "{ltr}", "--checks", "luck"], "shuffle, reinit, invert, corrupt"),
+        (["layers", "nowhere"], "nothing there"),
+        (["width", "--widths", "a"], "numbers with commas"),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_bad_input_is_one_line(
+    folder: Path,
+    tmp_path: Path,
+    command: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    filled = [c.format(ltr=folder / "ltr.safetensors") for c in command]
+    assert main(["analyze", *filled, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1
