@@ -171,11 +171,11 @@ def train(
         after_step: called after every step; what it changes has to be in the model's or optimiser's state,
             so that a run that was killed goes on with it.
         metrics: one JSON line per epoch is appended here.
-        checkpoint: written after every epoch; if it exists the run goes on from there, on the CPU
-            to exactly the same numbers.
+        checkpoint: written after every epoch, snapshots included; if it exists the run goes on from there,
+            on the CPU to exactly the same numbers.
 
-    Errors: ValueError if the checkpoint belongs to another run; TrainingError if the loss is not
-    finite; ValueError for fp16 on the CPU.
+    Errors: ValueError if the checkpoint belongs to another run or went too far for this one; TrainingError if
+    the loss is not finite; ValueError for fp16 on the CPU.
     """
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
@@ -188,14 +188,16 @@ def train(
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
     if checkpoint is not None and checkpoint.exists():
-        history.epochs = run.load(checkpoint, fingerprint)
+        run.load(checkpoint, fingerprint, history)
+        _check_reach(checkpoint, history, start_epoch, stop, snapshots)
     if metrics is not None:
         _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
-    parts = _parts(start_epoch, stop, snapshots, len(train_batches))
-    done = len(history.epochs)
-    with progress.task("train", total=sum(part.count for part in parts)) as advance:
-        advance(sum(part.count for part in parts[:done]))
-        for part in parts[done:]:
+    reached = history.epochs[-1]["epoch"] if history.epochs else start_epoch
+    done = sum(part.count for part in _parts(start_epoch, reached, (), len(train_batches)))
+    parts = _parts(reached, stop, snapshots, len(train_batches))
+    with progress.task("train", total=done + sum(part.count for part in parts)) as advance:
+        advance(done)
+        for part in parts:
             start = perf_counter()
             with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
                 # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
@@ -217,10 +219,23 @@ def train(
             if part.end in snapshots:
                 history.snapshots[part.end] = run.snapshot()
             if checkpoint is not None:
-                run.save(checkpoint, fingerprint, history.epochs)
+                run.save(checkpoint, fingerprint, history)
             advance(0, epoch=part.end, **{k: record[k] for k in ("accuracy",) if k in record})
     run.finish()
     return history
+
+
+def _check_reach(
+    path: Path, history: History, start: float, stop: float, snapshots: Collection[float]
+) -> None:
+    """Refuses a checkpoint that is past what this run still has to see."""
+    reached = history.epochs[-1]["epoch"]
+    lost = [e for e in snapshots if start <= e <= reached and e not in history.snapshots]
+    if reached > stop or lost:
+        raise ValueError(
+            f"{path} is at epoch {reached:g} and holds no state of epoch {min(lost, default=stop):g}: "
+            "remove it or name another"
+        )
 
 
 class _Part(NamedTuple):
@@ -317,15 +332,17 @@ class _Run:
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 
-    def save(self, path: Path, fingerprint: str, epochs: list[dict[str, Any]]) -> None:
+    def save(self, path: Path, fingerprint: str, history: History) -> None:
         tensors, meta = checkpoints.pack_optimizer(self.optimizer, self.model)
         tensors |= {f"model/{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
             tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+        for epoch, state in history.snapshots.items():
+            tensors |= {f"snapshot/{epoch}/{k}": v for k, v in state.items()}
         meta = {"optimizer": meta, "scaler": self.scaler.state_dict()}
-        checkpoints.write(path, tensors, meta | {"run": fingerprint, "epochs": epochs})
+        checkpoints.write(path, tensors, meta | {"run": fingerprint, "epochs": history.epochs})
 
-    def load(self, path: Path, fingerprint: str) -> list[dict[str, Any]]:
+    def load(self, path: Path, fingerprint: str, history: History) -> None:
         tensors, meta = checkpoints.read(path)
         if meta["run"] != fingerprint:
             raise ValueError(
@@ -342,7 +359,10 @@ class _Run:
             self.average.load_state_dict(part("average/"))
         checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"], self.model)
         self.scaler.load_state_dict(meta["scaler"])
-        return meta["epochs"]
+        history.epochs = meta["epochs"]
+        for key, value in part("snapshot/").items():
+            epoch, name = key.split("/", 1)
+            history.snapshots.setdefault(float(epoch), {})[name] = value
 
 
 def optimizer_for(

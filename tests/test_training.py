@@ -241,3 +241,35 @@ def test_warm_up_never_steps_by_zero() -> None:
     before = model[0].weight.detach().clone()
     run(model, Recipe(lr=0.1, warmup_epochs=1, batch=64, epochs=1))
     assert not torch.equal(before, model[0].weight) and bool(model[0].weight.isfinite().all())
+
+
+def test_a_resumed_run_still_has_its_snapshots(tmp_path: Path) -> None:
+    whole, resumed, epochs = mlp(), mlp(), (0, 0.5, 1, 2.25, 3)
+    expected = run(whole, snapshots=epochs)
+    checkpoint = tmp_path / "c"
+    with pytest.raises(KeyboardInterrupt):
+        train(resumed, Stops(), Blobs(), RECIPE, checkpoint=checkpoint, snapshots=epochs)
+    resumed = mlp()
+    history = run(resumed, checkpoint=checkpoint, snapshots=epochs)
+    assert states_equal(whole, resumed)
+    assert list(history.snapshots) == list(expected.snapshots) == list(epochs)
+    for epoch, state in expected.snapshots.items():
+        assert state.keys() == history.snapshots[epoch].keys()
+        assert all(torch.equal(v, history.snapshots[epoch][k]) for k, v in state.items())
+
+
+def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_from_there(tmp_path: Path) -> None:
+    whole, parts, checkpoint = mlp(), mlp(), tmp_path / "c"
+    run(whole)
+    run(parts, stop_epoch=1.5, checkpoint=checkpoint)
+    parts = mlp()
+    history = run(parts, snapshots=(3,), checkpoint=checkpoint)
+    assert [e["epoch"] for e in history.epochs] == [1, 1.5, 2, 3, 4]
+    assert states_equal(whole, parts)
+
+
+@pytest.mark.parametrize("options", [{"stop_epoch": 2}, {"snapshots": (1, 3)}], ids=str)
+def test_a_checkpoint_that_went_too_far_is_refused(options: dict, tmp_path: Path) -> None:
+    run(mlp(), stop_epoch=3, snapshots=(1,), checkpoint=tmp_path / "c")
+    with pytest.raises(ValueError, match=r"is at epoch 3 and holds no state of epoch [23]: remove"):
+        run(mlp(), checkpoint=tmp_path / "c", **options)
