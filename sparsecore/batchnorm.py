@@ -1,0 +1,58 @@
+"""BatchNorm's running statistics, for weights that no training led to."""
+
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .batches import EpochBatches
+
+
+def running_norms(model: nn.Module) -> list[_BatchNorm]:
+    """The BatchNorm layers that evaluate with running statistics."""
+    return [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+
+
+def recompute_statistics_(model: nn.Module, batches: EpochBatches, *, limit: int = 20) -> nn.Module:
+    """Measures all running statistics anew: their mean over the first batches of epoch 0; returns the model.
+
+    Weights that were interpolated, averaged or pruned need it, since the statistics they came with are
+    others' (Izmailov et al. 2018, arXiv 1803.05407).  Whatever else behaves differently in training, such as
+    dropout, is off.  Modes and momenta are put back; a model without running statistics is left alone.
+
+    Args:
+        batches: of training data.
+        limit: how many of them at most; each counts the same.
+
+    Errors: ValueError if there is no batch to measure on.
+    """
+    norms = running_norms(model)
+    if not norms:
+        return model
+    if min(limit, len(batches)) < 1:
+        raise ValueError(
+            f"recompute_statistics_: expected at least one batch, got {len(batches)} of them and "
+            f"limit={limit}"
+        )
+    modes = {module: module.training for module in model.modules()}
+    momenta = [norm.momentum for norm in norms]
+    try:
+        model.eval()
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain mean over batches
+            norm.train()
+        with torch.no_grad():
+            for x, _ in islice(batches.epoch(0), limit):
+                model(x)
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    return model
