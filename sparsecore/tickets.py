@@ -93,7 +93,8 @@ class Ticket:
         digest = hashlib.sha256()
         for name in sorted(self.masks):
             mask = self.masks[name]
-            digest.update(f"{name}\0{tuple(mask.shape)}\0".encode() + _pack(mask).numpy().tobytes())
+            bits = pack_mask(mask).numpy().tobytes()
+            digest.update(f"{name}\0{tuple(mask.shape)}\0".encode() + bits)
         return digest.hexdigest()
 
     def layer_sparsities(self) -> dict[str, float]:
@@ -152,7 +153,7 @@ class Ticket:
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with bit-packed masks.  Errors: TicketError if it cannot."""
-        tensors = {f"mask/{name}": _pack(mask) for name, mask in self.masks.items()}
+        tensors = {f"mask/{name}": pack_mask(mask) for name, mask in self.masks.items()}
         tensors |= {f"weight/{key}": value for key, value in self.weights.items()}
         tensors |= {f"score/{name}": score for name, score in (self.scores or {}).items()}
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
@@ -191,7 +192,8 @@ class Ticket:
         if not isinstance(provenance, dict) or set(shapes) != set(parts["mask"]) or not shapes:
             raise ValueError("expected provenance and one shape for every mask")
         granularity = parse_granularity(provenance.get("granularity", "weight"))
-        masks = {name: _unpack(name, parts["mask"][name], shape) for name, shape in shapes.items()}
+        packed = parts["mask"]
+        masks = {name: unpack_mask(name, packed[name], shape) for name, shape in shapes.items()}
         for name, score in parts["score"].items():
             expected = granularity.units(masks[name].shape)
             if score.shape != expected:
@@ -246,11 +248,13 @@ class Ticket:
         return masks
 
 
-def _pack(mask: Tensor) -> Tensor:
+def pack_mask(mask: Tensor) -> Tensor:
+    """The bits of a mask, eight to a byte: uint8 [ceil(numel / 8)]."""
     return torch.from_numpy(np.packbits(mask.cpu().reshape(-1).numpy()))
 
 
-def _unpack(name: str, packed: Tensor, shape: Any) -> Tensor:
+def unpack_mask(name: str, packed: Tensor, shape: Any) -> Tensor:
+    """The mask of `shape` that `pack_mask` packed.  Errors: ValueError, with the mask's name."""
     if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
         raise ValueError(f"mask of {name}: expected a shape, got {shape!r}")
     count = int(np.prod(np.array(shape, dtype=object)))  # Python integers: no overflow
