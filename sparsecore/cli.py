@@ -1,4 +1,4 @@
-"""The command line: `sparsecore demo | search | train | plan | info | compare`."""
+"""The command line: `sparsecore demo | search | train | plan | info | compare | analyze`."""
 
 import dataclasses
 import json
@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from safetensors.torch import save_file
 
+from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
 from .describe import layers_of, plans_of
@@ -52,6 +53,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Find a sparse ticket in a network and train it.",
 )
+app.add_typer(analyses.app, name="analyze")
 console = Console()
 
 

@@ -14,6 +14,7 @@ from .search import (
     ConcreteSearch,
     JointSearch,
     OneShot,
+    Rewinding,
     Search,
     StrongSearch,
 )
@@ -84,6 +85,20 @@ def _joint(setup: "Setup", seed: int) -> JointSearch:
     return _with_gates(JointSearch(recipe=scaled), setup, seed)
 
 
+def _rewinding(rewind: str = "weights") -> "Callable[[Setup, int], Search]":
+    def build(setup: "Setup", seed: int) -> Rewinding:
+        return Rewinding(
+            setup.recipe,
+            epochs=setup.train_epochs,
+            start_epoch=setup.rewind_epochs,
+            rewind=rewind,
+            granularity=parse_granularity(setup.granularity),
+            seed=seed,
+        )
+
+    return build
+
+
 METHODS: dict[str, Method] = {
     "cts": Method(
         lambda setup, seed: _with_gates(ConcreteSearch(), setup, seed),
@@ -92,6 +107,22 @@ METHODS: dict[str, Method] = {
     "joint": Method(
         _joint,
         "Joint Concrete Search: gates and weights train together while the density falls",
+    ),
+    "ltr": Method(
+        _rewinding(),
+        "iterative magnitude pruning, rewound to the rewind point",
+        trains=True,
+    ),
+    "imp": Method(
+        _rewinding(),
+        "iterative magnitude pruning, rewound to initialisation (with --recipe stable)",
+        from_init=True,
+        trains=True,
+    ),
+    "lr-rewind": Method(
+        _rewinding("learning-rate"),
+        "iterative magnitude pruning that rewinds the learning rate alone",
+        trains=True,
     ),
     "strong": Method(
         lambda setup, seed: _with_gates(StrongSearch(), setup, seed),

@@ -34,7 +34,6 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing=0.1,
     ),
 }
-PRESETS: dict[str, Callable[[Recipe], Recipe]] = {}
 _TORCHVISION = Recipe(lr=0.1, weight_decay=1e-4, batch=256, epochs=90, milestones=(1 / 3, 2 / 3))
 
 
@@ -82,6 +81,9 @@ def stable(recipe: Recipe) -> Recipe:
         return recipe
     warmup = max(recipe.warmup_epochs, recipe.epochs / 20)
     return replace(recipe, batch=max(recipe.batch, 1024), warmup_epochs=warmup)
+
+
+PRESETS: dict[str, Callable[[Recipe], Recipe]] = {"stable": stable}
 
 
 def _builder(name: str) -> Callable[..., nn.Module]:

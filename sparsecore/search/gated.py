@@ -162,10 +162,14 @@ class AbstractGateSearch(ABC):
             ticket = Ticket.from_scores(
                 scores, model, meta["sparsity"], self.granularity, meta=meta
             )
-            tickets.append(ticket)
+            tickets.append(self._finish(ticket, model, batches))
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         return tickets
+
+    def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
+        """What is left to do once the model is as it was."""
+        return ticket
 
     def _first_density(self, sparsity: float) -> float:
         return 1 - sparsity if self.start_density is None else self.start_density
