@@ -221,6 +221,25 @@ def test_a_strong_ticket_of_twelve_weights_is_the_best_of_all_masks() -> None:
     assert loss(ticket.masks["0"].float()) <= loss(ranked[2])
 
 
+def test_a_strong_ticket_brings_batchnorm_statistics_of_its_own() -> None:
+    model = seeded(
+        lambda: nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4))
+    )
+    sc.sparsify_(model)
+    before = copy.deepcopy(model.state_dict())
+    seen = []
+    watch = lambda net: seen.append(evaluate(net, Blobs())) or seen[-1]  # noqa: E731
+    ticket = StrongSearch(epochs=20, lr=0.05)(model, Blobs(), sparsity=0.6, watch=watch)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    network = ticket.apply_(copy.deepcopy(model)).eval()
+    blobs = Blobs()
+    hidden = network[0](blobs.x)
+    torch.testing.assert_close(network[1].running_mean, hidden.mean(0), rtol=1e-3, atol=1e-3)
+    assert 100 * accuracy(network) == pytest.approx(seen[-1], abs=3) and seen[-1] > 60
+    for name in ("0.weight", "0.bias", "1.weight", "3.weight"):
+        assert torch.equal(ticket.weights[name], before[name])
+
+
 def test_bad_arguments_are_told_at_once() -> None:
     for options, message in (
         ({"start_density": 1.0}, "start_density"),

@@ -1,10 +1,14 @@
 """Strong tickets: a subnetwork of untrained weights that works as it is (arXiv 2603.08914)."""
 
 from dataclasses import dataclass, field
-from typing import Any
 
+from torch import nn
+
+from ..batches import EpochBatches
 from ..gates import AbstractGate, Gaussian
 from ..objectives import Objective, task
+from ..tickets import Ticket
+from .finished import finished
 from .gated import AbstractGateSearch
 
 
@@ -18,19 +22,23 @@ class StrongSearch(AbstractGateSearch):
 
     The ticket keeps the best-scored gates, exactly as many as `sparsity` asks for.  Its provenance has, with
     `watch`, the accuracy with the gates at their mean and of the ticket that would be found by then, by epoch.
+
+    Args:
+        lr: at ten times this GradBalance closes nearly all gates before it can notice.
+        start_density: 0.84 is mu = 0.5 at sigma = 0.5.
     """
 
-    epochs: int = 30
+    epochs: int | None = 30
     objective: Objective = task
     gate: AbstractGate = field(default_factory=Gaussian)
     lr: float = 0.01
     gain_lr: float = 0.0
-    start_density: float | None = 0.84  # mu = 0.5 at sigma = 0.5
+    start_density: float | None = 0.84
     ramp: float = 0.6
 
     @property
     def name(self) -> str:
         return "strong"
 
-    def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
-        return super()._meta(sparsity, seed) | {"finished": True}
+    def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
+        return finished(ticket, model, batches)
