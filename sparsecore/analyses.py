@@ -14,7 +14,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
-from . import data as datasets
 from . import figures
 from .compare import Comparison
 from .connectivity import (
@@ -28,6 +27,7 @@ from .connectivity import (
 from .data import Batches, Dataset
 from .experiment import (
     Setup,
+    data_of,
     loaders,
     model_of,
     new_model,
@@ -79,7 +79,7 @@ def _bench(
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
     out.mkdir(parents=True, exist_ok=True)
-    return _Bench(loaded, setup, datasets.load(setup.data, data_dir, image_size=image_size), target)
+    return _Bench(loaded, setup, data_of(setup, data_dir, image_size), target)
 
 
 def _wrote(json_file: Path | None, result: Mapping[str, Any], *paths: Path) -> None:

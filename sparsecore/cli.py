@@ -20,6 +20,7 @@ from .experiment import (
     SANITIES,
     Setup,
     apply_sanity,
+    data_of,
     find_ticket,
     model_of,
     plan_for,
@@ -151,7 +152,8 @@ def train(
     setup = setup_of(loaded)
     if epochs is None:
         epochs = 0 if loaded.finished else setup.train_epochs
-    dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
+    setup = dataclasses.replace(setup, data=data or setup.data)
+    dataset = data_of(setup, data_dir, image_size)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with Progress() as progress:
@@ -230,7 +232,8 @@ def plan(
     chosen = recipe_with(setup.recipe, recipe)
     if batch is not None:
         chosen = dataclasses.replace(chosen, batch=batch)
-    dataset = datasets.load(data or setup.data, data_dir, image_size=image_size)
+    setup = dataclasses.replace(setup, data=data or setup.data)
+    dataset = data_of(setup, data_dir, image_size)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache)
     table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
@@ -314,7 +317,7 @@ def demo(
         search_epochs=40,  # 23 steps each: the set is small
         search_batch=64,
     )
-    dataset = datasets.load("digits")
+    dataset = data_of(setup)
     methods = ["cts", "cts+shuffle", "snip", "magnitude", "random"]
     report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), out, target, json_file)  # fmt: skip
     best = out / "tickets" / f"cts-0.99-{seed}.safetensors"

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -84,7 +84,9 @@ class Comparison:
         path = folder / "setup.json"
         if not path.exists():
             path.write_text(json.dumps(wanted, indent=2) + "\n")
-        found = json.loads(path.read_text())
+        # A field that the folder's version did not have was what it is by default.
+        known = {f.name: f.default for f in fields(Setup) if f.default is not MISSING}
+        found = known | json.loads(path.read_text())
         if found != wanted:
             differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
             raise ValueError(

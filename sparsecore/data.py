@@ -147,6 +147,28 @@ def load(
     return Dataset(name, splits[0], splits[1], len(raw.classes), shape, mean, std, flip_crop)
 
 
+def limited(dataset: Dataset, samples: int | None) -> Dataset:
+    """The data set with so many training samples, the same at every call, for reduced runs; None: all.
+
+    Errors: DataError for fewer than 1 or more than there are.
+    """
+    if samples is None:
+        return dataset
+    train = dataset.train
+    if not 1 <= samples <= len(train):
+        raise DataError(
+            f"train samples: expected 1 to {len(train)} of {dataset.name}, got {samples}"
+        )
+    chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[
+        :samples
+    ].sort()[0]
+    if isinstance(train.images, Tensor):
+        images: Tensor | ImageFiles = train.images[chosen]
+    else:
+        images = ImageFiles([train.images.paths[i] for i in chosen.tolist()], train.images.size)
+    return replace(dataset, train=Split(images, train.labels[chosen]))
+
+
 def corrupted(dataset: Dataset, seed: int) -> Dataset:
     """The same data with nothing to learn: training labels shuffled, and each training image's pixels too.
 

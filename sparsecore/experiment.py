@@ -14,7 +14,7 @@ from torch import nn
 
 from .compaction import Compacted, compact
 from .convert import Filter, is_prunable, sparsify_
-from .data import Batches, Dataset
+from .data import Batches, Dataset, limited, load
 from .fields import choose
 from .methods import DTYPES, search_for, split
 from .plans import plan_
@@ -40,6 +40,7 @@ class Setup:
         rewind_epochs: of dense training before the search, fractions too; tickets start there.
         train_epochs: of training after the rewind point.
         search_epochs, search_lr, gain_lr, tau, objective, control: of searches by gates; None: the method's.
+        train_samples: how many of the training data are used, for reduced runs; None: all.
         sparse_layers: a glob on layer names; None: every linear layer and convolution.
 
     Errors: ValueError, listing valid names.
@@ -61,6 +62,7 @@ class Setup:
     objective: str | None = None
     control: str | None = None
     granularity: str = "weight"
+    train_samples: int | None = None
     sparse_layers: str | None = None
 
     def __post_init__(self) -> None:
@@ -91,6 +93,11 @@ class Setup:
         if not split(method)[0].from_init or not self.rewind_epochs:
             return self
         return replace(self, rewind_epochs=0, train_epochs=self.total_epochs)
+
+
+def data_of(setup: Setup, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
+    """The setup's data.  Errors: `data.DataError`."""
+    return limited(load(setup.data, data_dir, image_size=image_size), setup.train_samples)
 
 
 def new_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:

@@ -9,8 +9,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .data import Dataset, load
-from .experiment import Setup
+from .data import Dataset
+from .experiment import Setup, data_of
 from .fields import pairs, replaced
 from .objectives import OBJECTIVES
 from .recipes import PRESETS, recipe_for
@@ -66,6 +66,9 @@ SearchDtype = Annotated[
 ]
 ChannelsLast = Annotated[
     bool, typer.Option("--channels-last", help="Convolutions of such a search in that layout.")
+]
+TrainSamples = Annotated[
+    int | None, typer.Option(help="Use so many of the training data, for reduced runs.")
 ]
 LayersGlob = Annotated[
     str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
@@ -125,6 +128,7 @@ def setup_of_options(
     tau: Tau = None,
     search_dtype: SearchDtype = "fp32",
     channels_last: ChannelsLast = False,
+    train_samples: TrainSamples = None,
     layers: LayersGlob = None,
     model_option: ModelOption = None,
     recipe: RecipeOption = None,
@@ -148,9 +152,10 @@ def setup_of_options(
         objective=objective,
         control=control,
         granularity=granularity,
+        train_samples=train_samples,
         sparse_layers=layers,
     )
-    return setup, lambda: load(data, data_dir, image_size=image_size)
+    return setup, lambda: data_of(setup, data_dir, image_size)
 
 
 def with_setup(command: Callable[..., None]) -> Callable[..., None]:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from sparsecore import data
-from sparsecore.data import Batches, DataError, Dataset, Split
+from sparsecore.data import Batches, DataError, Dataset, Split, limited
 
 
 def toy(n: int = 50, channels: int = 3, size: int = 8) -> Dataset:
@@ -177,3 +177,14 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, 9))
     with pytest.raises(DataError, match="mnist could not be read"):
         data.load("mnist", tmp_path)
+
+
+def test_reduced_data_are_a_fixed_choice() -> None:
+    whole = data.load("digits")
+    few = limited(whole, 100)
+    assert len(few.train) == len(few.train.images) == 100 and len(few.test) == len(whole.test)
+    assert torch.equal(limited(whole, 100).train.images, few.train.images)
+    assert len(few.train.labels.unique()) == 10 and limited(whole, None) is whole
+    for wrong in (0, len(whole.train) + 1):
+        with pytest.raises(DataError, match="train samples: expected 1 to"):
+            limited(whole, wrong)
