@@ -488,6 +488,10 @@ def test_damaged_and_misplaced_rounds_are_told_with_the_mend(folder: Path) -> No
     refused(r"round-0002.* does not follow from the round before it")
     with pytest.raises(RoundError, match=r"round-0002.*: expected round 2 of .*, got round 3"):
         load_rounds(folder)
+    paths[2].write_bytes(good[2])
+    other = {n: m.flip(0) for n, m in Round.load(paths[2]).masks.items()}
+    replace(Round.load(paths[2]), masks=other).save(paths[2])
+    refused(r"round-0002.* does not follow from the round before it")
     for path in paths[2:]:
         path.unlink()
     paths[1].with_name(paths[1].name + "x7_h").write_bytes(b"half")  # a kill while writing
