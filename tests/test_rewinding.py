@@ -20,6 +20,7 @@ from sparsecore.batches import Batch
 from sparsecore.granularity import NM, Block, Granularity
 from sparsecore.patterns import Dense, Masked
 from sparsecore.recipes import RECIPES, stable
+from sparsecore.regions import angular_distances
 from sparsecore.rounds import Round, RoundError, load_rounds, round_path
 from sparsecore.search import SearchError, rewinding
 from sparsecore.search.rewinding import Rewinding
@@ -607,3 +608,22 @@ def test_the_stable_recipe_has_large_batches_at_the_same_rate() -> None:
     assert stable(recipe) == recipe and stable(replace(unstable, batch=2048)).batch == 2048
     assert stable(replace(unstable, warmup_epochs=20)).warmup_epochs == 20
     assert stable(RECIPES["lenet-300-100"]) == RECIPES["lenet-300-100"]
+
+
+def test_rounds_can_be_driven_apart_or_together(tmp_path: Path) -> None:
+    distances = {}
+    for strength in (-4.0, 0.0, 4.0):
+        search = replace(SEARCH, epochs=4, repel=strength, rounds=tmp_path / f"{strength}")
+        ticket = search(small(), Blobs(), sparsity=0.5)
+        angles = angular_distances(load_rounds(tmp_path / f"{strength}"))
+        distances[strength] = angles[~torch.eye(len(angles), dtype=torch.bool)].mean().item()
+        assert ticket.meta["repel"] == strength
+    assert distances[-4.0] < distances[0.0] - 0.01 < distances[4.0] - 0.02
+
+
+def test_a_repelled_search_killed_between_rounds_knows_the_earlier_optima(tmp_path: Path) -> None:
+    search = replace(SEARCH, repel=2.0)
+    expected = search(small(), Blobs(), sparsity=0.5)
+    first = replace(search, rounds=tmp_path)
+    first(small(), Blobs(), sparsity=0.2)  # one round, kept
+    assert first(small(), Blobs(), sparsity=0.5).hash == expected.hash

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..granularity import NM, Granularity, Weight
 from ..progress import QUIET, Progress
+from ..regions import Repellent
 from ..rounds import Round, RoundError, round_files, round_path
 from ..safefile import FileError
 from ..sparsities import check_sparsity, kept_count, masks_from_scores
@@ -49,6 +50,8 @@ class Rewinding:
             the schedule spans start_epoch + epochs.
         rate: fraction of what is left that a prune removes.
         rewind: `weights` or `learning-rate`.
+        repel: strength of a `regions.Repellent` from the optima of all earlier rounds, in every round's loss: above
+            0 it keeps rounds apart, below 0 it draws them together (Maene, Li & Moens 2021).
         seed: of dropout and the like while training; the data's order belongs to the batches.
         rounds: a folder that keeps the rounds (`rounds.load_rounds`).  They do not depend on the sparsity, so
             a search for another one goes on with them: several sparsities cost as much as the highest.
@@ -62,6 +65,7 @@ class Rewinding:
     start_epoch: float = 0
     rate: float = 0.2
     rewind: str = "weights"
+    repel: float = 0.0
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
     rounds: Path | None = None
@@ -72,6 +76,7 @@ class Rewinding:
             ("start_epoch", 0 <= self.start_epoch < math.inf, "at least 0"),
             ("rate", 0 < self.rate < 1, "a fraction removed per round, 0 < rate < 1"),
             ("rewind", self.rewind in _REWINDS, f"one of {', '.join(_REWINDS)}"),
+            ("repel", math.isfinite(self.repel), "a finite number, 0 for none"),
         )
         for name, good, expected in checks:
             if not good:
@@ -128,6 +133,7 @@ class Rewinding:
         files = _Files.make(self.rounds, checkpoint)
         run = checkpoints.fingerprint(model, batches, replace(self, rounds=None))
         start, told = dense_state(model), []
+        optima: list[Mapping[str, Tensor]] = []  # of earlier rounds, where they count
         with progress.task("rounds", total=count) as advance:
             for index in range(count):
                 density = (1 - self.rate) ** index
@@ -135,7 +141,9 @@ class Rewinding:
                 asked = Round(index, density, masks, start, {}, 0.0, None, run)
                 done = files.find(asked)
                 if done is None:
-                    done = self._train(model, batches, asked, files, progress, watch)
+                    done = self._train(model, batches, asked, optima, files, progress, watch)
+                if self.repel:
+                    optima.append(done.trained)
                 files.forget_training(index)
                 scores = _rank(done, scores, self.granularity)
                 if self.rewind == "learning-rate":
@@ -160,6 +168,7 @@ class Rewinding:
             "sparsity": sparsity,
             "seed": self.seed,
             "rate": self.rate,
+            "repel": self.repel,
             "start_epoch": self.start_epoch,
             "round_epochs": self.epochs,
             "recipe": asdict(self.recipe) | {"milestones": list(self.recipe.milestones)},
@@ -170,6 +179,7 @@ class Rewinding:
         model: nn.Module,
         batches: EpochBatches,
         asked: Round,
+        optima: Sequence[Mapping[str, Tensor]],
         files: "_Files",
         progress: Progress,
         watch: Watch | None,
@@ -188,6 +198,7 @@ class Rewinding:
                 stop_epoch=end,
                 total_epochs=end,
                 seed=self.seed,
+                penalty=Repellent(optima, self.repel) if optima else None,
                 checkpoint=files.training(asked.index),
                 progress=progress,
             )
