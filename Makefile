@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench gpu clean
+.PHONY: demo test lint bench gpu compare-gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -27,11 +27,14 @@ bench: .venv/.test
 PY ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,python3)
 OUT ?= build/gpu
 DATA ?= $(SPARSECORE_DATA)
-GPU_TEST_SECONDS ?= 130
-GPU_SEARCH_SECONDS ?= 150
-GPU_STEP_SECONDS ?= 30
-GPU_TRAIN_SECONDS ?= 150
-GPU_TICKET_SECONDS ?= 125
+GPU_TEST_SECONDS ?= 120
+GPU_SEARCH_SECONDS ?= 130
+GPU_STEP_SECONDS ?= 25
+GPU_TRAIN_SECONDS ?= 110
+GPU_TICKET_SECONDS ?= 115
+GPU_COMPARE_SECONDS ?= 85
+# Methods on Conv-4, cut short to fit; without the cuts: make compare-gpu.
+COMPARE = compare --data cifar10 $(if $(DATA),--data-dir $(DATA)) --recipe amp=bf16 --device cuda
 
 gpu:
 	@mkdir -p $(OUT); : > $(OUT)/gpu.log; status=0; \
@@ -47,7 +50,15 @@ gpu:
 	part $(GPU_TRAIN_SECONDS) $(PY) -m bench run --suite ticket --device cuda --out $(OUT); \
 	part $(GPU_TICKET_SECONDS) $(PY) -m bench tickets --suite cts-resnet20 --lengths short --device cuda \
 	  --out $(OUT) $(if $(DATA),--data-dir $(DATA)); \
+	part $(GPU_COMPARE_SECONDS) $(PY) -m sparsecore $(COMPARE) --model conv-4 --epochs 8 --sparsities 0.98 \
+	  --seeds 1 --methods joint,cts,snip,ltr --out $(OUT)/compare; \
 	grep -E "^== |^FAILED|^(FAILED|ERROR) |passed|failed|error:" $(OUT)/gpu.log; ls $(OUT); exit $$status
+
+# Hours on a GPU, cell by cell: run it again to go on.
+compare-gpu:
+	$(PY) -m sparsecore $(COMPARE) --model resnet-20 --model-option shortcut=3x3 --model-option bn_init=uniform \
+	  --rewind-epochs 9 --epochs 151 --sparsities 0.9,0.98,0.99262 --methods joint,cts,ltr,ltr+reinit,snip \
+	  --out $(OUT)/compare-resnet20
 
 .venv/.python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed')"
