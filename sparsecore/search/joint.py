@@ -42,7 +42,7 @@ class JointSearch(AbstractGateSearch):
     """
 
     epochs: int | None = None
-    pace: float = 5.0
+    pace: float = 4.5
     objective: Objective = task
     gain_lr: float = 0.0
     start_density: float | None = 0.5
