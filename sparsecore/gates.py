@@ -8,12 +8,13 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from . import kernels
-from .sparsities import check_sparsity, kept_count, top_k
+from .sparsities import check_sparsity, kept_count
 
 Project = Callable[[Tensor], Tensor]
 
@@ -24,6 +25,8 @@ def _same(values: Tensor) -> Tensor:
 
 class AbstractGate(ABC):
     """A distribution over z in [0, 1] with one logit per unit; all tensors share the units' shape."""
+
+    deterministic: ClassVar[bool] = False  # whether the sample ignores its noise
 
     @property
     def spec(self) -> kernels.GateSpec | None:
@@ -183,16 +186,21 @@ class Bernoulli(_SpecifiedGate):
 
 @dataclass(frozen=True)
 class TopK(AbstractGate):
-    """Edge-popup: a hard top-k of |score| per layer, straight-through gradient (Ramanujan 2020)."""
+    """Edge-popup: a hard top-k of |score| per layer, straight-through gradient (Ramanujan 2020).
+
+    Exactly k units are kept, without a host sync; which ones among equals is left open.
+    """
 
     sparsity: float
+    deterministic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_sparsity(self.sparsity)
 
     def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
-        k = kept_count(logits.numel(), self.sparsity)
-        return top_k(project(logits.detach().abs()), k).to(logits.dtype)
+        scores = project(logits.detach().abs()).flatten()
+        best = torch.topk(scores, kept_count(len(scores), self.sparsity), sorted=False).indices
+        return torch.zeros_like(scores).index_fill_(0, best, 1).view_as(logits)
 
     def slope(self, z: Tensor, logits: Tensor) -> Tensor:
         return torch.sign(logits)
@@ -215,6 +223,39 @@ class TopK(AbstractGate):
 
     def score(self, logits: Tensor) -> Tensor:
         return logits.abs()
+
+
+@dataclass(frozen=True)
+class Annealed(AbstractGate):
+    """z = sigmoid(T * s), which becomes the step 1[s > 0] as the temperature T grows (Savarese 2020).
+
+    Nothing is random.  Under N:M the gradient goes straight through, for a unit that is forbidden now
+    could never come back otherwise.
+    """
+
+    temperature: float = 1.0
+    deterministic: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _positive("temperature", self.temperature)
+
+    def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
+        return project(self.density(logits))
+
+    def slope(self, z: Tensor, logits: Tensor) -> Tensor:
+        return self.density_slope(logits, self.density(logits))
+
+    def density(self, logits: Tensor) -> Tensor:
+        return torch.sigmoid(self.temperature * logits)
+
+    def density_slope(self, logits: Tensor, density: Tensor) -> Tensor:
+        return self.temperature * density * (1 - density)
+
+    def mean(self, logits: Tensor) -> Tensor:
+        return self.density(logits)
+
+    def init(self, density: float) -> float:
+        return math.log(_check_density(density) / (1 - density)) / self.temperature
 
 
 GATES: dict[str, type[AbstractGate]] = {

@@ -376,7 +376,8 @@ class Gated(nn.Module):
             z = self.granularity.project(self.gate.mean(self.logits))
             return self.granularity.apply(weight, z if gain is None else z * gain)
         noise = torch.empty_like(self.logits, requires_grad=False)
-        kernels.uniform_(noise, self.seed, self.step, self.layer)
+        if not self.gate.deterministic:
+            kernels.uniform_(noise, self.seed, self.step, self.layer)
         return gated_weight(weight, self.logits, noise, self.gate, self.granularity, gain)
 
     @property

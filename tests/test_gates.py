@@ -8,12 +8,12 @@ from helpers import GRANULARITIES, rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparsecore.gates import AbstractGate, Concrete, Gaussian, HardConcrete, TopK
+from sparsecore.gates import AbstractGate, Annealed, Concrete, Gaussian, HardConcrete, TopK
 from sparsecore.granularity import NM, Granularity, parse_granularity
 from sparsecore.patterns import gated_weight
 
 STOCHASTIC: list[AbstractGate] = [Concrete(), HardConcrete(), Gaussian()]
-GATES: list[AbstractGate] = [*STOCHASTIC, TopK(0.5)]
+GATES: list[AbstractGate] = [*STOCHASTIC, TopK(0.5), Annealed(3.0)]
 densities = st.floats(0.001, 0.999)
 by_gate = pytest.mark.parametrize("gate", GATES, ids=lambda g: type(g).__name__)
 by_stochastic = pytest.mark.parametrize("gate", STOCHASTIC, ids=lambda g: type(g).__name__)
@@ -34,6 +34,24 @@ def test_topk_keeps_exactly_its_share(p: float, n: int) -> None:
     z = gate.sample(randn(n), rand(n))
     assert int(z.sum()) == math.floor(n * (1 - gate.sparsity) + 1e-6)
     assert gate.density(randn(n)).sum().item() == pytest.approx(float(z.sum()), abs=1e-4)
+
+
+def test_topk_keeps_exactly_its_share_of_equal_scores() -> None:
+    for scores in (torch.ones(10), torch.tensor([2.0, 1, 1, 1, 1, 1, 1, 0, 0, 0])):
+        z = TopK(0.6).sample(scores, scores)
+        assert int(z.sum()) == 4 and scores[z == 1].min() >= scores[z == 0].max()
+
+
+@given(p=densities, temperature=st.floats(0.1, 200))
+def test_an_annealed_gate_is_a_sigmoid_that_steepens(p: float, temperature: float) -> None:
+    gate = Annealed(temperature)
+    logits = torch.tensor([gate.init(p)], dtype=torch.float64, requires_grad=True)
+    assert gate.density(logits).item() == pytest.approx(p, rel=1e-9)
+    z = gate.sample(logits, logits)
+    assert torch.equal(z, gate.mean(logits)) and torch.equal(z, gate.density(logits))
+    (slope,) = torch.autograd.grad(z.sum(), logits)
+    torch.testing.assert_close(gate.slope(z, logits), slope)
+    assert slope.item() == pytest.approx(temperature * p * (1 - p), rel=1e-9)
 
 
 @by_gate
@@ -219,6 +237,7 @@ def test_gather_is_the_adjoint_of_spread(
         lambda: Concrete(0),
         lambda: HardConcrete(gamma=0.1),
         lambda: Gaussian(-1),
+        lambda: Annealed(0),
         lambda: TopK(1.0),
         lambda: TopK(float("nan")),
         lambda: Concrete().init(0),
