@@ -1,0 +1,275 @@
+"""Edge-popup: a subnetwork of frozen weights that works untrained (Ramanujan et al. 2020, arXiv 1911.13299)."""
+
+import copy
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .. import checkpoints
+from ..batches import Batch, EpochBatches
+from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..gates import TopK
+from ..granularity import Granularity, Weight
+from ..nn import SparseLayer
+from ..patterns import Gated, Masked
+from ..progress import QUIET, Progress
+from ..sparsities import check_sparsity, kept_count, masks_from_scores
+from ..tickets import Ticket, dense_state
+from ..training import Recipe, optimizer_for
+from .epochs import EpochStep, run_epochs
+from .protocol import Watch
+
+WEIGHTS = ("signed-constant", "scaled", "as-is")
+Distribution = Callable[[Mapping[str, torch.Size], float], Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class EdgePopup:
+    """Learns one score per unit; each layer computes with its k best by |score|, its weights stay frozen.
+
+    The gradient goes straight through the choice: dL/dscore = dL/dz * sign(score) for every unit, kept or
+    not, so that an absent one can pop up.  The ticket is finished: its weights are those that were searched
+    in, with BatchNorm's statistics under its masks.  Biases and BatchNorm's parameters are no part of the
+    choice: they stay as the model has them (the paper has none).
+
+    Args:
+        epochs: passes over the batches; the paper's 100, at batches of 128.
+        weights: "signed-constant", sign(w) * sqrt(2 / fan_in), the paper's best; "scaled", the same times
+            sqrt(1 / density) of the layer; "as-is", the model's own.  A weight of 0 stays 0.
+        distribution: (shapes by layer, sparsity) -> sparsity by layer; None: the same in each.
+        lr, momentum, weight_decay: SGD's on the scores; lr falls along a cosine to 0.
+        granularity: blocks that an edge cuts short count as whole ones in a step; the ticket counts weights.
+        seed: of the first scores, uniform in +-1 / sqrt(fan_in): kaiming_uniform with a = sqrt(5).
+
+    Errors: ValueError for a number out of range or other weights.
+    """
+
+    epochs: int = 100
+    weights: str = "signed-constant"
+    distribution: Distribution | None = None
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 1e-4
+    granularity: Granularity = field(default_factory=Weight)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        _ = self.recipe  # refuses bad numbers
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the scores train."""
+        return Recipe(
+            optimizer="sgd",
+            lr=self.lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+            epochs=self.epochs,
+            schedule="cosine",
+        )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsity: float,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Ticket:
+        """The finished ticket of the k best-scored weights of each layer, k = floor((1 - sparsity) * its weights).
+
+        The model is never touched: the search works on copies.
+
+        Args:
+            sparsity: fraction removed, in (0, 1).
+            checkpoint: written after every epoch; if it exists, the search goes on from there with
+                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+            watch: measured after every epoch on the ticket that would be found by then.
+
+        Errors: ValueError for bad arguments or a layer that would keep nothing; SearchError if the
+        objective is not finite, or for a checkpoint of another search.
+        """
+        sparsities = self._sparsities(require_dense_parameters(model), sparsity)
+        run = ""
+        if checkpoint is not None:
+            facts = (replace(self, distribution=None), sparsities)
+            run = checkpoints.fingerprint(model, batches, *facts)
+        hard = self._frozen(model, sparsities)
+        net = copy.deepcopy(hard)
+        with batch_statistics(net):
+            step = _PopupStep(self, net, hard, batches, sparsities)
+            records = run_epochs(
+                step,
+                batches,
+                self.epochs,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                watch=watch,
+            )
+        masks = {name: mask.cpu() for name, mask in step.harden_().items()}
+        scores = {name: score.cpu() for name, score in step.scores().items()}
+        meta = self._meta(sparsity) | {"progress": records}
+        ticket = Ticket(masks, dense_state(hard), meta, scores)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return ticket
+
+    def _sparsities(self, layers: Mapping[str, SparseLayer], sparsity: float) -> dict[str, float]:
+        """Of each layer; told before the search if a layer cannot be so."""
+        if check_sparsity(sparsity) == 0:
+            raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        chosen = dict.fromkeys(shapes, sparsity)
+        if self.distribution is not None:
+            chosen = dict(self.distribution(shapes, sparsity))
+            if set(chosen) != set(shapes):
+                raise ValueError(
+                    f"distribution: expected a sparsity for each of {', '.join(shapes)}, got some for "
+                    f"{', '.join(chosen) or 'none'}"
+                )
+        for name, shape in shapes.items():
+            kept = kept_count(shape.numel(), chosen[name])
+            largest = int(self.granularity.sizes(shape).max())
+            if kept < largest:
+                raise ValueError(
+                    f"layer {name}: sparsity {chosen[name]:.6g} keeps {kept} of its {shape.numel()} weights, "
+                    f"expected at least one {self.granularity} of {largest}; ask for a lower sparsity, or "
+                    "give a distribution that spares small layers"
+                )
+            level = {name: torch.zeros(self.granularity.units(shape))}
+            masks_from_scores(level, shapes, chosen[name], self.granularity)
+        return chosen
+
+    def _frozen(self, model: nn.Module, sparsities: Mapping[str, float]) -> nn.Module:
+        """A copy with the weights that are searched in."""
+        frozen = copy.deepcopy(model).requires_grad_(False)
+        for name, layer in sparse_layers(frozen).items():
+            weight = layer.raw_weight
+            if self.weights != "as-is":
+                density = 1 - sparsities[name] if self.weights == "scaled" else 1
+                weight.sign_().mul_(math.sqrt(2 / (weight[0].numel() * density)))
+        return frozen
+
+    def _meta(self, sparsity: float) -> dict[str, Any]:
+        return {
+            "method": "edge-popup",
+            "finished": True,
+            "sparsity": sparsity,
+            "seed": self.seed,
+            "search_epochs": self.epochs,
+            "search_lr": self.lr,
+            "momentum": self.momentum,
+            "weight_decay": self.weight_decay,
+            "weights": self.weights,
+            "granularity": str(self.granularity),
+            "torch": torch.__version__,
+        }
+
+
+class _PopupStep(EpochStep):
+    """SGD on the scores of `net`, and `hard`, which becomes what the ticket would be by now."""
+
+    def __init__(
+        self,
+        search: EdgePopup,
+        net: nn.Module,
+        hard: nn.Module,
+        batches: EpochBatches,
+        sparsities: Mapping[str, float],
+    ) -> None:
+        self.search, self.net, self.hard, self.batches = search, net, hard, batches
+        self.sparsities, self.recipe = sparsities, search.recipe
+        self.gated: dict[str, Gated] = {}
+        draws = torch.Generator().manual_seed(search.seed)
+        for name, layer in sparse_layers(net).items():
+            weight, gate = layer.raw_weight, TopK(sparsities[name])
+            pattern = Gated(
+                weight.shape,
+                gate,
+                search.granularity,
+                density=1 - gate.sparsity,
+                device=weight.device,
+            )
+            bound = 1 / math.sqrt(weight[0].numel())
+            first = (2 * torch.rand(pattern.logits.shape, generator=draws) - 1) * bound
+            pattern.logits.data.copy_(first)
+            layer.pattern = self.gated[name] = pattern
+        logits = [pattern.logits for pattern in self.gated.values()]
+        self.device = logits[0].device
+        self.optimizer = optimizer_for(logits, self.recipe)
+
+    def __call__(self, batch: Batch, index: int) -> Tensor:
+        x, y = batch
+        for group in self.optimizer.param_groups:
+            epoch = (index + 0.5) / len(self.batches)
+            group["lr"] = self.recipe.lr_at(epoch, self.recipe.epochs)
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.net(x), y)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    def scores(self) -> dict[str, Tensor]:
+        """|score| by layer, one per unit."""
+        return {name: g.gate.score(g.logits.detach()) for name, g in self.gated.items()}
+
+    def harden_(self) -> dict[str, Tensor]:
+        """Puts the masks as they are by now into `hard`, and returns them."""
+        layers, masks = sparse_layers(self.hard), {}
+        for name, score in self.scores().items():
+            layer, sparsity = layers[name], self.sparsities[name]
+            shapes = {name: layer.raw_weight.shape}
+            masks |= masks_from_scores({name: score}, shapes, sparsity, self.search.granularity)
+            # Not set_mask_: a ticket's controls draw other masks over the same weights.
+            layer.pattern = Masked(masks[name])
+        _recompute_statistics_(self.hard, self.batches)
+        return masks
+
+    def measure(self, watch: Watch) -> float:
+        self.harden_()
+        return watch(self.hard)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, rest = checkpoints.pack_optimizer(self.optimizer)
+        scores = {f"scores/{name}": g.logits.detach() for name, g in self.gated.items()}
+        return tensors | scores, rest
+
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        for name, pattern in self.gated.items():
+            pattern.logits.data.copy_(tensors[f"scores/{name}"])
+        checkpoints.unpack_optimizer(self.optimizer, tensors, rest)
+
+
+@torch.no_grad()
+def _recompute_statistics_(model: nn.Module, batches: EpochBatches) -> None:
+    """BatchNorm's running statistics become the mean over the batches of an epoch."""
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    if not norms:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    model.eval()
+    try:
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a plain average
+            norm.train()
+        for x, _ in batches.epoch(0):
+            model(x)
+    finally:
+        for norm, momentum in momenta.items():
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
