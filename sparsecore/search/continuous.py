@@ -1,0 +1,277 @@
+"""Continuous sparsification: weights and soft masks train together (Savarese, Silva & Maire 2020, arXiv 1912.04427)."""
+
+import copy
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checkpoints
+from ..batches import Batch, EpochBatches
+from ..control import AbstractController, GradBalance, Reading, State
+from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..gates import Annealed
+from ..granularity import Granularity, Weight
+from ..patterns import Gated
+from ..progress import QUIET, Progress
+from ..sparsities import check_sparsity, masks_from_scores
+from ..tickets import Ticket
+from ..training import Recipe, optimizer_for
+from .epochs import EpochStep, run_epochs
+from .protocol import Watch
+
+
+@dataclass(frozen=True)
+class ContinuousSparsification:
+    """Trains weights w and mask logits s at once; the layer computes with w * sigmoid(T s) / sigmoid(s0).
+
+    The temperature T rises exponentially, step by step, from 1 to `final_temperature`, so that the soft mask
+    ends as the step 1[s > 0].  Nothing is drawn: the search is deterministic.  The ticket starts from the
+    model's present weights, and those that were trained are dropped.
+
+    In the paper a fixed penalty on sum sigmoid(T s) leads to a sparsity that nobody chose (in the provenance
+    as "natural_sparsity").  Here a controller aims at a density that falls exponentially from sigmoid(s0) to
+    the ticket's, and the ticket keeps exactly the best s; `FixedPenalty` is the paper's way.  SGD with
+    the weights' rate moves s too little in a short search: Adam it is.
+
+    Args:
+        epochs: passes over the batches.
+        initial: s0, the logits' first value.
+        ramp: fraction of the search in which the density aimed at falls; what T has decided by then hardly moves.
+        lr: Adam's on the logits, constant.
+        recipe: the weights' optimiser, rate and schedule (over the search), momentum, weight_decay,
+            label_smoothing, clip_norm and amp (not fp16); its other fields play no part.
+
+    Errors: ValueError for a number out of range, or a recipe in fp16.
+    """
+
+    epochs: int = 12
+    final_temperature: float = 200.0
+    initial: float = 0.0
+    control: AbstractController = field(default_factory=GradBalance)
+    ramp: float = 0.7
+    lr: float = 0.01
+    recipe: Recipe = field(default_factory=Recipe)
+    granularity: Granularity = field(default_factory=Weight)
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("search epochs", self.epochs, self.epochs >= 1, "at least 1"),
+            ("final_temperature", self.final_temperature, self.final_temperature >= 1, "at least 1"),
+            ("initial", self.initial, abs(self.initial) < 10, "a number between -10 and 10"),
+            ("ramp", self.ramp, 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
+            ("search lr", self.lr, self.lr > 0, "a positive number"),
+            ("recipe amp", self.recipe.amp, self.recipe.amp != "fp16", "null or bf16"),
+        )  # fmt: skip
+        for name, value, good, expected in checks:
+            if not good:
+                raise ValueError(f"{name}: expected {expected}, got {value}")
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsity: float,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Ticket:
+        """The ticket of exactly the highest logits over all layers.
+
+        The model is never touched: the search works on a copy.
+
+        Args:
+            sparsity: fraction removed, in (0, 1).
+            checkpoint: written after every epoch; if it exists, the search goes on from there with
+                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+            watch: measured after every epoch on the soft network, with the weights it trained; BatchNorm
+                then takes the statistics of the batches it is measured on.
+
+        Errors: ValueError for bad arguments; SearchError if the objective is not finite, or for a
+        checkpoint of another search.
+        """
+        layers = require_dense_parameters(model)
+        if check_sparsity(sparsity) == 0:
+            raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
+        # A pattern that cannot hold that many weights is told before the search, not after.
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
+        masks_from_scores(level, shapes, sparsity, self.granularity)
+        run = ""
+        if checkpoint is not None:
+            run = checkpoints.fingerprint(model, batches, self, sparsity)
+        net = copy.deepcopy(model)
+        with batch_statistics(net):
+            step = _ContinuousStep(self, net, 1 - sparsity, len(batches))
+            records = run_epochs(
+                step,
+                batches,
+                self.epochs,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                watch=watch,
+            )
+        meta = self._meta(sparsity)
+        meta |= {"natural_sparsity": step.natural_sparsity(), "progress": records}
+        scores = {name: pattern.logits.detach() for name, pattern in step.gated.items()}
+        ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return ticket
+
+    @property
+    def first_density(self) -> float:
+        """sigmoid(s0)."""
+        return 1 / (1 + math.exp(-self.initial))
+
+    def temperature(self, index: int, steps: int) -> float:
+        """T at step `index` of `steps`: 1 at the first, `final_temperature` at the last."""
+        return self.final_temperature ** (index / max(steps - 1, 1))
+
+    def target(self, density: float, index: int, steps: int) -> float:
+        """The density that the controller aims at in step `index` of `steps`, for a ticket of `density`."""
+        share = min(index / (self.ramp * steps), 1.0) if self.ramp else 1.0
+        return self.control.target(self.first_density ** (1 - share) * density**share)
+
+    def _meta(self, sparsity: float) -> dict[str, Any]:
+        recipe = self.recipe
+        return {
+            "method": "continuous",
+            "sparsity": sparsity,
+            "seed": None,  # nothing is drawn
+            "search_epochs": self.epochs,
+            "search_lr": self.lr,
+            "final_temperature": self.final_temperature,
+            "initial": self.initial,
+            "control": repr(self.control),
+            "ramp": self.ramp,
+            "optimizer": recipe.optimizer,
+            "lr": recipe.lr,
+            "momentum": recipe.momentum,
+            "weight_decay": recipe.weight_decay,
+            "clip_norm": recipe.clip_norm,
+        }
+
+
+class _ContinuousStep(EpochStep):
+    """The weights' optimiser and the logits' on one gradient of `net`, a copy that is gated here."""
+
+    def __init__(
+        self, search: ContinuousSparsification, net: nn.Module, density: float, length: int
+    ) -> None:
+        self.search, self.net, self.density = search, net, density
+        self.length, self.steps = length, search.epochs * length
+        self.gated: dict[str, Gated] = {}
+        self.sizes: list[Tensor | None] = []  # weights in each unit; None: one
+        self.count = 0
+        layers = sparse_layers(net)
+        for layer in layers.values():
+            layer.raw_weight.requires_grad_()
+        self.weights = [p for p in net.parameters() if p.requires_grad]
+        for name, layer in layers.items():
+            weight = layer.raw_weight
+            pattern = Gated(
+                weight.shape,
+                Annealed(),
+                search.granularity,
+                density=search.first_density,
+                gain=True,
+                device=weight.device,
+            )
+            assert pattern.log_gain is not None
+            # 1 / sigmoid(s0): a constant here.
+            pattern.log_gain.requires_grad_(False).fill_(-math.log(search.first_density))
+            layer.pattern = self.gated[name] = pattern
+            single = pattern.logits.shape == weight.shape
+            sizes = search.granularity.sizes(weight.shape)
+            self.sizes.append(None if single else sizes.to(pattern.logits))
+            self.count += weight.numel()
+        self.logits = [pattern.logits for pattern in self.gated.values()]
+        self.device = self.logits[0].device
+        self.optimizer = optimizer_for(self.weights, search.recipe)
+        self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True)
+        self.control: State = search.control.init(self.device)
+
+    def __call__(self, batch: Batch, index: int) -> Tensor:
+        search, recipe = self.search, self.search.recipe
+        gate = Annealed(search.temperature(index, self.steps))
+        for pattern in self.gated.values():
+            pattern.gate = gate
+        for group in self.optimizer.param_groups:
+            group["lr"] = recipe.lr_at((index + 0.5) / self.length, search.epochs)
+        x, y = batch
+        with recipe.autocast(self.device):
+            loss = F.cross_entropy(self.net(x), y, label_smoothing=recipe.label_smoothing)
+        parameters = [*self.weights, *self.logits]
+        # A layer the forward does not reach has no gradient: zeros.
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        for p, grad in zip(parameters, grads, strict=True):
+            p.grad = grad
+        self._pull_(gate, search.target(self.density, index, self.steps) * self.count)
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.weights, recipe.clip_norm)
+        self.optimizer.step()
+        self.gates.step()
+        return loss.detach()
+
+    def _pull_(self, gate: Annealed, target: float) -> None:
+        """Adds the controller's share of sparsity, for `target` kept weights, to the logits' gradients."""
+        found = [s.grad for s in self.logits if s.grad is not None]
+        kept, pulls = self.kept(gate)
+        percent = 100 / target  # of excess per weight
+        reading = Reading(_norm(found), percent * _norm(pulls), percent * kept - 100)
+        weight, self.control = self.search.control.update(self.control, reading)
+        for grad, pull in zip(found, pulls, strict=True):
+            grad.addcmul_(pull, percent * weight)
+
+    @torch.no_grad()
+    def kept(self, gate: Annealed) -> tuple[Tensor, list[Tensor]]:
+        """sum sigmoid(T s) over all weights, and its gradient in each layer's logits."""
+        kept, pulls = torch.zeros((), device=self.device), []
+        for logits, size in zip(self.logits, self.sizes, strict=True):
+            density = gate.density(logits)
+            pull = gate.density_slope(logits, density)
+            if size is not None:
+                density, pull = density * size, pull * size
+            kept += density.sum()
+            pulls.append(pull)
+        return kept, pulls
+
+    def natural_sparsity(self) -> float:
+        """The share of weights that 1[s > 0] removes."""
+        opened = [(s.detach() > 0).to(s.dtype) for s in self.logits]
+        kept = [o if n is None else o * n for o, n in zip(opened, self.sizes, strict=True)]
+        return 1 - float(torch.stack([k.double().sum() for k in kept]).sum()) / self.count
+
+    def measure(self, watch: Watch) -> float:
+        return watch(self.net)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors, weights = checkpoints.pack_optimizer(self.optimizer)
+        moments, gates = checkpoints.pack_optimizer(self.gates)
+        tensors |= {f"gates/{name}": value for name, value in moments.items()}
+        tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        tensors |= {f"net/{name}": p.detach() for name, p in self.net.named_parameters()}
+        return tensors, {"weights": weights, "gates": gates}
+
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        for name, p in self.net.named_parameters():
+            p.data.copy_(tensors[f"net/{name}"])
+        for name, value in self.control.items():
+            value.copy_(tensors[f"control/{name}"])
+        moments = {
+            k.removeprefix("gates/"): v for k, v in tensors.items() if k.startswith("gates/")
+        }
+        checkpoints.unpack_optimizer(self.gates, moments, rest["gates"])
+        checkpoints.unpack_optimizer(self.optimizer, tensors, rest["weights"])
+
+
+def _norm(tensors: list[Tensor]) -> Tensor:
+    """The L2 norm of all of them together."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -1,0 +1,402 @@
+"""Continuous sparsification: its schedules and first step by hand, known supports, and what every search owes."""
+
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import GRANULARITIES, Blobs, mlp, randn, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsecore as sc
+from sparsecore.batches import Batch
+from sparsecore.control import AbstractController, FixedPenalty, GradBalance, Lagrangian
+from sparsecore.gates import Annealed
+from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
+from sparsecore.search import SearchError
+from sparsecore.search.continuous import ContinuousSparsification, _ContinuousStep
+from sparsecore.training import Recipe, evaluate, train
+
+SGD = Recipe(lr=0.1, momentum=0.0, schedule="cosine")
+
+
+def accuracy(model: nn.Module) -> float:
+    return evaluate(model, Blobs())
+
+
+def convolutional() -> nn.Module:
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (3, 2, 2)),
+            nn.Conv2d(3, 16, 2),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(16, 4),
+        )
+    )
+
+
+def step_of(search: ContinuousSparsification, density: float = 0.2) -> _ContinuousStep:
+    """A search's step on the MLP, as it is before the first of 4 batches."""
+    return _ContinuousStep(search, sc.sparsify_(mlp()), density, 4)
+
+
+def logits_of(step: _ContinuousStep) -> list[Tensor]:
+    return [s.detach().clone() for s in step.logits]
+
+
+def test_the_temperature_rises_exponentially_from_1_to_its_end() -> None:
+    search = ContinuousSparsification(final_temperature=81.0)
+    found = [search.temperature(i, 5) for i in range(5)]
+    assert found == pytest.approx([1, 3, 9, 27, 81])
+    assert search.temperature(0, 1) == 1
+
+
+def test_the_density_aimed_at_falls_exponentially_to_the_tickets() -> None:
+    search = ContinuousSparsification(control=FixedPenalty(), ramp=0.5)
+    found = [search.target(0.02, i, 8) for i in range(8)]
+    factor = (0.02 / 0.5) ** 0.25
+    assert found == pytest.approx([0.5 * factor**i for i in range(4)] + [0.02] * 4)
+    assert search.target(0.02, 0, 8) == 0.5
+    at_once = replace(search, ramp=0.0, control=GradBalance(slack=1.1))
+    assert at_once.target(0.02, 0, 8) == pytest.approx(0.022)
+    closed = replace(search, initial=-2.0)
+    assert closed.target(0.02, 0, 8) == pytest.approx(1 / (1 + math.exp(2)))
+
+
+@pytest.mark.parametrize("initial", [-0.3, 0.0, 2.0])
+def test_the_first_network_is_the_dense_one(initial: float) -> None:
+    seen = []
+
+    class Seen(nn.ReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach())
+            return super().forward(x)
+
+    model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 24), Seen(), nn.Linear(24, 4))))
+    data = Blobs(count=64)
+    ContinuousSparsification(epochs=1, initial=initial)(model, data, sparsity=0.5)
+    x, _ = next(data.epoch(0))
+    torch.testing.assert_close(seen[0], model[0](x).detach())
+
+
+@pytest.mark.parametrize("granularity", [Weight(), Block(5, 5), Channel(), NM(2, 4)], ids=str)
+@pytest.mark.parametrize("temperature", [1.0, 7.0])
+def test_the_penaltys_gradient_is_the_derivative(
+    granularity: Granularity, temperature: float
+) -> None:
+    step, gate = step_of(ContinuousSparsification(granularity=granularity)), Annealed(temperature)
+    with torch.no_grad():
+        for i, s in enumerate(step.logits):
+            s += 0.5 * randn(*s.shape, seed=i)
+    kept, pulls = step.kept(gate)
+    shapes = [(24, 12), (4, 24)]
+    expected = torch.stack(
+        [
+            granularity.spread(torch.sigmoid(temperature * s), shape).sum()
+            for s, shape in zip(step.logits, shapes, strict=True)
+        ]
+    ).sum()
+    torch.testing.assert_close(kept, expected.detach())
+    torch.testing.assert_close(pulls, list(torch.autograd.grad(expected, step.logits)))
+
+
+@pytest.mark.parametrize("clip_norm", [None, 0.01])
+def test_a_step_by_hand(clip_norm: float | None) -> None:
+    """SGD on the weights' gradient alone, Adam on the logits' with lambda times that of the excess."""
+    recipe = replace(SGD, weight_decay=0.1, label_smoothing=0.2, clip_norm=clip_norm)
+    search = ContinuousSparsification(
+        epochs=2,
+        final_temperature=9.0,
+        initial=-0.4,
+        control=FixedPenalty(0.03),
+        recipe=recipe,
+        lr=0.02,
+    )
+    step, (x, y) = step_of(search), next(Blobs().epoch(0))
+    with torch.no_grad():
+        for i, s in enumerate(step.logits):
+            s += 0.5 * randn(*s.shape, seed=i)
+    logits = [s.requires_grad_() for s in logits_of(step)]
+    names = ["0.weight", "0.bias", "2.weight", "2.bias"]
+    parameters = dict(step.net.named_parameters())
+    weights = [parameters[n].detach().clone().requires_grad_() for n in names]
+    loss = step((x, y), 3)
+    # By hand: step 3 of 8, T = 9^(3/7), the target at 3 / (0.7 * 8) of its way.
+    t, open_share = 9 ** (3 / 7), 1 / (1 + math.exp(0.4))
+    soft = [torch.sigmoid(t * s) / open_share for s in logits]
+    hidden = F.relu(F.linear(x, weights[0] * soft[0], weights[1]))
+    scores = F.linear(hidden, weights[2] * soft[1], weights[3])
+    expected = F.cross_entropy(scores, y, label_smoothing=0.2)
+    share = 3 / (0.7 * 8)
+    target = open_share ** (1 - share) * 0.2**share * 384
+    excess = 100 * (open_share * sum(z.sum() for z in soft) / target - 1)
+    torch.testing.assert_close(loss, expected.detach())
+    pulled = torch.autograd.grad(expected + 0.03 * excess, logits, retain_graph=True)
+    rate = 0.1 * 0.5 * (1 + math.cos(math.pi * 3.5 / 8))
+    grads = list(torch.autograd.grad(expected, weights))
+    if clip_norm is not None:
+        norm = torch.cat([g.flatten() for g in grads]).norm()
+        assert norm > clip_norm
+        grads = [g * clip_norm / norm for g in grads]
+    for name, w, grad in zip(names, weights, grads, strict=True):
+        moved = (w - rate * (grad + 0.1 * w)).detach()
+        torch.testing.assert_close(parameters[name].detach(), moved)
+    for s, before, grad in zip(step.logits, logits, pulled, strict=True):
+        torch.testing.assert_close(s.grad, grad)
+        moved = before - 0.02 * grad / (grad.abs() + 1e-8)  # Adam's first step
+        torch.testing.assert_close(s.detach(), moved.detach(), rtol=1e-4, atol=1e-5)
+
+
+def test_it_finds_the_inputs_that_matter() -> None:
+    """Labels depend on 3 of 9 inputs; a linear net of 2 outputs keeps their 6 weights of 18."""
+
+    class Few(Blobs):
+        def __init__(self) -> None:
+            self.x, self.batch = randn(256, 9, seed=4), 64
+            self.y = (self.x[:, [1, 4, 8]] @ torch.tensor([2.0, -1.5, 1.0]) > 0).long()
+
+    for seed in range(3):
+        model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(9, 2)), seed))
+        search = ContinuousSparsification(epochs=60, recipe=replace(SGD, lr=0.3), lr=0.02)
+        ticket = search(model, Few(), sparsity=2 / 3)
+        assert int(ticket.masks["0"].sum()) == 6
+        assert ticket.masks["0"].any(0).nonzero().flatten().tolist() == [1, 4, 8]
+
+
+def test_the_ticket_trains_better_than_its_shuffle_and_starts_where_the_model_is() -> None:
+    model, data = sc.sparsify_(mlp()), Blobs()
+    ticket = ContinuousSparsification(epochs=12)(model, data, sparsity=0.95)
+    assert all(torch.equal(ticket.weights[k], v) for k, v in model.state_dict().items())
+    assert not ticket.finished and sum(int(m.sum()) for m in ticket.masks.values()) == 19
+
+    def trained(t: sc.Ticket) -> float:
+        recipe = Recipe(optimizer="adam", lr=1e-2, epochs=6)
+        return train(t.apply_(copy.deepcopy(model)), data, data, recipe).accuracy
+
+    assert trained(ticket) > 90
+    assert trained(ticket) > max(trained(ticket.shuffled(seed)) for seed in range(3)) + 10
+
+
+@pytest.mark.parametrize("sparsity", [0.7, 0.9])
+def test_the_natural_sparsity_is_near_the_one_asked_for(sparsity: float) -> None:
+    search = ContinuousSparsification(epochs=20)
+    ticket = search(sc.sparsify_(mlp()), Blobs(), sparsity=sparsity)
+    natural = ticket.meta["natural_sparsity"]
+    assert ticket.scores is not None
+    kept = sum(int((s > 0).sum()) for s in ticket.scores.values())
+    assert natural == pytest.approx(1 - kept / 384)
+    assert 0.5 < (1 - natural) / (1 - sparsity) < 1.6
+
+
+def test_without_a_penalty_little_is_removed() -> None:
+    search = ContinuousSparsification(epochs=3, control=FixedPenalty(0.0), initial=0.3)
+    ticket = search(sc.sparsify_(mlp()), Blobs(), sparsity=0.9)
+    assert ticket.meta["natural_sparsity"] < 0.3
+    assert ticket.sparsity == pytest.approx(0.9, abs=1 / 384)
+
+
+@pytest.mark.parametrize("granularity", [*GRANULARITIES, Block(5, 5)], ids=str)
+def test_every_granularity(granularity: Granularity) -> None:
+    model, data = sc.sparsify_(mlp()), Blobs()
+    ticket = ContinuousSparsification(epochs=3, granularity=granularity)(model, data, sparsity=0.75)
+    kept = sum(int(m.sum()) for m in ticket.masks.values())
+    largest = max(int(granularity.sizes(m.shape).max()) for m in ticket.masks.values())
+    assert 96 - largest < kept <= 96
+    for mask in ticket.masks.values():  # the mask is constant over each unit
+        share = granularity.gather(mask.long()) / granularity.sizes(mask.shape)
+        assert bool(((share == 0) | (share == 1)).all())
+        if isinstance(granularity, NM):
+            assert int(mask.unflatten(1, (-1, 4)).sum(-1).max()) <= 2
+    assert ticket.scores is not None
+    opened = sum(
+        float(((s > 0) * granularity.sizes(ticket.masks[name].shape)).sum())
+        for name, s in ticket.scores.items()
+    )
+    assert ticket.meta["natural_sparsity"] == pytest.approx(1 - opened / 384)
+
+
+def test_under_n_to_m_the_forbidden_learn_too() -> None:
+    """All logits start equal: the first of each group would be the only ones that ever moved."""
+    step = step_of(ContinuousSparsification(granularity=NM(1, 4), control=FixedPenalty(0.0)))
+    step(next(Blobs().epoch(0)), 0)
+    assert (step.logits[-1] != 0).float().mean() > 0.9
+
+
+def test_the_soft_network_is_watched_and_that_changes_nothing() -> None:
+    model, data, seen = sc.sparsify_(convolutional()), Blobs(), []
+
+    def watch(net: nn.Sequential) -> float:
+        seen.append((net[1].raw_weight.detach().clone(), accuracy(net)))
+        return seen[-1][1]
+
+    search = ContinuousSparsification(epochs=3)
+    ticket = search(model, data, sparsity=0.6, watch=watch)
+    records = ticket.meta["progress"]
+    assert [(r["epoch"], r["accuracy"]) for r in records] == [
+        (i + 1, found) for i, (_, found) in enumerate(seen)
+    ]
+    assert records[-1]["accuracy"] > 90
+    assert not torch.equal(seen[0][0], seen[2][0])  # weights train
+    blind = search(model, data, sparsity=0.6)
+    assert blind.hash == ticket.hash
+    assert all("accuracy" not in r for r in blind.meta["progress"])
+
+
+def test_the_search_is_deterministic() -> None:
+    model, search = sc.sparsify_(mlp()), ContinuousSparsification(epochs=2)
+    tickets = [search(model, Blobs(), sparsity=0.8) for _ in range(2)]
+    assert tickets[0].hash == tickets[1].hash and tickets[0].meta == tickets[1].meta
+    assert tickets[0].meta["method"] == "continuous" and tickets[0].meta["sparsity"] == 0.8
+
+
+class Killed(Blobs):
+    """Dies when epochs are asked for once too often."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.left = after
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        if self.left == 0:
+            raise KeyboardInterrupt
+        self.left -= 1
+        return super().epoch(index)
+
+
+@pytest.mark.parametrize("control", [GradBalance(), Lagrangian(), FixedPenalty()], ids=repr)
+@pytest.mark.parametrize("after", range(1, 4))
+def test_a_killed_search_goes_on_to_the_same_ticket(
+    after: int, control: AbstractController, tmp_path: Path
+) -> None:
+    model, blobs = sc.sparsify_(convolutional()), Blobs()
+    recipe = Recipe(optimizer="adam", lr=1e-2)
+    search = ContinuousSparsification(epochs=3, control=control, recipe=recipe)
+    checkpoint = tmp_path / "search.safetensors"
+    expected = search(model, blobs, sparsity=0.6)
+    with pytest.raises(KeyboardInterrupt):  # the first epoch asked for is the fingerprint's
+        search(model, Killed(after), sparsity=0.6, checkpoint=checkpoint)
+    assert checkpoint.exists() == (after > 1)
+    ticket = search(model, blobs, sparsity=0.6, checkpoint=checkpoint)
+    assert ticket.hash == expected.hash and ticket.meta == expected.meta
+    assert ticket.scores is not None and expected.scores is not None
+    assert all(torch.equal(ticket.scores[k], v) for k, v in expected.scores.items())
+    assert not checkpoint.exists()
+
+
+def test_killed_after_the_last_epoch(tmp_path: Path) -> None:
+    model, checkpoint = sc.sparsify_(mlp()), tmp_path / "search.safetensors"
+    search, kept = ContinuousSparsification(epochs=2), tmp_path / "kept.safetensors"
+    finished = []
+
+    def watch(net: nn.Module) -> float:
+        finished.append(net)
+        return 0.0
+
+    expected = search(model, Blobs(), sparsity=0.6, watch=watch)
+
+    class Copied(type(checkpoint)):
+        """Keeps what the search removes at its end."""
+
+        def unlink(self, missing_ok: bool = False) -> None:
+            self.rename(kept)
+
+    search(model, Blobs(), sparsity=0.6, checkpoint=Copied(checkpoint), watch=watch)
+    finished.clear()
+    again = search(model, Blobs(), sparsity=0.6, checkpoint=kept, watch=watch)
+    assert again.hash == expected.hash and again.meta == expected.meta and not finished
+
+
+def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
+    model, checkpoint = sc.sparsify_(mlp()), tmp_path / "search.safetensors"
+    search = ContinuousSparsification(epochs=3)
+    with pytest.raises(KeyboardInterrupt):
+        search(model, Killed(3), sparsity=0.6, checkpoint=checkpoint)
+    others = [
+        (replace(search, recipe=SGD), model, 0.6),
+        (replace(search, final_temperature=100.0), model, 0.6),
+        (search, sc.sparsify_(mlp(seed=1)), 0.6),
+        (search, model, 0.5),
+    ]
+    for other, net, sparsity in others:
+        with pytest.raises(SearchError, match="belongs to another search"):
+            other(net, Blobs(), sparsity=sparsity, checkpoint=checkpoint)
+    with pytest.raises(SearchError, match="belongs to another search"):
+        search(model, Blobs(batch=32), sparsity=0.6, checkpoint=checkpoint)
+    search(model, Blobs(), sparsity=0.6, checkpoint=checkpoint)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_the_model_stays_as_it_was(poisoned: bool) -> None:
+    model = sc.sparsify_(convolutional())
+    model[2].eval()
+    sc.sparse_layers(model)["5"].set_mask_(randn(4, 16) > 0)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    kinds = [(type(m), m.training) for m in model.modules()]
+    data = Blobs()
+    if poisoned:
+        data.x[3] = float("nan")
+        with pytest.raises(SearchError, match="epoch 1: the objective is nan"):
+            ContinuousSparsification(epochs=1)(model, data, sparsity=0.5)
+    else:
+        ContinuousSparsification(epochs=1)(model, data, sparsity=0.5, watch=accuracy)
+    assert [(type(m), m.training) for m in model.modules()] == kinds
+    assert list(model.state_dict()) == list(before)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
+
+
+def test_bf16_comes_to_nearly_the_same() -> None:
+    model, data = sc.sparsify_(mlp()), Blobs()
+    losses = []
+    for amp in (None, "bf16"):
+        search = ContinuousSparsification(epochs=3, recipe=replace(SGD, amp=amp))
+        records = search(model, data, sparsity=0.6).meta["progress"]
+        losses.append([r["objective"] for r in records])
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
+class Untouched(Blobs):
+    def epoch(self, index: int) -> Iterator[Batch]:
+        raise AssertionError("the search has begun")
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 0, 1.0, float("nan")])
+def test_sparsities_that_no_search_can_have(sparsity: float) -> None:
+    with pytest.raises(ValueError, match="sparsity"):
+        ContinuousSparsification()(sc.sparsify_(mlp()), Untouched(), sparsity=sparsity)
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"epochs": 0},
+        {"final_temperature": 0.5},
+        {"final_temperature": math.nan},
+        {"initial": math.inf},
+        {"ramp": 1.5},
+        {"ramp": -0.1},
+        {"lr": 0.0},
+        {"recipe": Recipe(amp="fp16")},
+    ],
+    ids=str,
+)
+def test_bad_fields_are_refused(bad: dict) -> None:
+    with pytest.raises(ValueError, match="expected"):
+        ContinuousSparsification(**bad)
+
+
+def test_bad_arguments_name_the_mend() -> None:
+    with pytest.raises(ValueError, match="sparsify_"):
+        ContinuousSparsification()(mlp(), Untouched(), sparsity=0.5)
+    with pytest.raises(ValueError, match="2:4 allows at most"):
+        ContinuousSparsification(granularity=NM(2, 4))(
+            sc.sparsify_(mlp()), Untouched(), sparsity=0.3
+        )
