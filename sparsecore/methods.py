@@ -12,6 +12,8 @@ from .granularity import parse_granularity
 from .scores import SCORES
 from .search import (
     ConcreteSearch,
+    ContinuousSparsification,
+    EdgePopup,
     JointSearch,
     OneShot,
     Rewinding,
@@ -19,6 +21,7 @@ from .search import (
     StrongSearch,
 )
 from .search.gated import AbstractGateSearch
+from .training import Recipe
 
 if TYPE_CHECKING:
     from .experiment import Setup
@@ -78,11 +81,29 @@ def _one_shot(score: str) -> Method:
     )
 
 
-def _joint(setup: "Setup", seed: int) -> JointSearch:
-    """Its weights move at the recipe's rate, scaled with the batch as usual (Goyal et al. 2017)."""
+def _search_recipe(setup: "Setup") -> Recipe:
+    """The recipe at the search's batch; its rate scales with that, as usual (Goyal et al. 2017)."""
     recipe = setup.recipe
-    scaled = replace(recipe, lr=recipe.lr * setup.search_batch / recipe.batch)
-    return _with_gates(JointSearch(recipe=scaled), setup, seed)
+    return replace(recipe, lr=recipe.lr * setup.search_batch / recipe.batch)
+
+
+def _joint(setup: "Setup", seed: int) -> JointSearch:
+    return _with_gates(JointSearch(recipe=_search_recipe(setup)), setup, seed)
+
+
+def _continuous(setup: "Setup", seed: int) -> ContinuousSparsification:
+    search = ContinuousSparsification(
+        recipe=_search_recipe(setup), granularity=parse_granularity(setup.granularity)
+    )
+    if setup.search_epochs is not None:
+        search = replace(search, epochs=setup.search_epochs)
+    return search if setup.control is None else replace(search, control=control_of(setup.control))
+
+
+def _edge_popup(setup: "Setup", seed: int) -> EdgePopup:
+    search = EdgePopup(granularity=parse_granularity(setup.granularity), seed=seed)
+    epochs = setup.search_epochs
+    return search if epochs is None else replace(search, epochs=epochs)
 
 
 def _rewinding(rewind: str = "weights") -> "Callable[[Setup, int], Search]":
@@ -123,6 +144,15 @@ METHODS: dict[str, Method] = {
         _rewinding("learning-rate"),
         "iterative magnitude pruning that rewinds the learning rate alone",
         trains=True,
+    ),
+    "continuous": Method(
+        _continuous,
+        "continuous sparsification: deterministic gates that sharpen, trained with the weights",
+    ),
+    "edge-popup": Method(
+        _edge_popup,
+        "hard top-k gates over untrained weights with straight-through gradients, never trained",
+        from_init=True,
     ),
     "strong": Method(
         lambda setup, seed: _with_gates(StrongSearch(), setup, seed),

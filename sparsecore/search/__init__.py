@@ -1,6 +1,8 @@
 """Searches: values with one signature, `search(model, batches, *, sparsity) -> Ticket`."""
 
 from .concrete import ConcreteSearch
+from .continuous import ContinuousSparsification
+from .edge_popup import EdgePopup
 from .joint import JointSearch
 from .one_shot import OneShot
 from .protocol import Search, SearchError, Watch
@@ -9,6 +11,8 @@ from .strong import StrongSearch
 
 __all__ = [
     "ConcreteSearch",
+    "ContinuousSparsification",
+    "EdgePopup",
     "JointSearch",
     "OneShot",
     "Rewinding",

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import checkpoints
 from ..batches import Batch, EpochBatches
+from ..batchnorm import recompute_statistics_
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..gates import TopK
 from ..granularity import Granularity, Weight
@@ -234,7 +234,7 @@ class _PopupStep(EpochStep):
             masks |= masks_from_scores({name: score}, shapes, sparsity, self.search.granularity)
             # Not set_mask_: a ticket's controls draw other masks over the same weights.
             layer.pattern = Masked(masks[name])
-        _recompute_statistics_(self.hard, self.batches)
+        recompute_statistics_(self.hard, self.batches)
         return masks
 
     def measure(self, watch: Watch) -> float:
@@ -250,26 +250,3 @@ class _PopupStep(EpochStep):
         for name, pattern in self.gated.items():
             pattern.logits.data.copy_(tensors[f"scores/{name}"])
         checkpoints.unpack_optimizer(self.optimizer, tensors, rest)
-
-
-@torch.no_grad()
-def _recompute_statistics_(model: nn.Module, batches: EpochBatches) -> None:
-    """BatchNorm's running statistics become the mean over the batches of an epoch."""
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    if not norms:
-        return
-    modes = {module: module.training for module in model.modules()}
-    momenta = {norm: norm.momentum for norm in norms}
-    model.eval()
-    try:
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None  # a plain average
-            norm.train()
-        for x, _ in batches.epoch(0):
-            model(x)
-    finally:
-        for norm, momentum in momenta.items():
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
