@@ -1,0 +1,97 @@
+"""Every method by its name, at every granularity and on every network, unmodified."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import rand
+
+import sparsecore as sc
+from sparsecore.data import Dataset, Split
+from sparsecore.experiment import Setup, find_ticket, model_of, new_model, train_on
+from sparsecore.methods import METHODS
+from sparsecore.recipes import recipe_for
+from sparsecore.training import Recipe
+
+RECIPE = Recipe(optimizer="adam", lr=1e-3, batch=32, augment=False)
+GRANULARITIES = ["weight", "block:4x2", "vector:4", "channel", "2:4"]
+# What a method cannot do by its nature.
+REFUSED: dict[tuple[str, str], str] = {}
+FAST = {"edge-popup": ":epochs=1", "ltr": ":rate=0.5", "imp": ":rate=0.5", "lr-rewind": ":rate=0.5"}
+NETWORKS = {
+    "conv-4": {"width": 0.25},
+    "resnet-20": {},
+    "vgg-16-bn": {},
+    "vit-small": {},
+    "torchvision:resnet50": {},
+    "torchvision:wide_resnet50_2": {},
+    "torchvision:vit_b_16": {"image_size": 32},
+    "torchvision:swin_t": {},
+}
+LARGE = {"torchvision:wide_resnet50_2", "torchvision:vit_b_16"}  # 70 and 86 million weights
+
+
+def pictures(count: int, channels: int = 3, size: int = 32) -> Dataset:
+    images = (255 * rand(count, channels, size, size)).to(torch.uint8)
+    split = Split(images, torch.arange(count) % 3)
+    moments = (0.5,) * channels, (0.25,) * channels
+    return Dataset("toy", split, split, 3, (channels, size, size), *moments, False)
+
+
+def setup(model: str, options: dict, granularity: str = "weight") -> Setup:
+    return Setup(
+        model, "toy", RECIPE, options, rewind_epochs=0, train_epochs=1, search_epochs=1,
+        search_batch=32, granularity=granularity,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", GRANULARITIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_at_every_granularity(method: str, granularity: str, tmp_path: Path) -> None:
+    """An exact count, the model left alone, a ticket that survives its file and trains."""
+    data = pictures(64, 1, 8)
+    own = setup("lenet-300-100", {"width": 0.08}, granularity)
+    model = new_model(own, data, seed=0)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+
+    def find() -> sc.Ticket:
+        text = method + FAST.get(method, "")
+        return find_ticket(own, model, data, text, 0.6, 0, torch.device("cpu"))[0]
+
+    if (method, granularity) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[method, granularity]):
+            find()
+        return
+    ticket = find()
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    layers = sc.sparse_layers(model)
+    total = sum(layer.weight_shape.numel() for layer in layers.values())
+    kept = sum(int(mask.sum()) for mask in ticket.masks.values())
+    units = own.search("cts", 0).granularity
+    largest = max(int(units.sizes(layer.weight_shape).max()) for layer in layers.values())
+    assert int(0.4 * total) - len(layers) * largest < kept <= int(0.4 * total + 1e-6)
+    for name, mask in ticket.masks.items():
+        share = units.gather(mask.long()) / units.sizes(mask.shape)
+        assert bool(((share == 0) | (share == 1)).all()), name
+    ticket.save(tmp_path / "t")
+    loaded = sc.Ticket.load(tmp_path / "t")
+    assert loaded.hash == ticket.hash
+    network = model_of(loaded, data, torch.device("cpu"))
+    epochs = 0 if loaded.finished else 1
+    assert 0 <= train_on(network, own, data, epochs).accuracy <= 100
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network(name: str) -> None:
+    """The searches that differ in what they do to a network: gates, gates with weights, scores, rounds."""
+    data = pictures(8)
+    own = setup(name, NETWORKS[name])
+    model = new_model(own, data, seed=0)
+    methods = (
+        ["joint"] if name in LARGE else ["joint", "cts", "snip", "synflow:rounds=3", "ltr:rate=0.9"]
+    )
+    for method in [m for m in methods if m.partition(":")[0] in METHODS]:
+        ticket, _ = find_ticket(own, model, data, method, 0.9, 0, torch.device("cpu"))
+        assert ticket.sparsity == pytest.approx(0.9, abs=1e-4), method
+        assert set(ticket.masks) == set(sc.sparse_layers(model))
+        assert recipe_for(name).epochs > 0
