@@ -77,7 +77,7 @@ def path_errors(
 
     Args:
         model: in which the states are evaluated.
-        a, b: by the dense model's keys (`tickets.dense_state`), on any device.
+        a, b: by the dense model's keys (`tickets.dense_state`), of any device and dtype.
         batches: of test data; epoch 0 is used.
         train_batches: what statistics are measured on; needed if the model has any.
         limit: at most so many of `train_batches` at each point.
@@ -94,8 +94,8 @@ def path_errors(
             f"{type(model).__name__} has BatchNorm, whose statistics hold at the ends alone: expected "
             "train_batches to measure them on at every point, got None"
         )
-    device = next(model.parameters()).device
-    a, b = ({k: v.to(device) for k, v in state.items()} for state in (a, b))
+    own = plain_state(model)
+    a, b = ({k: v.to(own[k]) for k, v in state.items()} for state in (a, b))
     probe = copy.deepcopy(model).eval()
     run, rows = "", []
     if checkpoint is not None:

@@ -174,10 +174,12 @@ def train(
         checkpoint: written after every epoch, snapshots included; if it exists the run goes on from there,
             on the CPU to exactly the same numbers.
 
-    Errors: ValueError if the checkpoint belongs to another run or went too far for this one; TrainingError if
-    the loss is not finite; ValueError for fp16 on the CPU.
+    Errors: ValueError for a start after the end, fp16 on the CPU, or a checkpoint that belongs to another run
+    or went too far for this one; TrainingError if the loss is not finite.
     """
     stop = recipe.epochs if stop_epoch is None else stop_epoch
+    if not 0 <= start_epoch <= stop:
+        raise ValueError(f"start_epoch: expected 0 to {stop:g}, the end, got {start_epoch}")
     run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
     run.penalty, run.after_step = penalty, after_step
     history = History()

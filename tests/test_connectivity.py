@@ -12,7 +12,7 @@ from helpers import Blobs, generator, mlp, rand, randn, seeded
 from torch import Tensor, nn
 
 import sparsecore as sc
-from sparsecore import connectivity
+from sparsecore import checkpoints, connectivity
 from sparsecore.batches import Batch
 from sparsecore.batchnorm import recompute_statistics_
 from sparsecore.connectivity import (
@@ -174,6 +174,8 @@ def test_the_model_is_left_as_it_is(build: Callable[[], nn.Module]) -> None:
 def test_masks_hold_on_the_whole_path() -> None:
     a, b, model = masked(1), masked(2), masked()
     path = path_errors(model, dense_state(a), dense_state(b), Noisy(), points=3)
+    double = {k: v.double() for k, v in dense_state(b).items()}
+    assert path == path_errors(model, dense_state(a), double, Noisy(), points=3)
     middle = masked()
     with torch.no_grad():
         for p, q, r in zip(middle.parameters(), a.parameters(), b.parameters(), strict=True):
@@ -228,6 +230,21 @@ def test_a_path_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     ):
         with pytest.raises(ValueError, match="belongs to another path"):
             other()
+
+
+def test_a_path_depends_on_what_its_statistics_are_measured_on(tmp_path: Path) -> None:
+    a, b = dense_state(normed()), {k: -v for k, v in dense_state(normed()).items()}
+
+    def path(test: int, training: int) -> LinearPath:
+        return path_errors(
+            normed(), a, b, Noisy(test), points=3, train_batches=Noisy(training), limit=2,
+            checkpoint=tmp_path / "p",
+        )  # fmt: skip
+
+    assert path(0, 1) == path(0, 1)
+    for other in ((0, 2), (2, 1)):
+        with pytest.raises(ValueError, match="belongs to another path"):
+            path(*other)
 
 
 def test_bad_paths_are_refused() -> None:
@@ -400,16 +417,16 @@ def test_the_earliest_stable_epoch() -> None:
 
 
 def test_a_scan_rewinds_one_dense_training() -> None:
-    model, epochs = masked(), [1.25, 0, 1]
+    model, epochs = normed(), [1.25, 0, 1]
     before = copy.deepcopy(model.state_dict())
     scan = rewind_by_instability(model, RECIPE, Noisy, Noisy(), epochs, seed=7, points=3)
     assert equal(before, model.state_dict())
     assert list(scan.paths) == list(scan.starts) == [0, 1, 1.25]
-    dense = masked()
+    dense = normed()
     history = train(dense, Noisy(7), None, RECIPE, stop_epoch=1.25, snapshots=epochs, seed=7)
     for epoch, path in scan.paths.items():
         assert equal(scan.starts[epoch], history.snapshots[epoch])
-        start = masked()
+        start = normed()
         start.load_state_dict(scan.starts[epoch])
         found = instability(start, RECIPE, Noisy, Noisy(), start_epoch=epoch, points=3)
         assert found.path == path
@@ -438,6 +455,8 @@ def test_a_scan_that_is_killed_goes_on_to_the_same(batches: int, tmp_path: Path)
     found, expected = until_done(work, batches), work(lambda: None, None)
     assert found.paths == expected.paths
     assert all(equal(found.starts[e], expected.starts[e]) for e in (0, 0.5, 1))
+    _, dense = checkpoints.read(tmp_path / "dense.checkpoint")
+    assert dense["epochs"][-1]["epoch"] == 1  # no further than the last candidate
 
 
 @pytest.mark.parametrize("candidates", [[], [-1, 0], [0, 2], [math.nan, 1]], ids=str)

@@ -258,6 +258,12 @@ def test_a_resumed_run_still_has_its_snapshots(tmp_path: Path) -> None:
         assert all(torch.equal(v, history.snapshots[epoch][k]) for k, v in state.items())
 
 
+@pytest.mark.parametrize("start", [-1, 4.5, float("nan")])
+def test_a_start_outside_of_the_run_is_refused(start: float) -> None:
+    with pytest.raises(ValueError, match="start_epoch: expected 0 to 4, the end"):
+        run(mlp(), start_epoch=start)
+
+
 def test_a_checkpoint_in_the_middle_of_an_epoch_goes_on_from_there(tmp_path: Path) -> None:
     whole, parts, checkpoint = mlp(), mlp(), tmp_path / "c"
     run(whole)
