@@ -58,3 +58,31 @@ def mlp(features: int = 12, hidden: int = 24, classes: int = 4, seed: int = 0) -
         lambda: nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, classes)),
         seed,
     )
+
+
+class Fixed:
+    """The same few samples as one batch."""
+
+    def __init__(self, x: Tensor, y: Tensor):
+        self.batch = (x, y)
+
+    def __len__(self) -> int:
+        return 1
+
+    def epoch(self, index: int) -> Iterator[tuple[Tensor, Tensor]]:
+        yield self.batch
+
+
+def normed() -> nn.Module:
+    """A network with dropout and two kinds of BatchNorm."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Linear(12, 16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.ReLU(),
+            nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 4),
+        )
+    )  # fmt: skip
+
+
+def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    """Whether two states are the same bit for bit, keys and all."""
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

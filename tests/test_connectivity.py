@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Blobs, generator, mlp, rand, randn, seeded
+from helpers import Blobs, Fixed, equal, generator, mlp, normed, rand, randn
 from torch import Tensor, nn
 
 import sparsecore as sc
@@ -48,19 +48,6 @@ class Noisy(Blobs):
             yield batch
 
 
-class Fixed:
-    """The same few samples as one batch."""
-
-    def __init__(self, x: Tensor, y: Tensor):
-        self.batch = (x, y)
-
-    def __len__(self) -> int:
-        return 1
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        yield self.batch
-
-
 class Square(nn.Module):
     """Class 0 scores w² x - 1/4, class 1 nothing: right for both signs of w, wrong between them."""
 
@@ -73,24 +60,11 @@ class Square(nn.Module):
         return torch.stack([score, torch.zeros_like(score)], 1)
 
 
-def normed() -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Linear(12, 16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.ReLU(),
-            nn.Linear(16, 8), nn.BatchNorm1d(8, momentum=None), nn.ReLU(), nn.Linear(8, 4),
-        )
-    )  # fmt: skip
-
-
 def masked(seed: int = 0) -> nn.Module:
     model = sc.sparsify_(mlp(seed=seed))
     for i, layer in enumerate(sc.sparse_layers(model).values()):
         layer.set_mask_(rand(*layer.weight.shape, seed=i) > 0.5)
     return model
-
-
-def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
 # Paths
@@ -257,54 +231,6 @@ def test_bad_paths_are_refused() -> None:
         path_errors(mlp(), {k: v for k, v in state.items() if k != "2.bias"}, state, Noisy())
     with pytest.raises(ValueError, match="train_batches"):
         path_errors(normed(), normed().state_dict(), normed().state_dict(), Noisy())
-
-
-# BatchNorm
-
-
-def test_statistics_against_a_direct_computation() -> None:
-    model = normed().train()
-    with torch.no_grad():
-        batches = [x for x, _ in Noisy(1).epoch(0)][:3]
-        first = [model[0](x) for x in batches]  # without dropout
-        second = []
-        for h in first:
-            mean, var = h.mean(0), h.var(0, unbiased=False)
-            second.append(model[4](((h - mean) / (var + 1e-5).sqrt()).relu()))
-    model[0].eval()
-    modes = [m.training for m in model.modules()]
-    assert recompute_statistics_(model, Noisy(1), limit=3) is model
-    for norm, hidden in ((model[2], first), (model[5], second)):
-        mean = torch.stack([h.mean(0) for h in hidden]).mean(0)
-        var = torch.stack([h.var(0) for h in hidden]).mean(0)
-        torch.testing.assert_close(norm.running_mean, mean)
-        torch.testing.assert_close(norm.running_var, var)
-        assert int(norm.num_batches_tracked) == 3
-    assert (model[2].momentum, model[5].momentum) == (0.1, None)
-    assert [m.training for m in model.modules()] == modes
-
-
-def test_measuring_statistics_again_changes_nothing_and_weights_stay() -> None:
-    model = normed()
-    weights = copy.deepcopy(dict(model.named_parameters()))
-    once = copy.deepcopy(recompute_statistics_(model, Noisy()).state_dict())
-    assert equal(once, recompute_statistics_(model, Noisy()).state_dict())
-    assert equal(weights, dict(model.named_parameters()))
-    assert all(p.grad is None for p in model.parameters())
-
-
-def test_statistics_that_cannot_be_measured() -> None:
-    model = normed()
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match=r"expected at least one batch.*limit=0"):
-        recompute_statistics_(model, Noisy(), limit=0)
-    assert equal(before, model.state_dict())
-    recompute_statistics_(mlp(), Noisy(), limit=0)  # nothing to measure
-    untracked = nn.Sequential(nn.BatchNorm1d(12, track_running_stats=False))
-    recompute_statistics_(untracked, Noisy(), limit=0)
-    with pytest.raises(RuntimeError):
-        recompute_statistics_(model, Fixed(torch.zeros(4, 3), torch.zeros(4)))
-    assert model.training and model[2].momentum == 0.1  # put back after an error too
 
 
 # Instability
