@@ -205,12 +205,12 @@ class Comparison:
             writer.writerow(row)
         self.rows[Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key] = row
 
-    def summary(self) -> dict[str, dict[float, list[float]]]:
-        """Accuracies (%) of all finished cells by method and sparsity."""
+    def summary(self, what: str = "accuracy") -> dict[str, dict[float, list[float]]]:
+        """A numeric field of all finished cells, accuracy in %, by method and sparsity."""
         found: dict[str, dict[float, list[float]]] = {}
         for row in self.rows.values():
             by_sparsity = found.setdefault(row["method"], {})
-            by_sparsity.setdefault(float(row["sparsity"]), []).append(float(row["accuracy"]))
+            by_sparsity.setdefault(float(row["sparsity"]), []).append(float(row[what]))
         return found
 
     def accuracies(self, method: str, sparsity: float) -> dict[int, float]:
@@ -229,18 +229,22 @@ class Comparison:
         return [verdict(check, ticket, found) for check, found in controls.items() if found]
 
     def table(self) -> Table:
-        """Mean accuracy with its standard deviation over seeds, a row per method."""
-        summary = self.summary()
+        """Mean accuracy with its standard deviation over seeds, and mean seconds of search, a row per method."""
+        summary, seconds = self.summary(), self.summary("search_seconds")
         sparsities = sorted({s for m, row in summary.items() if m != "dense" for s in row})
         dense = summary.get("dense", {}).get(0.0, [])
-        title = f"{self.setup.model} on {self.setup.data}: test accuracy, %"
+        title = f"{self.setup.model} on {self.setup.data}: test accuracy, % (seconds of search)"
         table = Table(title=title, caption=f"dense {_spread(dense)}" if dense else None)
         table.add_column("method")
         for s in sparsities:
             table.add_column(f"{100 * s:g} % sparse", justify="right")
         for method, row in summary.items():
             if method != "dense":
-                table.add_row(method, *[_spread(row.get(s, [])) for s in sparsities])
+                cells = [
+                    f"{_spread(row[s])} ({mean(seconds[method][s]):.0f} s)" if s in row else "-"
+                    for s in sparsities
+                ]
+                table.add_row(method, *cells)
         return table
 
     def plot(self) -> Path:
@@ -250,12 +254,14 @@ class Comparison:
         dense = summary.pop("dense", {}).get(0.0)
         if dense:
             axes.axhline(mean(dense), color="grey", linestyle="--", linewidth=1, label="dense")
-        for method, row in summary.items():
+        for i, (method, row) in enumerate(summary.items()):
             points = sorted(row)
             means = [mean(row[s]) for s in points]
             errors = [stdev(row[s]) if len(row[s]) > 1 else 0.0 for s in points]
             kept = [100 * (1 - s) for s in points]
-            axes.errorbar(kept, means, yerr=errors, marker="o", capsize=3, label=method)
+            # Controls of a method are dashed; colours begin again after ten.
+            line = "--" if "+" in method else ("-", "-.", ":")[i // 10 % 3]
+            axes.errorbar(kept, means, yerr=errors, fmt="o" + line, ms=3, capsize=2, label=method)
         axes.set_xscale("log")
         axes.invert_xaxis()
         kept = sorted({100 * (1 - s) for row in summary.values() for s in row})
@@ -265,7 +271,11 @@ class Comparison:
         axes.set_ylabel("test accuracy, %")
         axes.set_title(f"{self.setup.model} on {self.setup.data}")
         axes.grid(alpha=0.3)
-        axes.legend()
+        if len(summary) > 8:
+            figure.set_figwidth(8.4)
+            figure.legend(loc="outside right upper", fontsize="small")
+        else:
+            axes.legend()
         path = self.folder / "accuracy.png"
         figure.savefig(path, dpi=150)
         plt.close(figure)
