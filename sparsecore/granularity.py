@@ -45,6 +45,10 @@ class Granularity(ABC):
         """Number of weights in each unit, int64."""
         return self.gather(torch.ones(tuple(shape), dtype=torch.int64))
 
+    def mean(self, values: Tensor) -> Tensor:
+        """Each unit's mean over its weights."""
+        return self.gather(values) / self.sizes(values.shape).to(values.device)
+
     def allowed(self, values: Tensor) -> Tensor:
         """Boolean mask of the units that may be non-zero together when ranked by `values`."""
         return kernels.allowed_ref(values, self.unit)

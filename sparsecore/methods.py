@@ -14,6 +14,7 @@ from .search import (
     ConcreteSearch,
     ContinuousSparsification,
     EdgePopup,
+    Iterative,
     JointSearch,
     OneShot,
     Rewinding,
@@ -21,6 +22,7 @@ from .search import (
     StrongSearch,
 )
 from .search.gated import AbstractGateSearch
+from .sparsities import DISTRIBUTIONS
 from .training import Recipe
 
 if TYPE_CHECKING:
@@ -69,16 +71,20 @@ def _with_gates(search: G, setup: "Setup", seed: int) -> G:
     return replace(search, **given)
 
 
-def _one_shot(score: str) -> Method:
-    says = {
-        "random": "uniform noise: the floor that any method has to beat",
-        "magnitude": "the largest weights at the rewind point",
-        "snip": "|gradient x weight| over one pass of the data",
-    }
-    return Method(
-        lambda setup, seed: OneShot(SCORES[score], parse_granularity(setup.granularity), seed),
-        says[score],
-    )
+def _one_shot(score: str, says: str, distribution: str = "global") -> Method:
+    def build(setup: "Setup", seed: int) -> OneShot:
+        granularity = parse_granularity(setup.granularity)
+        return OneShot(SCORES[score], granularity, seed, DISTRIBUTIONS[distribution])
+
+    return Method(build, says)
+
+
+def _iterative(score: str, says: str, batches: int | None = None) -> Method:
+    def build(setup: "Setup", seed: int) -> Iterative:
+        granularity = parse_granularity(setup.granularity)
+        return Iterative(SCORES[score], 100, granularity, seed, batches)
+
+    return Method(build, says)
 
 
 def _search_recipe(setup: "Setup") -> Recipe:
@@ -159,8 +165,15 @@ METHODS: dict[str, Method] = {
         "strong tickets: relaxed Bernoulli gates over untrained weights, never trained",
         from_init=True,
     ),
+    "snip": _one_shot("snip", "|gradient x weight| over one pass of the data"),
+    "iterative-snip": _iterative("snip", "the same in 100 rounds of one batch each", batches=1),
+    "grasp": _one_shot("grasp", "weight x Hessian x gradient: what keeps the gradient flowing"),
+    "synflow": _iterative("synflow", "synaptic flow in 100 rounds, without data"),
+    "magnitude": _one_shot("magnitude", "the largest weights at the rewind point"),
+    "erk": _one_shot("random", "random masks by layer, Erdos-Renyi-Kernel", "erk"),
+    "uniform": _one_shot("random", "random masks, every layer as sparse", "uniform"),
+    "random": _one_shot("random", "uniform noise: the floor that any method has to beat"),
 }
-METHODS |= {name: _one_shot(name) for name in SCORES}
 
 
 def split(text: str) -> tuple[Method, dict[str, Any]]:

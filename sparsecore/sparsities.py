@@ -1,12 +1,16 @@
-"""From a sparsity to exact counts and exact masks."""
+"""From a sparsity to exact counts and exact masks, over all layers or by layer."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .granularity import Granularity, Weight
+
+# From the layers' shapes and the density of all, the density of each.
+Distribution = Callable[[Mapping[str, torch.Size], float], dict[str, float]]
 
 
 def check_sparsity(sparsity: float) -> float:
@@ -42,58 +46,156 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return mask.view_as(scores)
 
 
+def uniform_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """The same share of weights kept in every layer."""
+    return dict.fromkeys(shapes, _check_density(density))
+
+
+def erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+    """Erdos-Renyi-Kernel: shares proportional to sum(shape) / prod(shape), at most 1 (Evci et al. 2020).
+
+    For linear layers this is Erdos-Renyi, (n_in + n_out) / (n_in * n_out) (Mocanu et al. 2018).  Layers
+    whose share exceeds 1 are dense, and the others share what is left, over again.
+    """
+    total = sum(shape.numel() for shape in shapes.values())
+    left, rest, scale = _check_density(density) * total, dict(shapes), 0.0
+    while rest:
+        # A share of scale * sum(shape) / prod(shape) is scale * sum(shape) weights.
+        scale = left / sum(sum(shape) for shape in rest.values())
+        over = [name for name, shape in rest.items() if scale * sum(shape) > shape.numel()]
+        if not over:
+            break
+        left -= sum(rest.pop(name).numel() for name in over)
+    return {
+        name: scale * sum(shape) / shape.numel() if name in rest else 1.0
+        for name, shape in shapes.items()
+    }
+
+
+DISTRIBUTIONS: dict[str, Distribution | None] = {
+    "global": None,
+    "uniform": uniform_densities,
+    "erk": erk_densities,
+}
+
+
+def layer_counts(
+    shapes: Mapping[str, torch.Size], sparsity: float, densities: Mapping[str, float]
+) -> dict[str, int]:
+    """Weights to keep by layer: kept_count(d) in total, split by largest remainder (ties: earlier layer).
+
+    Errors: ValueError for densities of other layers, outside [0, 1], or of another total than the sparsity's.
+    """
+    if set(shapes) != set(densities) or not all(0 <= p <= 1 for p in densities.values()):
+        raise ValueError(
+            f"densities: expected one in [0, 1] for each of {', '.join(shapes)}, got {dict(densities)}"
+        )
+    quotas = {name: densities[name] * shape.numel() for name, shape in shapes.items()}
+    counts = {name: math.floor(quota) for name, quota in quotas.items()}
+    k = kept_count(sum(shape.numel() for shape in shapes.values()), sparsity)
+    missing = k - sum(counts.values())
+    partial = [name for name, shape in shapes.items() if counts[name] < shape.numel()]
+    if not 0 <= missing <= len(partial):
+        raise ValueError(
+            f"densities: expected {k} weights kept in all (sparsity {sparsity}), got {sum(quotas.values()):.1f}"
+        )
+    for name in sorted(partial, key=lambda name: counts[name] - quotas[name])[:missing]:
+        counts[name] += 1
+    return counts
+
+
+def _check_density(density: float) -> float:
+    if not 0 < density <= 1:
+        raise ValueError(f"density is the fraction kept: expected 0 < density <= 1, got {density}")
+    return density
+
+
+class _Units(NamedTuple):
+    """What competes for a place, flat."""
+
+    scores: Tensor  # float32 [units], -inf where the pattern forbids one
+    sizes: Tensor  # int64 [units], weights in each
+    possible: Tensor  # bool [units]
+
+
 def masks_from_scores(
     scores: Mapping[str, Tensor],
     shapes: Mapping[str, torch.Size],
     sparsity: float,
     granularity: Granularity | None = None,
+    densities: Mapping[str, float] | None = None,
 ) -> dict[str, Tensor]:
-    """Global, exact top-k over all layers: weight-shaped boolean masks.
+    """Exact top-k over all layers, or within each: weight-shaped boolean masks.
 
-    Keeps the best-scoring units (ties: earlier layer, lower index) while they hold at most
-    k = kept_count(d) weights: exactly k for single weights, at most one unit fewer otherwise.
+    Keeps the best-scoring units (ties: earlier layer, lower index) while they hold at most k weights:
+    exactly k for single weights, at most one unit fewer otherwise.
 
     Args:
         scores: one score per unit, shaped `granularity.units(shapes[name])`.
         granularity: what one score covers; N:M first drops all but the N best of each group.
+        densities: None ranks all layers together, k = kept_count(d); else every layer is ranked by itself,
+            with its k from `layer_counts`.
 
-    Errors: ValueError for NaN scores, a wrong shape, or an N:M pattern that cannot hold k weights.
+    Errors: ValueError for NaN scores, a wrong shape, an N:M pattern that cannot hold k weights, or as
+    `layer_counts`.
     """
     granularity = granularity or Weight()
-    for name, score in scores.items():
-        expected = granularity.units(shapes[name])
-        if tuple(score.shape) != tuple(expected):
-            raise ValueError(
-                f"scores of {name}: expected shape {tuple(expected)}, got {tuple(score.shape)}"
-            )
-    total = sum(shapes[name].numel() for name in scores)
-    k = kept_count(total, sparsity)
-    allowed = {name: granularity.allowed(score) for name, score in scores.items()}
-    flat = torch.cat(
-        [
-            torch.where(allowed[name], score.float(), -math.inf).flatten()
-            for name, score in scores.items()
-        ]
-    )
-    possible = torch.cat([a.flatten() for a in allowed.values()])
-    sizes = torch.cat([granularity.sizes(shapes[name]).flatten() for name in scores]).to(
-        flat.device
-    )
-    if int((sizes * possible).sum()) < k:
-        raise ValueError(
-            f"{granularity} allows at most {int((sizes * possible).sum())} of {total} weights, "
-            f"sparsity {sparsity} keeps {k}: ask for a higher sparsity"
-        )
-    if bool((sizes == 1).all()):
-        chosen = top_k(flat, k)
+    shapes = {name: shapes[name] for name in scores}
+    if densities is None:
+        k = kept_count(sum(shape.numel() for shape in shapes.values()), sparsity)
+        contests = [(list(scores), k)]
     else:
-        top_k(flat, 0)  # for its NaN check
-        order = torch.sort(flat, descending=True, stable=True).indices
-        fits = sizes[order].cumsum(0) <= k
-        chosen = torch.zeros_like(flat, dtype=torch.bool)
-        chosen[order[fits]] = True
-    parts = chosen.split([score.numel() for score in scores.values()])
-    return {
-        name: granularity.spread(part.view(score.shape), shapes[name])
-        for (name, score), part in zip(scores.items(), parts, strict=True)
-    }
+        counts = layer_counts(shapes, sparsity, densities)
+        contests = [([name], k) for name, k in counts.items()]
+    masks = {}
+    for names, k in contests:
+        layers = [_units(name, scores[name], shapes[name], granularity) for name in names]
+        units = _Units(*(torch.cat(parts) for parts in zip(*layers, strict=True)))
+        chosen = _best(units, k, granularity, "" if densities is None else f" of {names[0]}")
+        parts = chosen.split([scores[name].numel() for name in names])
+        for name, part in zip(names, parts, strict=True):
+            masks[name] = granularity.spread(part.view(scores[name].shape), shapes[name])
+    return masks
+
+
+def check_possible(
+    shapes: Mapping[str, torch.Size],
+    sparsity: float,
+    granularity: Granularity,
+    densities: Mapping[str, float] | None = None,
+) -> None:
+    """The errors that `masks_from_scores` has for any scores, before there are any."""
+    level = {name: torch.zeros(granularity.units(shape)) for name, shape in shapes.items()}
+    masks_from_scores(level, shapes, sparsity, granularity, densities)
+
+
+def _units(name: str, score: Tensor, shape: torch.Size, granularity: Granularity) -> _Units:
+    expected = granularity.units(shape)
+    if tuple(score.shape) != tuple(expected):
+        raise ValueError(
+            f"scores of {name}: expected shape {tuple(expected)}, got {tuple(score.shape)}"
+        )
+    allowed = granularity.allowed(score)
+    return _Units(
+        torch.where(allowed, score.float(), -math.inf).flatten(),
+        granularity.sizes(shape).flatten().to(score.device),
+        allowed.flatten(),
+    )
+
+
+def _best(units: _Units, k: int, granularity: Granularity, of: str = "") -> Tensor:
+    """Boolean [units]: the best-scoring ones that hold at most k weights together."""
+    most = int((units.sizes * units.possible).sum())
+    if most < k:
+        raise ValueError(
+            f"{granularity} allows at most {most} of {int(units.sizes.sum())} weights{of}, expected to "
+            f"keep {k}: ask for a higher sparsity"
+        )
+    if bool((units.sizes == 1).all()):
+        return top_k(units.scores, k)
+    top_k(units.scores, 0)  # for its NaN check
+    order = torch.sort(units.scores, descending=True, stable=True).indices
+    fits = units.sizes[order].cumsum(0) <= k
+    chosen = torch.zeros_like(units.possible)
+    chosen[order[fits]] = True
+    return chosen

@@ -51,15 +51,18 @@ class Ticket:
         sparsity: float,
         granularity: Granularity | None = None,
         meta: Mapping[str, Any] | None = None,
+        densities: Mapping[str, float] | None = None,
     ) -> "Ticket":
-        """Keeps the globally best-scored units and the model's present weights.
+        """Keeps the best-scored units, of all or by layer, and the model's present weights.
+
+        Args: densities: share of weights kept by layer; None ranks all layers together.
 
         Errors: ValueError from `masks_from_scores`.
         """
         granularity = granularity or Weight()
         layers = require_sparse_layers(model)
         shapes = {name: layers[name].weight_shape for name in scores}
-        masks = masks_from_scores(scores, shapes, sparsity, granularity)
+        masks = masks_from_scores(scores, shapes, sparsity, granularity, densities)
         return cls(
             {name: mask.cpu() for name, mask in masks.items()},
             dense_state(model),

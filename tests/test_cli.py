@@ -133,7 +133,7 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        (["search", *SMALL, "--method", "luck"], "magnitude, snip, got 'luck'"),
+        (["search", *SMALL, "--method", "luck"], "erk, uniform, random, got 'luck'"),
         (["search", *SMALL, "--model", "lenet"], "one of lenet-300-100, conv-4"),
         (["search", *SMALL, "--objective", "kl"], "reverse-kl"),
         (["search", *SMALL, "--control", "pid"], "gradbalance, lagrangian, fixed"),

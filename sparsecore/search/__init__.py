@@ -3,6 +3,7 @@
 from .concrete import ConcreteSearch
 from .continuous import ContinuousSparsification
 from .edge_popup import EdgePopup
+from .iterative import Iterative
 from .joint import JointSearch
 from .one_shot import OneShot
 from .protocol import Search, SearchError, Watch
@@ -13,6 +14,7 @@ __all__ = [
     "ConcreteSearch",
     "ContinuousSparsification",
     "EdgePopup",
+    "Iterative",
     "JointSearch",
     "OneShot",
     "Rewinding",

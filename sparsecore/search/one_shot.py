@@ -9,18 +9,26 @@ from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
 from ..progress import QUIET, Progress
-from ..scores import Score
+from ..scores import Score, score_name
+from ..sparsities import Distribution, check_possible, check_sparsity
 from ..tickets import Ticket
 from .protocol import Watch
 
 
 @dataclass(frozen=True)
 class OneShot:
-    """`OneShot(snip)(model, batches, sparsity=0.9)`; a unit larger than a weight scores the mean over its weights."""
+    """`OneShot(snip)(model, batches, sparsity=0.9)`; a unit larger than a weight scores the mean over its weights.
+
+    Args:
+        score: sees epoch 0 of the batches.
+        distribution: gives every layer its density, within which it is ranked by itself
+            (`sparsities.erk_densities`); None ranks all layers together.
+    """
 
     score: Score
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
+    distribution: Distribution | None = None
 
     def __call__(
         self,
@@ -32,16 +40,26 @@ class OneShot:
         checkpoint: Path | None = None,
         watch: Watch | None = None,
     ) -> Ticket:
-        """A ticket that keeps the globally best-scored weights and starts from the model's weights.
+        """A ticket that keeps the best-scored weights and starts from the model's weights.
 
-        Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores.
+        Args: progress, checkpoint, watch: nothing to do in a search of one step.
+
+        Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores, or a
+        granularity that cannot hold as many weights.
         """
         layers = require_dense_parameters(model)
-        scores = {}
-        for name, values in self.score(model, batches, self.seed).items():
-            sizes = self.granularity.sizes(layers[name].raw_weight.shape).to(values.device)
-            scores[name] = self.granularity.gather(values) / sizes
-        # A score is any callable; a partial or an instance has no __name__.
-        method = getattr(self.score, "__name__", type(self.score).__name__)
-        meta = {"method": method, "sparsity": sparsity, "seed": self.seed}
-        return Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        density = 1 - check_sparsity(sparsity)
+        densities = self.distribution and self.distribution(shapes, density)
+        check_possible(shapes, sparsity, self.granularity, densities)
+        found = self.score(model, batches.epoch(0), self.seed)
+        scores = {name: self.granularity.mean(values) for name, values in found.items()}
+        meta = {
+            "method": score_name(self.score),
+            "sparsity": sparsity,
+            "seed": self.seed,
+            "distribution": getattr(self.distribution, "__name__", "global"),
+        }
+        return Ticket.from_scores(
+            scores, model, sparsity, self.granularity, meta=meta, densities=densities
+        )

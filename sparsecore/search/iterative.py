@@ -1,0 +1,201 @@
+"""Iterative: prune a little, score what is left, and again."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import checkpoints
+from ..batches import EpochBatches
+from ..convert import require_dense_parameters
+from ..granularity import Granularity, Weight
+from ..nn import SparseLayer
+from ..patterns import Masked
+from ..progress import QUIET, Progress
+from ..scores import Score, score_name, synflow
+from ..sparsities import check_possible, masks_from_scores
+from ..tickets import Ticket
+from .protocol import SearchError, Watch
+
+
+@dataclass(frozen=True)
+class Iterative:
+    """Prunes in rounds: after round e of n, (1 - sparsity) ** (e / n) of the weights are left.
+
+    Each round scores the network as it is by then, so that what leads nowhere any more falls next.
+    With `synflow` and 100 rounds this is SynFlow (Tanaka et al. 2020, algorithm 1), with `snip` Iterative
+    SNIP (de Jorge et al. 2021).  Nothing that has fallen comes back.
+
+    The ticket's scores are the rounds that a unit survived, plus half its rank (0 to 1) in the last one that
+    scored it: whatever fell earlier ranks lower.
+
+    Args:
+        score: sees epoch e - 1 of the batches in round e.
+        batches_per_round: so many batches of that epoch; None: all.
+
+    Errors: ValueError for rounds or batches_per_round below 1.
+    """
+
+    score: Score = synflow
+    rounds: int = 100
+    granularity: Granularity = field(default_factory=Weight)
+    seed: int = 0
+    batches_per_round: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1:
+            raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
+        if self.batches_per_round is not None and self.batches_per_round < 1:
+            raise ValueError(
+                f"batches_per_round: expected None (all) or at least 1, got {self.batches_per_round}"
+            )
+
+    def __call__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        sparsity: float,
+        progress: Progress = QUIET,
+        checkpoint: Path | None = None,
+        watch: Watch | None = None,
+    ) -> Ticket:
+        """A ticket of the units that survive all rounds; the model is returned to its former state.
+
+        Args:
+            sparsity: fraction removed, in [0, 1).
+            checkpoint: written after every round.
+            watch: measures the masked network after every round: `watched_by_round` in the provenance.
+
+        Errors: ValueError for bad arguments or NaN scores; SearchError for another search's checkpoint.
+        """
+        layers = require_dense_parameters(model)
+        schedule = self._schedule(layers, sparsity)
+        meta: dict[str, Any] = {
+            "method": f"iterative-{score_name(self.score)}",
+            "sparsity": sparsity,
+            "seed": self.seed,
+            "rounds": self.rounds,
+            "batches_per_round": self.batches_per_round,
+        }
+        run = ""
+        if checkpoint is not None:
+            run = checkpoints.fingerprint(model, batches, meta, str(self.granularity))
+        standing = {
+            name: torch.zeros(self.granularity.units(w.shape), device=w.device)
+            for name, w in ((name, layer.raw_weight) for name, layer in layers.items())
+        }
+        done, watched = _load(standing, checkpoint, run)
+        with _patterns_put_back(layers), progress.task("search", total=self.rounds) as advance:
+            advance(done)
+            self._mask_(layers, standing, done)
+            for number, removed in enumerate(schedule[done:], done + 1):
+                self._round_(model, batches, standing, number, removed)
+                self._mask_(layers, standing, number)
+                if watch is not None:
+                    watched.append(watch(model))
+                _save(standing, checkpoint, run, number, watched)
+                advance(1, removed=removed)
+        if watched:
+            meta["watched_by_round"] = watched
+        ticket = Ticket.from_scores(standing, model, sparsity, self.granularity, meta=meta)
+        if checkpoint is not None:
+            checkpoint.unlink(missing_ok=True)
+        return ticket
+
+    def _schedule(self, layers: Mapping[str, SparseLayer], sparsity: float) -> list[float]:
+        """The sparsity after each round; it begins where N:M begins to be possible."""
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        check_possible(shapes, sparsity, self.granularity)
+        possible = [
+            self.granularity.project(torch.ones(s)).count_nonzero() for s in shapes.values()
+        ]
+        least = 1 - int(sum(possible)) / sum(s.numel() for s in shapes.values())
+        shares = ((1 - sparsity) ** (e / self.rounds) for e in range(1, self.rounds))
+        return [*(max(1 - share, least) for share in shares), sparsity]
+
+    def _mask_(
+        self, layers: Mapping[str, SparseLayer], standing: Mapping[str, Tensor], rounds: int
+    ) -> None:
+        """Lets the model compute with what survived so many rounds; its parameters stay whole."""
+        for name, layer in layers.items():
+            alive = self.granularity.spread(standing[name] >= rounds, layer.raw_weight.shape)
+            layer.pattern = Masked(alive)
+
+    def _round_(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        standing: dict[str, Tensor],
+        number: int,
+        sparsity: float,
+    ) -> None:
+        """Scores the masked model, and notes what survives."""
+        part = islice(batches.epoch(number - 1), self.batches_per_round)
+        found = self.score(model, part, self.seed)
+        alive = {name: standing[name] >= number - 1 for name in found}
+        scores = {
+            name: self.granularity.mean(values).where(alive[name], -torch.inf)
+            for name, values in found.items()
+        }
+        shapes = {name: values.shape for name, values in found.items()}
+        masks = masks_from_scores(scores, shapes, sparsity, self.granularity)
+        # Where units differ in size, a small one that has fallen may fit again: it stays where it is.
+        kept = {name: self.granularity.gather(mask.long()) > 0 for name, mask in masks.items()}
+        last = number == self.rounds
+        ranked = alive if last else {name: alive[name] & ~kept[name] for name in alive}
+        for name, rank in _ranks(scores, ranked).items():
+            rounds = number - 1 + kept[name].float()
+            standing[name] = torch.where(alive[name], rounds + rank / 2, standing[name])
+
+
+def _ranks(scores: Mapping[str, Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The ranks, from 0 to 1, of the chosen units among each other, 0 for others.
+
+    Among equals the lower index ranks higher, as in a top-k.
+    """
+    places = torch.cat([chosen.flatten() for chosen in of.values()]).nonzero().squeeze(1)
+    flat = torch.cat([s.flatten() for s in scores.values()])
+    order = flat[places].sort(stable=True, descending=True).indices
+    ranks = torch.zeros(len(flat), device=flat.device)
+    ranks[places[order]] = torch.linspace(1, 0, len(places), device=flat.device)
+    parts = ranks.split([s.numel() for s in scores.values()])
+    return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
+
+
+@contextmanager
+def _patterns_put_back(layers: Mapping[str, SparseLayer]) -> Iterator[None]:
+    patterns = {name: layer.pattern for name, layer in layers.items()}
+    try:
+        yield
+    finally:
+        for name, layer in layers.items():
+            layer.pattern = patterns[name]
+
+
+def _save(
+    standing: Mapping[str, Tensor], path: Path | None, run: str, done: int, watched: list[float]
+) -> None:
+    if path is not None:
+        tensors = {f"standing/{name}": s for name, s in standing.items()}
+        checkpoints.write(path, tensors, {"rounds": done, "watched": watched, "run": run})
+
+
+def _load(standing: dict[str, Tensor], path: Path | None, run: str) -> tuple[int, list[float]]:
+    """(rounds done, what was watched in them) of an interrupted run, whose standing is put in."""
+    if path is None or not path.exists():
+        return 0, []
+    tensors, meta = checkpoints.read(path)
+    if meta["run"] != run:
+        raise SearchError(
+            f"{path} belongs to another search: expected the fingerprint {run[:12]} of this "
+            f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
+        )
+    for name, s in standing.items():
+        s.copy_(tensors[f"standing/{name}"])
+    return meta["rounds"], meta["watched"]
