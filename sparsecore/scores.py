@@ -96,11 +96,13 @@ def synflow(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, 
     used.  Prune by it in rounds (`search.Iterative`): at once, it cuts off whole layers.
 
     As in the paper's R there are no biases: their signal comes through none of the layers before.
-    Normalisation divides by the mean of its input, a constant to the gradient, and does nothing else.  In
-    a plain network this changes no ranking.  Where it ends a residual branch or a projection, their share
-    of R then depends neither on its scale (0 at first in some ResNets) nor on how sparse they
-    are: the fewer weights are left, the more each is worth, so that none collapses before the rest.
-    BatchNorm in evaluation mode, the identity at initialisation, lets whole shortcuts and stages collapse.
+    Two things are this library's.  Every layer is divided by the mean sum of its rows, and
+    normalisation divides by the mean of its input, a constant to the gradient, and does nothing else.
+    In a plain network neither changes a ranking.  In a residual one, the share of R that goes through a
+    branch or a projection then depends neither on its scale (0 at first in some ResNets) nor on how
+    sparse it is: the fewer weights are left, the more each is worth, so that none collapses before the
+    rest.  With BatchNorm in evaluation mode, the identity at initialisation, whole shortcuts and stages
+    do.
 
     Activations stay as they are.  Attention mixes tokens that are nearly alike for this input, so
     queries and keys score far below values; what lies behind a saturated activation (squeeze and
