@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice, pairwise
 from pathlib import Path
@@ -154,6 +154,8 @@ def train(
     snapshots: Collection[float] = (),
     penalty: Penalty | None = None,
     after_step: AfterStep | None = None,
+    watch: Callable[[nn.Module], float] | None = None,
+    facts: Sequence[Any] = (),
     metrics: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = QUIET,
@@ -170,6 +172,9 @@ def train(
         penalty: added to the loss of every step.
         after_step: called after every step; what it changes has to be in the model's or optimiser's state,
             so that a run that was killed goes on with it.
+        watch: asked after every epoch; what it says stands in the records as "watched".
+        facts: what tells this run from others beside the recipe, the data and the weights, by its repr: a
+            checkpoint cannot see what `penalty` and `after_step` do.
         metrics: one JSON line per epoch is appended here.
         checkpoint: written after every epoch, snapshots included; if it exists the run goes on from there,
             on the CPU to exactly the same numbers.
@@ -185,8 +190,8 @@ def train(
     history = History()
     fingerprint = ""
     if checkpoint is not None:
-        facts = (asdict(recipe), start_epoch, run.total, seed)
-        fingerprint = checkpoints.fingerprint(model, train_batches, *facts)
+        known = (asdict(recipe), start_epoch, run.total, seed)
+        fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts)
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
     if checkpoint is not None and checkpoint.exists():
@@ -213,6 +218,8 @@ def train(
             record = {"epoch": part.end, "lr": recipe.lr_at(part.epoch, run.total), "loss": loss}
             if test_batches is not None:
                 record["accuracy"] = evaluate(run.evaluated, test_batches)
+            if watch is not None:
+                record["watched"] = watch(run.evaluated)
             record["seconds"] = perf_counter() - start
             history.epochs.append(record)
             if metrics is not None:
@@ -222,7 +229,8 @@ def train(
                 history.snapshots[part.end] = run.snapshot()
             if checkpoint is not None:
                 run.save(checkpoint, fingerprint, history)
-            advance(0, epoch=part.end, **{k: record[k] for k in ("accuracy",) if k in record})
+            shown = {k: record[k] for k in ("accuracy", "watched") if k in record}
+            advance(0, epoch=part.end, **shown)
     run.finish()
     return history
 

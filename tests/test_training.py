@@ -193,6 +193,30 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
             other()
 
 
+def test_a_checkpoint_tells_runs_apart_by_the_facts_it_is_given(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "c"
+    run(mlp(), checkpoint=checkpoint, facts=("a hook", 0.1))
+    run(mlp(), checkpoint=checkpoint, facts=("a hook", 0.1))
+    for other in (("a hook", 0.2), ()):
+        with pytest.raises(ValueError, match="belongs to another run"):
+            run(mlp(), checkpoint=checkpoint, facts=other)
+
+
+def test_a_run_is_watched_after_every_epoch(tmp_path: Path) -> None:
+    plain, watched, seen = mlp(), mlp(), []
+
+    def watch(model: nn.Module) -> float:
+        seen.append(model)
+        return float(len(seen))
+
+    run(plain)
+    options = {"watch": watch, "checkpoint": tmp_path / "c"}
+    history = run(watched, **options)
+    assert [e["watched"] for e in history.epochs] == [1, 2, 3, 4] and seen == [watched] * 4
+    assert states_equal(plain, watched)
+    assert [e["watched"] for e in run(mlp(), **options).epochs] == [1, 2, 3, 4]
+
+
 def test_metrics_a_kill_left_behind_are_cut(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
     metrics.write_text('{"epoch": 1, "loss": 9}\n{"epo')
