@@ -1,34 +1,69 @@
 """Find a sparse ticket in a network and train it."""
 
-from . import control, gates, granularity, kernels, models, objectives, scores
+from . import (
+    connectivity,
+    control,
+    gates,
+    granularity,
+    kernels,
+    models,
+    objectives,
+    regions,
+    scores,
+)
+from .batchnorm import recompute_statistics_
 from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Dense, Gated, Masked, Planned, gated_weight
 from .plans import plan_, remask_, report
-from .search import ConcreteSearch, OneShot
+from .rounds import Round, load_rounds
+from .search import (
+    SET,
+    ConcreteSearch,
+    ContinuousSparsification,
+    EdgePopup,
+    GradualMagnitude,
+    Iterative,
+    JointSearch,
+    OneShot,
+    Rewinding,
+    RigL,
+    StrongSearch,
+)
 from .tickets import Ticket, TicketError
 from .training import Recipe, evaluate, train
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "SET",
     "Batches",
     "Compacted",
     "ConcreteSearch",
+    "ContinuousSparsification",
     "Dense",
+    "EdgePopup",
     "Gated",
+    "GradualMagnitude",
+    "Iterative",
+    "JointSearch",
     "Masked",
     "OneShot",
     "Planned",
     "Recipe",
+    "Rewinding",
+    "RigL",
+    "Round",
     "SparseConv2d",
     "SparseLinear",
+    "StrongSearch",
     "Ticket",
     "TicketError",
     "advance_",
     "compact",
+    "connectivity",
     "control",
     "densify_",
     "evaluate",
@@ -38,9 +73,12 @@ __all__ = [
     "is_prunable",
     "kernels",
     "load",
+    "load_rounds",
     "models",
     "objectives",
     "plan_",
+    "recompute_statistics_",
+    "regions",
     "remask_",
     "report",
     "scores",

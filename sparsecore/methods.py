@@ -11,13 +11,16 @@ from .gates import Concrete
 from .granularity import parse_granularity
 from .scores import SCORES
 from .search import (
+    SET,
     ConcreteSearch,
     ContinuousSparsification,
     EdgePopup,
+    GradualMagnitude,
     Iterative,
     JointSearch,
     OneShot,
     Rewinding,
+    RigL,
     Search,
     StrongSearch,
 )
@@ -126,6 +129,19 @@ def _rewinding(rewind: str = "weights") -> "Callable[[Setup, int], Search]":
     return build
 
 
+def _dynamic(
+    kind: "type[SET | RigL | GradualMagnitude]", **own: Any
+) -> "Callable[[Setup, int], Search]":
+    return lambda setup, seed: kind(
+        setup.recipe,
+        epochs=setup.train_epochs,
+        start_epoch=setup.rewind_epochs,
+        granularity=parse_granularity(setup.granularity),
+        seed=seed,
+        **own,
+    )
+
+
 METHODS: dict[str, Method] = {
     "cts": Method(
         lambda setup, seed: _with_gates(ConcreteSearch(), setup, seed),
@@ -154,6 +170,29 @@ METHODS: dict[str, Method] = {
     "continuous": Method(
         _continuous,
         "continuous sparsification: deterministic gates that sharpen, trained with the weights",
+    ),
+    "gradual": Method(
+        _dynamic(GradualMagnitude, rewind=True),
+        "one training under a magnitude mask that tightens, then rewound",
+        trains=True,
+    ),
+    "gmp": Method(
+        _dynamic(GradualMagnitude),
+        "the same, used as it is trained",
+        from_init=True,
+        trains=True,
+    ),
+    "set": Method(
+        _dynamic(SET),
+        "sparse evolutionary training: the mask changes at random while the network trains",
+        from_init=True,
+        trains=True,
+    ),
+    "rigl": Method(
+        _dynamic(RigL),
+        "the rigged lottery: the mask grows where the gradient is large while the network trains",
+        from_init=True,
+        trains=True,
     ),
     "edge-popup": Method(
         _edge_popup,

@@ -16,8 +16,18 @@ from sparsecore.training import Recipe
 RECIPE = Recipe(optimizer="adam", lr=1e-3, batch=32, augment=False)
 GRANULARITIES = ["weight", "block:4x2", "vector:4", "channel", "2:4"]
 # What a method cannot do by its nature.
-REFUSED: dict[tuple[str, str], str] = {}
-FAST = {"edge-popup": ":epochs=1", "ltr": ":rate=0.5", "imp": ":rate=0.5", "lr-rewind": ":rate=0.5"}
+REFUSED = {
+    ("erk", "2:4"): "allows at most",  # it wants the last layer denser than that
+}
+FAST = {
+    "gradual": ":updates=1",
+    "gmp": ":updates=1",
+    "rigl": ":interval=1",
+    "edge-popup": ":epochs=1",
+    "ltr": ":rate=0.5",
+    "imp": ":rate=0.5",
+    "lr-rewind": ":rate=0.5",
+}
 NETWORKS = {
     "conv-4": {"width": 0.25},
     "resnet-20": {},
@@ -40,7 +50,7 @@ def pictures(count: int, channels: int = 3, size: int = 32) -> Dataset:
 
 def setup(model: str, options: dict, granularity: str = "weight") -> Setup:
     return Setup(
-        model, "toy", RECIPE, options, rewind_epochs=0, train_epochs=1, search_epochs=1,
+        model, "toy", RECIPE, options, rewind_epochs=0, train_epochs=2, search_epochs=1,
         search_batch=32, granularity=granularity,
     )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 from .concrete import ConcreteSearch
 from .continuous import ContinuousSparsification
+from .dynamic import SET, GradualMagnitude, RigL
 from .edge_popup import EdgePopup
 from .iterative import Iterative
 from .joint import JointSearch
@@ -11,13 +12,16 @@ from .rewinding import Rewinding
 from .strong import StrongSearch
 
 __all__ = [
+    "SET",
     "ConcreteSearch",
     "ContinuousSparsification",
     "EdgePopup",
+    "GradualMagnitude",
     "Iterative",
     "JointSearch",
     "OneShot",
     "Rewinding",
+    "RigL",
     "Search",
     "SearchError",
     "StrongSearch",

@@ -13,9 +13,8 @@ from ..batches import Batch
 from ..convert import batch_statistics, sparse_layers
 from ..granularity import NM, Granularity, Weight
 from ..patterns import Dense
-from ..sparsities import masks_from_scores, top_k
+from ..sparsities import DISTRIBUTIONS, masks_from_scores, top_k
 from ..training import Recipe
-from .densities_standin import DISTRIBUTIONS  # STAND-IN for ..sparsities
 from .sparse_training import AbstractSparseTraining, Due, Masks, Shapes, masks_of
 
 
