@@ -127,6 +127,61 @@ def test_compare_resumes_and_draws(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "another setup (different: search_epochs)" in capsys.readouterr().err
 
 
+def test_a_finished_ticket_is_used_as_it_is(tmp_path: Path) -> None:
+    out, result = tmp_path / "s", tmp_path / "r.json"
+    command = [*SEARCH[:-4], "--method", "strong:epochs=40:gate=bernoulli:lr=0.05", "--watch"]
+    assert main([*command, "--sparsity", "0.5", "--out", str(out)]) == 0
+    ticket = Ticket.load(out)
+    assert ticket.finished and ticket.meta["setup"]["rewind_epochs"] == 0
+    assert main(["train", str(out), "--json", str(result)]) == 0
+    found = json.loads(result.read_text())
+    told = ticket.meta["progress"][-1]["hard_accuracy"]
+    assert found["accuracy"] == pytest.approx(told) and found["accuracy"] > 60
+    assert (
+        main(["train", str(out), "--epochs", "1", "--json", str(result)]) == 0
+    )  # and trains, if asked
+    assert len(json.loads(result.read_text())["epochs"]) == 1
+
+
+def test_rounds_are_kept_and_shared_by_sparsities(tmp_path: Path) -> None:
+    command = [
+        *SEARCH[:-4],
+        "--method",
+        "ltr:rate=0.4",
+        "--epochs",
+        "1",
+        "--rounds",
+        str(tmp_path / "r"),
+    ]
+    for sparsity, count in (("0.5", 2), ("0.7", 3)):
+        assert main([*command, "--sparsity", sparsity, "--out", str(tmp_path / sparsity)]) == 0
+        assert len(list((tmp_path / "r").glob("round-*"))) == count
+    assert len(Ticket.load(tmp_path / "0.7").meta["rounds"]) == 3
+
+
+def test_a_stable_recipe_and_a_part_of_the_data(tmp_path: Path) -> None:
+    out = tmp_path / "t"
+    options = ["--recipe", "stable", "--recipe", "optimizer=adam", "--recipe", "lr=0.01"]
+    command = [
+        *SEARCH[:5],
+        "--model-option",
+        "width=0.2",
+        "--method",
+        "imp:rate=0.5",
+        "--epochs",
+        "2",
+    ]
+    assert (
+        main([*command, *options, "--train-samples", "300", "--sparsity", "0.5", "--out", str(out)])
+        == 0
+    )
+    setup = Ticket.load(out).meta["setup"]
+    assert (
+        setup["train_samples"] == 300 and setup["rewind_epochs"] == 0 and setup["train_epochs"] == 4
+    )
+    assert main(["search", "--recipe", "steady", "--out", str(out)]) == 2
+
+
 SMALL = ["--data", "digits", "--out", "x.safetensors"]
 
 
