@@ -33,8 +33,8 @@ from .experiment import (
     new_model,
     setup_of,
 )
-from .gates import AbstractGate
-from .options import DataDir, Device, ImageSize, Json, Seed, device_of, numbers, with_setup
+from .gates import GATES, AbstractGate
+from .options import DataDir, Device, ImageSize, Json, Seed, device_of, given, numbers, with_setup
 from .progress import Progress
 from .regions import angular_distances, round_paths
 from .rounds import load_rounds
@@ -52,9 +52,30 @@ Points = Annotated[int, typer.Option(help="Points on a path, its ends included."
 
 
 @dataclass(frozen=True)
-class _Bench:
+class Results:
+    """Where a command's results go."""
+
+    out: Path
+    json_file: Path | None
+
+    def wrote(self, result: Mapping[str, Any], *paths: Path) -> None:
+        """Tells of files, and writes the JSON result."""
+        for path in paths:
+            console.print(f"wrote  {path}", soft_wrap=True)
+        if self.json_file is not None:
+            self.json_file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def _results(out: Out = OUT, json_file: Json = None) -> Results:
+    out.mkdir(parents=True, exist_ok=True)
+    return Results(out, json_file)
+
+
+@dataclass(frozen=True)
+class Case(Results):
     """A ticket with its data on a device."""
 
+    name: str
     ticket: Ticket
     setup: Setup
     dataset: Dataset
@@ -72,21 +93,24 @@ class _Bench:
         return loaders(self.dataset, self.setup.recipe, 0, self.device)[1]
 
 
-def _bench(
-    ticket: Path, data_dir: Path | None, image_size: int | None, device: str, out: Path
-) -> _Bench:
+def _case(
+    ticket: TicketFile,
+    data_dir: DataDir = None,
+    image_size: ImageSize = None,
+    out: Out = OUT,
+    device: Device = "auto",
+    json_file: Json = None,
+) -> Case:
     target = device_of(device)
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
+    dataset = data_of(setup, data_dir, image_size)
     out.mkdir(parents=True, exist_ok=True)
-    return _Bench(loaded, setup, data_of(setup, data_dir, image_size), target)
+    return Case(out, json_file, ticket.stem, loaded, setup, dataset, target)
 
 
-def _wrote(json_file: Path | None, result: Mapping[str, Any], *paths: Path) -> None:
-    for path in paths:
-        console.print(f"wrote  {path}", soft_wrap=True)
-    if json_file is not None:
-        json_file.write_text(json.dumps(result, indent=2) + "\n")
+with_case = given(_case, "case")
+with_results = given(_results, "results")
 
 
 def _told(path: LinearPath) -> str:
@@ -107,87 +131,74 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 
 
 @app.command()
+@with_case
 def path(
-    ticket: TicketFile,
+    case: Case,
     first: Annotated[Path, typer.Argument(help="Weights of one run, from `train --save`.")],
     second: Annotated[Path, typer.Argument(help="Weights of the other.")],
     points: Points = 30,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    out: Out = OUT,
-    device: Device = "auto",
-    json_file: Json = None,
 ) -> None:
     """Test error on the straight line between two trained runs of a ticket (linear mode connectivity)."""
-    bench = _bench(ticket, data_dir, image_size, device, out)
     ends = [_state(file) for file in (first, second)]
     with Progress() as progress:
         found = path_errors(
-            bench.model, ends[0], ends[1], bench.test, points=points,
-            train_batches=bench.batches(0), progress=progress,
+            case.model, ends[0], ends[1], case.test, points=points,
+            train_batches=case.batches(0), progress=progress,
         )  # fmt: skip
     console.print(_told(found))
-    _wrote(
-        json_file,
+    case.wrote(
         {"barrier": barrier(found), "stable": is_stable(found), "path": found.rows},
-        figures.write_csv(out / "path.csv", found.rows),
-        figures.draw_paths(out / "path.png", {f"{first.stem} - {second.stem}": found}),
+        figures.write_csv(case.out / "path.csv", found.rows),
+        figures.draw_paths(case.out / "path.png", {f"{first.stem} - {second.stem}": found}),
     )
 
 
 @app.command("instability")
+@with_case
 def instability_(
-    ticket: TicketFile,
+    case: Case,
     points: Points = 30,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    out: Out = OUT,
-    device: Device = "auto",
     seed: Seed = 0,
-    json_file: Json = None,
 ) -> None:
     """Train a ticket twice with different data orders: do the runs stay linearly connected?"""
-    bench = _bench(ticket, data_dir, image_size, device, out)
-    setup = bench.setup
+    setup = case.setup
     with Progress() as progress:
         found = instability(
-            bench.model, replace(setup.recipe, epochs=round(setup.total_epochs)), bench.batches,
-            bench.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
-            folder=out / f"instability-{bench.ticket.hash[:12]}-{seed}", progress=progress,
+            case.model, replace(setup.recipe, epochs=round(setup.total_epochs)), case.batches,
+            case.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
+            folder=case.out / f"instability-{case.ticket.hash[:12]}-{seed}", progress=progress,
         ).path  # fmt: skip
     console.print(_told(found))
-    _wrote(
-        json_file,
+    case.wrote(
         {"instability": barrier(found), "stable": is_stable(found), "path": found.rows},
-        figures.write_csv(out / "instability.csv", found.rows),
-        figures.draw_paths(out / "instability.png", {ticket.stem: found}),
+        figures.write_csv(case.out / "instability.csv", found.rows),
+        figures.draw_paths(case.out / "instability.png", {case.name: found}),
     )
 
 
 @app.command()
+@with_results
 @with_setup
 def rewind(
+    results: Results,
     setup: Setup,
     dataset: Callable[[], Dataset],
     candidates: Annotated[
         str, typer.Option(help="Rewind epochs with commas, fractions too.")
     ] = "0,0.5,1,2,4",
     points: Points = 30,
-    out: Out = OUT,
     device: Device = "auto",
     seed: Seed = 0,
-    json_file: Json = None,
 ) -> None:
     """Instability of dense training from several rewind points: the first stable one is where to rewind to."""
     target, epochs = device_of(device), numbers(candidates, "candidates")
     data = dataset()
-    out.mkdir(parents=True, exist_ok=True)
     recipe = replace(setup.recipe, epochs=round(setup.total_epochs))
     with Progress() as progress:
         scan = rewind_by_instability(
             new_model(setup, data, seed).to(target), recipe,
             lambda s: loaders(data, recipe, s, target)[0], loaders(data, recipe, 0, target)[1],
-            epochs, seed=seed, seeds=(seed + 1, seed + 2), points=points, folder=out / f"rewind-{seed}",
+            epochs, seed=seed, seeds=(seed + 1, seed + 2), points=points, folder=results.out / f"rewind-{seed}",
             progress=progress,
         )  # fmt: skip
     rows = [{"rewind_epoch": e, "instability": v} for e, v in scan.instabilities.items()]
@@ -197,33 +208,27 @@ def rewind(
     console.print(
         "no candidate is stable" if first is None else f"first stable rewind epoch: {first:g}"
     )
-    _wrote(
-        json_file,
+    results.wrote(
         {"rows": rows, "earliest": first},
-        figures.write_csv(out / "rewind.csv", rows),
-        figures.draw_instabilities(out / "rewind.png", {setup.model: scan.instabilities}),
+        figures.write_csv(results.out / "rewind.csv", rows),
+        figures.draw_instabilities(results.out / "rewind.png", {setup.model: scan.instabilities}),
     )
 
 
 @app.command("rounds")
+@with_case
 def rounds_(
-    ticket: TicketFile,
+    case: Case,
     folder: Annotated[Path, typer.Argument(help="What `search --rounds` has kept.")],
     points: Points = 20,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    out: Out = OUT,
-    device: Device = "auto",
-    json_file: Json = None,
 ) -> None:
     """Do the rounds of rewinding end in one region?  Barriers between successive ones, angles between all."""
-    bench = _bench(ticket, data_dir, image_size, device, out)
     rounds = load_rounds(folder)
     sparsities = [1 - r.density for r in rounds]
     with Progress() as progress:
         paths = round_paths(
-            bench.model, rounds, bench.test, points=points, train_batches=bench.batches(0),
-            folder=out / f"rounds-{rounds[0].run[:12]}", progress=progress,
+            case.model, rounds, case.test, points=points, train_batches=case.batches(0),
+            folder=case.out / f"rounds-{rounds[0].run[:12]}", progress=progress,
         )  # fmt: skip
     angles = angular_distances(rounds)
     barriers = {s: barrier(p) for s, p in zip(sparsities[1:], paths, strict=True)}
@@ -243,38 +248,32 @@ def rounds_(
         shown = (row["accuracy"], row["barrier"], row["angle"])
         table.add_row(f"{100 * s:.2f} %", *("" if v is None else f"{v:.2f}" for v in shown))
     console.print(table)
-    _wrote(
-        json_file,
+    case.wrote(
         {"rows": rows, "angles": angles.tolist()},
-        figures.write_csv(out / "rounds.csv", rows),
-        figures.draw_barriers(out / "barriers.png", {folder.name: barriers}),
-        figures.draw_angles(out / "angles.png", angles, sparsities),
+        figures.write_csv(case.out / "rounds.csv", rows),
+        figures.draw_barriers(case.out / "barriers.png", {folder.name: barriers}),
+        figures.draw_angles(case.out / "angles.png", angles, sparsities),
     )
 
 
 @app.command()
+@with_case
 def sanity(
-    ticket: TicketFile,
+    case: Case,
     checks: Annotated[str, typer.Option(help="With commas.")] = ",".join(CHECKS),
     seeds: Annotated[int, typer.Option(help="How many pairs, counted up from --seed.")] = 3,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    out: Out = OUT,
-    device: Device = "auto",
     seed: Seed = 0,
-    json_file: Json = None,
 ) -> None:
     """Search as the ticket was searched, with several seeds, and compare with controls: a paired test each."""
-    bench = _bench(ticket, data_dir, image_size, device, out)
-    method, sparsity = bench.ticket.meta.get("search"), bench.ticket.meta["sparsity"]
+    method, sparsity = case.ticket.meta.get("search"), case.ticket.meta["sparsity"]
     if not isinstance(method, str):
         raise TicketError("the ticket's provenance does not name its search; find it again")
     chosen = [c.strip() for c in checks.split(",") if c.strip()]
-    comparison = Comparison(out / "sanity", bench.setup)
+    comparison = Comparison(case.out / "sanity", case.setup)
     with Progress() as progress:
         comparison.run(
-            bench.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],
-            range(seed, seed + seeds), bench.device, progress,
+            case.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],
+            range(seed, seed + seeds), case.device, progress,
         )  # fmt: skip
     found = [v for v in comparison.verdicts(method, sparsity) if v.check in chosen]
     console.print(table_of(found, f"{method} at {100 * sparsity:g} % sparsity"))
@@ -283,13 +282,13 @@ def sanity(
         for v in found
     ]  # fmt: skip
     clean = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
-    _wrote(json_file, {"rows": clean}, figures.write_csv(out / "sanity.csv", clean))
+    case.wrote({"rows": clean}, figures.write_csv(case.out / "sanity.csv", clean))
 
 
 @app.command()
-def progress(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None:
+@with_results
+def progress(results: Results, ticket: TicketFile) -> None:
     """Sparsity, and accuracy if the search was run with --watch, as the search went on; by layer in the CSV."""
-    out.mkdir(parents=True, exist_ok=True)
     records = Ticket.load(ticket).meta.get("progress")
     if not records:
         raise TicketError(
@@ -299,40 +298,37 @@ def progress(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None
         {k: v for k, v in r.items() if k != "layers"} | {f"sparsity {k}": v for k, v in r.get("layers", {}).items()}
         for r in records
     ]  # fmt: skip
-    _wrote(
-        json_file,
+    results.wrote(
         {"rows": rows},
-        figures.write_csv(out / "progress.csv", rows),
-        figures.draw_search(out / "progress.png", records, ticket.stem),
+        figures.write_csv(results.out / "progress.csv", rows),
+        figures.draw_search(results.out / "progress.png", records, ticket.stem),
     )
 
 
 @app.command()
+@with_results
 def layers(
+    results: Results,
     tickets: Annotated[list[Path], typer.Argument(help="Ticket files.")],
-    out: Out = OUT,
-    json_file: Json = None,
 ) -> None:
     """The sparsity of each layer, tickets side by side."""
-    out.mkdir(parents=True, exist_ok=True)
     found = {path.stem: Ticket.load(path).layer_sparsities() for path in tickets}
     rows = [
         {"ticket": name, "layer": layer, "sparsity": sparsity}
         for name, by_layer in found.items()
         for layer, sparsity in by_layer.items()
     ]
-    _wrote(
-        json_file,
+    results.wrote(
         {"rows": rows},
-        figures.write_csv(out / "layers.csv", rows),
-        figures.draw_layers(out / "layers.png", found),
+        figures.write_csv(results.out / "layers.csv", rows),
+        figures.draw_layers(results.out / "layers.png", found),
     )
 
 
 @app.command()
-def gates(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None:
+@with_results
+def gates(results: Results, ticket: TicketFile) -> None:
     """A histogram of where each layer's gates ended, and how many are undecided."""
-    out.mkdir(parents=True, exist_ok=True)
     loaded = Ticket.load(ticket)
     gate = _gate_of(loaded, ticket)
     assert loaded.scores is not None
@@ -347,21 +343,18 @@ def gates(ticket: TicketFile, out: Out = OUT, json_file: Json = None) -> None:
         }
         for name, v in values.items()
     ]
-    _wrote(
-        json_file,
+    results.wrote(
         {"rows": rows},
-        figures.write_csv(out / "gates.csv", rows),
-        figures.draw_gates(out / "gates.png", values, title=ticket.stem),
+        figures.write_csv(results.out / "gates.csv", rows),
+        figures.draw_gates(results.out / "gates.png", values, title=ticket.stem),
     )
 
 
 def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:
     """The gate a ticket was searched with, from its name and numbers in the provenance."""
-    from . import gates as known
-
     text = str(ticket.meta.get("gate", ""))
     name, _, rest = text.partition("(")
-    kind = {k.__name__: k for k in known.GATES.values()}.get(name)
+    kind = {k.__name__: k for k in GATES.values()}.get(name)
     if kind is None or ticket.scores is None:
         raise TicketError(
             f"{path}: expected a ticket of a search by gates, got one of {ticket.meta.get('method')}"
@@ -371,8 +364,10 @@ def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:
 
 
 @app.command()
+@with_results
 @with_setup
 def width(
+    results: Results,
     setup: Setup,
     dataset: Callable[[], Dataset],
     method: Annotated[str, typer.Option(help="As `search` takes it.")] = "strong",
@@ -381,10 +376,8 @@ def width(
         str, typer.Option(help="Factors on the hidden sizes, with commas.")
     ] = "0.2,0.5,1",
     seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 1,
-    out: Out = OUT,
     device: Device = "auto",
     seed: Seed = 0,
-    json_file: Json = None,
 ) -> None:
     """Are there still tickets when the base network is smaller?  For models with the option `width`."""
     target, factors = device_of(device), numbers(widths, "widths")
@@ -396,16 +389,15 @@ def width(
     with Progress() as bars:
         for factor in factors:
             sized = replace(setup, model_options=setup.model_options | {"width": factor})
-            comparison = Comparison(out / f"width-{factor:g}", sized)
+            comparison = Comparison(results.out / f"width-{factor:g}", sized)
             comparison.run(data, [method], [sparsity], range(seed, seed + seeds), target, bars)
             by_seed = comparison.accuracies(method, sparsity)
             found[factor] = list(by_seed.values())
             rows += [{"width": factor, "seed": s, "accuracy": a} for s, a in by_seed.items()]
     for factor, accuracies in found.items():
         console.print(f"width {factor:g}: {sum(accuracies) / len(accuracies):.2f} %")
-    _wrote(
-        json_file,
+    results.wrote(
         {"rows": rows},
-        figures.write_csv(out / "width.csv", rows),
-        figures.draw_widths(out / "width.png", {f"{method}, {100 * sparsity:g} %": found}),
+        figures.write_csv(results.out / "width.csv", rows),
+        figures.draw_widths(results.out / "width.png", {f"{method}, {100 * sparsity:g} %": found}),
     )

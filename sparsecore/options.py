@@ -158,24 +158,32 @@ def setup_of_options(
     return setup, lambda: data_of(setup, data_dir, image_size)
 
 
-def with_setup(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command all options of `setup_of_options`; it is called with `setup` and `dataset`, which
-    loads the data, in their place."""
-    shared = inspect.signature(setup_of_options).parameters
-    own = inspect.signature(command).parameters
-    kept = [p for name, p in own.items() if name not in ("setup", "dataset")]
-
-    @functools.wraps(command)
-    def run(**values: Any) -> None:
-        setup, dataset = setup_of_options(**{name: values.pop(name) for name in shared})
-        command(setup=setup, dataset=dataset, **values)
-
-    # Typer reads a command's options from its signature.
+def given(provider: Callable[..., Any], *names: str) -> Callable[[Callable], Callable[..., None]]:
+    """A decorator for commands: all options of `provider` become the command's, which gets what `provider`
+    makes of them as its arguments `names` instead."""
+    shared = inspect.signature(provider).parameters
     keyword = inspect.Parameter.KEYWORD_ONLY
-    parameters = [p.replace(kind=keyword) for p in (*kept, *shared.values())]
-    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
-    return run
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command).parameters
+        # Typer reads a command's options from its signature.
+        kept = {name: p for name, p in own.items() if name not in names}
+        parameters = [p.replace(kind=keyword) for p in (shared | kept).values()]
+
+        @functools.wraps(command)
+        def run(**values: Any) -> None:
+            made = provider(**{name: values.pop(name) for name in shared})
+            made = made if len(names) > 1 else (made,)
+            command(**dict(zip(names, made, strict=True)), **values)
+
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return decorate
+
+
+with_setup = given(setup_of_options, "setup", "dataset")
 
 
 def numbers(text: str, what: str) -> list[float]:
