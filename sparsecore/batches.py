@@ -15,6 +15,16 @@ class EpochBatches(Protocol):
     def epoch(self, index: int) -> Iterator[Batch]: ...
 
 
+class DataEnded(ValueError):
+    """An epoch that had fewer batches than its length says."""
+
+    def __init__(self, epoch: int, got: int, expected: int) -> None:
+        super().__init__(
+            f"epoch {epoch + 1}: expected {expected} batches, as len(batches) says, and the data ended after "
+            f"{got}; mend the data or the length"
+        )
+
+
 @runtime_checkable
 class Numbered(Protocol):
     """Batches whose samples have numbers: a search may remember what it knows about each."""

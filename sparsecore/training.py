@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from . import checkpoints
-from .batches import Batch, EpochBatches
+from .batches import Batch, DataEnded, EpochBatches
 from .progress import QUIET, Progress
 
 _OPTIMIZERS = ("sgd", "adam", "adamw")
@@ -299,17 +299,20 @@ class _Run:
     def part(self, batches: Iterator[Batch], part: _Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""
         self.model.train()
-        total, count = torch.zeros((), device=self.device), 0
+        total, count, done = torch.zeros((), device=self.device), 0, part.first
         for i, (x, y) in enumerate(islice(batches, part.first, part.last), part.first):
             for group in self.optimizer.param_groups:
                 # The middle of the step: a warm-up never starts with a step of size 0.
                 group["lr"] = self.recipe.lr_at(part.epoch + (i + 0.5) / self.steps, self.total)
             total += self._step(x, y) * len(y)
             count += len(y)
+            done = i + 1
             if self.after_step is not None:
                 index = part.epoch * self.steps + i
                 self.after_step(Step(index, self.model, self.optimizer, (x, y)))
             advance()
+        if done < part.last:
+            raise DataEnded(part.epoch, done, part.last)
         return float(total) / max(count, 1)
 
     def _step(self, x: Tensor, y: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import checkpoints
-from ..batches import Batch, EpochBatches
+from ..batches import Batch, DataEnded, EpochBatches
 from ..progress import Progress
 from .protocol import SearchError, Watch
 
@@ -63,9 +63,13 @@ def run_epochs(
         for epoch in range(len(records), epochs):
             start = perf_counter()
             total = torch.zeros((), device=step.device)
-            for i, batch in enumerate(batches.epoch(epoch)):
-                total += step(batch, epoch * length + i)
+            taken = 0
+            for batch in batches.epoch(epoch):
+                total += step(batch, epoch * length + taken)
+                taken += 1
                 advance()
+            if taken != length:
+                raise DataEnded(epoch, taken, length)
             mean = float(total) / length  # the epoch's only host sync
             if not math.isfinite(mean):
                 raise SearchError(

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..batches import Batch, EpochBatches, Numbered
+from ..batches import Batch, DataEnded, EpochBatches, Numbered
 from ..data import Batches
 from .steps import FusedStep, SearchStep
 
@@ -34,7 +34,7 @@ class Feed:
         """Epoch `epoch` from its first batch."""
         order = self.batches.order(epoch) if isinstance(self.batches, Numbered) else None
         self.step.begin_epoch(None if order is None else len(order))
-        self.done = 0
+        self.epoch, self.done = epoch, 0
         if self.resident is not None:
             self.resident.begin(epoch)
         else:
@@ -51,7 +51,10 @@ class Feed:
         """One step on the next batch."""
         resident = self.resident
         if resident is None:
-            self.step(*next(self.iterator))
+            following = next(self.iterator, None)
+            if following is None:
+                raise DataEnded(self.epoch, self.done, len(self.batches))
+            self.step(*following)
         elif self.done == resident.full:
             self.step(*resident.rest())
         elif self.graph:

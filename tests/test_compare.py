@@ -1,0 +1,151 @@
+"""A comparison that dies anywhere, on a full disk, or on data that end early: no finished cell is lost."""
+
+import errno
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Blobs, mlp
+
+import sparsecore as sc
+from sparsecore import data, experiment, safefile
+from sparsecore.batches import DataEnded
+from sparsecore.compare import Comparison
+from sparsecore.experiment import Setup
+from sparsecore.recipes import recipe_for
+from sparsecore.search import (
+    ContinuousSparsification,
+    EdgePopup,
+    GradualMagnitude,
+    JointSearch,
+    Rewinding,
+    SearchError,
+)
+from sparsecore.training import Recipe
+
+METHODS = [
+    "joint:epochs=2",
+    "ltr:rate=0.4",
+    "snip",
+    "edge-popup:epochs=1",
+    "joint:epochs=2+shuffle",
+]
+SETUP = Setup(
+    "lenet-300-100", "digits", recipe_for("lenet-300-100"), {"width": 0.05}, rewind_epochs=1,
+    train_epochs=2, train_samples=400,
+)  # fmt: skip
+
+
+def run(folder: Path, seeds: int = 1) -> dict[str, tuple[str, str]]:
+    """Accuracy and kept weights of each cell."""
+    comparison = Comparison(folder, SETUP)
+    dataset = experiment.data_of(SETUP)
+    comparison.run(dataset, METHODS, [0.5], range(seeds), torch.device("cpu"))
+    return {key: (row["accuracy"], row["kept_weights"]) for key, row in comparison.rows.items()}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, str]]:
+    return run(tmp_path_factory.mktemp("whole"))
+
+
+def failing(call: Callable, at: int, error: BaseException) -> Callable:
+    """`call` that fails once, at its call number `at`."""
+    count = 0
+
+    def wrapped(*args, **kwargs):
+        nonlocal count
+        count += 1
+        if count == at:
+            raise error
+        return call(*args, **kwargs)
+
+    return wrapped
+
+
+@pytest.mark.parametrize("at", [1, 2, 5, 9, 14, 20, 27, 33])
+def test_killed_anywhere_it_goes_on_to_the_same_rows(
+    at: int, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epoch = data.Batches.epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(data.Batches, "epoch", failing(epoch, at, KeyboardInterrupt()))
+        patch.setattr(data.Batches, "plan", failing(data.Batches.plan, at, KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert run(tmp_path) == expected
+
+
+@pytest.mark.parametrize("at", [1, 3, 4, 8, 12])
+def test_a_full_disk_loses_nothing_that_was_finished(
+    at: int, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = safefile.FileError("the file could not be written: No space left on device")
+    with monkeypatch.context() as patch:
+        patch.setattr(safefile, "write", failing(safefile.write, at, full))
+        with pytest.raises(ValueError, match="No space left"):
+            run(tmp_path)
+        done = dict(Comparison(tmp_path, SETUP).rows)
+    assert run(tmp_path) == expected
+    assert all(Comparison(tmp_path, SETUP).rows[key] == row for key, row in done.items())
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_row(
+    expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Comparison._append
+
+    def half(self: Comparison, row: dict[str, str]) -> None:
+        append(self, row)
+        if row["method"] == "ltr:rate=0.4":
+            path = self.folder / "results.csv"
+            path.write_text(path.read_text()[:-9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Comparison, "_append", half)
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path)
+    assert run(tmp_path) == expected
+
+
+class Short(Blobs):
+    """Data that end after two of four batches."""
+
+    def epoch(self, index: int):
+        batches = super().epoch(index)
+        return (next(batches) for _ in range(2))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        sc.ConcreteSearch(),
+        JointSearch(),
+        EdgePopup(epochs=1),
+        ContinuousSparsification(),
+        Rewinding(Recipe(), epochs=1),
+        GradualMagnitude(Recipe(), epochs=1),
+    ],
+    ids=lambda s: type(s).__name__,
+)
+def test_data_that_end_early_are_told(search) -> None:
+    model = sc.sparsify_(mlp())
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises((DataEnded, SearchError), match=r"expected 4 batches.*ended after 2"):
+        search(model, Short(), sparsity=0.5)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_an_older_folder_goes_on(tmp_path: Path, expected: dict) -> None:
+    run(tmp_path)
+    path = tmp_path / "setup.json"
+    known = json.loads(path.read_text())
+    del known["search_lr"]  # a field that its version did not have
+    path.write_text(json.dumps(known))
+    assert run(tmp_path) == expected
+    path.write_text(json.dumps(known | {"search_batch": 64}))
+    with pytest.raises(ValueError, match=r"another setup \(different: search_batch"):
+        run(tmp_path)
