@@ -18,7 +18,7 @@ from sparsecore.control import FixedPenalty
 from sparsecore.convert import batch_statistics
 from sparsecore.gates import Bernoulli, Concrete, Gaussian, HardConcrete, TopK
 from sparsecore.granularity import Granularity
-from sparsecore.objectives import OBJECTIVES, Objective
+from sparsecore.objectives import OBJECTIVES, Objective, reverse_kl
 from sparsecore.search import JointSearch, SearchError, StrongSearch
 from sparsecore.search.joint import JointStep
 from sparsecore.training import Recipe, evaluate, optimizer_for
@@ -42,7 +42,7 @@ def test_a_search_is_as_long_as_its_sparsity_is_high() -> None:
     assert replace(search, epochs=7).epochs_for(0.99) == 7
 
 
-@pytest.mark.parametrize("recipe", [RECIPE, Recipe(lr=0.05, weight_decay=1e-3, clip_norm=1.0)])
+@pytest.mark.parametrize("recipe", [RECIPE, Recipe(lr=0.05, weight_decay=0.3, clip_norm=0.05)])
 @pytest.mark.parametrize("granularity", GRANULARITIES, ids=str)
 def test_one_step_by_hand(granularity: Granularity, recipe: Recipe) -> None:
     """Gates, weights, biases and BatchNorm move as autograd and PyTorch's optimisers move them."""
@@ -61,6 +61,7 @@ def test_one_step_by_hand(granularity: Granularity, recipe: Recipe) -> None:
     with search._gated(model, layers, 0.4) as gated:
         step = JointStep(search, model, gated, [(0.1, 0)])
         start = [s.clone() for s in step.bank.logits]
+        assert all(torch.allclose(torch.sigmoid(s), torch.tensor(0.4)) for s in start)
         drawn = [o.clone() for o in step.bank.sample_()]
         step.bank.step.zero_()
         step(batch)
@@ -166,17 +167,19 @@ def test_a_joint_search_killed_at_any_epoch_finds_the_same_ticket(
 
 
 def test_the_provenance_tells_how_the_search_went() -> None:
-    model, seen = trained_mlp(1), []
+    model, seen, kept = trained_mlp(1), [], []
 
     def watch(net: nn.Module) -> float:
-        blobs = Blobs()
-        seen.append(evaluate(net, blobs))
+        seen.append(evaluate(net, Blobs()))
+        layers = sc.sparse_layers(net).values()
+        kept.append(sum(int(layer.weight.count_nonzero()) for layer in layers))
         return seen[-1]
 
     search = JointSearch(epochs=3, recipe=RECIPE)
     ticket = search(model, Blobs(), sparsity=0.8, watch=watch)
     unwatched = search(model, Blobs(), sparsity=0.8)
     assert ticket.hash == unwatched.hash  # watching changes nothing
+    assert kept == [384, 76] * 3  # soft gates are never quite closed; the ticket is exact
     records = ticket.meta["progress"]
     assert [r["epoch"] for r in records] == [1, 2, 3] and len(seen) == 6
     assert [v for r in records for v in (r["accuracy"], r["hard_accuracy"])] == seen
@@ -262,3 +265,43 @@ def test_a_joint_search_that_fails_gives_the_model_back() -> None:
     with pytest.raises(SearchError, match="broken is not finite"):
         JointSearch(epochs=1, objective=broken)(model, Blobs(), sparsity=0.5)
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+def test_the_weights_rates_drop_with_the_gates(monkeypatch: pytest.MonkeyPatch) -> None:
+    rates: list[tuple[float, float]] = []
+    descend = JointStep.descend
+
+    def watched(self: JointStep, batch):
+        rates.append((self.bank.lr[0].item(), self.optimizer.param_groups[0]["lr"]))
+        return descend(self, batch)
+
+    monkeypatch.setattr(JointStep, "descend", watched)
+    JointSearch(epochs=2, recipe=RECIPE, lr_drop_at=0.5)(trained_mlp(1), Blobs(), sparsity=0.5)
+    assert [r for pair in rates for r in pair] == pytest.approx([0.1, 0.01] * 4 + [0.01, 0.001] * 4)
+
+
+def test_a_teacher_that_trains_is_asked_every_time() -> None:
+    def seen(net, batch):
+        assert net.memory is None
+        return reverse_kl(net, batch)
+
+    search = JointSearch(epochs=3, recipe=RECIPE, objective=Objective("seen", seen))
+    assert search(trained_mlp(1), Blobs(), sparsity=0.5).sparsity == pytest.approx(0.5)
+
+
+def test_convolutions_in_channels_last_get_their_memory_back() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 8, 2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 4)
+        )
+    )
+    sc.sparsify_(model)
+    before = [(p.data_ptr(), p.stride(), p.detach().clone()) for p in model.parameters()]
+    tickets = [
+        JointSearch(epochs=2, recipe=RECIPE, channels_last=last)(model, Blobs(), sparsity=0.5)
+        for last in (False, True)
+    ]
+    for p, (pointer, stride, value) in zip(model.parameters(), before, strict=True):
+        assert p.data_ptr() == pointer and p.stride() == stride and torch.equal(p, value)
+    losses = [t.meta["objective_by_epoch"] for t in tickets]
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)  # another layout draws other noise
