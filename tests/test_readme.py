@@ -8,6 +8,7 @@ import pytest
 
 from bench.__main__ import main as bench
 from sparsecore.cli import main
+from sparsecore.methods import METHODS
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -50,7 +51,14 @@ def test_every_command_and_flag_exists(capsys) -> None:
     ]
     assert {c[1] for c in commands} >= {"search", "train", "info", "compare"}
     for command in commands:
-        assert main([command[1], "--help"]) == 0
+        path = command[1 : 3 if command[1] == "analyze" else 2]
+        assert main([*path, "--help"]) == 0
         shown = capsys.readouterr().out
         for flag in (word for word in command if word.startswith("--")):
             assert flag in shown, f"{command[1]} has no {flag}"
+
+
+def test_every_method_is_told() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \| `[^|]+\|", README, re.M)
+    told = {name for row in rows for name in re.findall(r"`([^`]+)`", row)}
+    assert set(METHODS) <= told

@@ -47,7 +47,7 @@ class JointSearch(AbstractGateSearch):
     gain_lr: float = 0.0
     start_density: float | None = 0.5
     ramp: float = 0.4
-    recipe: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
         super().__post_init__()
