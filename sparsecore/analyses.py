@@ -288,11 +288,11 @@ def sanity(
 @app.command()
 @with_results
 def progress(results: Results, ticket: TicketFile) -> None:
-    """Sparsity, and accuracy if the search was run with --watch, as the search went on; by layer in the CSV."""
+    """Sparsity, and accuracy if the search was run with --watch, by epoch or round; by layer in the CSV."""
     records = Ticket.load(ticket).meta.get("progress")
     if not records:
         raise TicketError(
-            f"{ticket}: expected a ticket of a search that goes by epochs; it notes nothing"
+            f"{ticket}: expected a ticket of a search that goes by epochs or rounds; this one notes nothing"
         )
     rows = [
         {k: v for k, v in r.items() if k != "layers"} | {f"sparsity {k}": v for k, v in r.get("layers", {}).items()}

@@ -44,7 +44,9 @@ def watched(search: Iterative, model: nn.Module, sparsity: float) -> tuple[sc.Ti
         return float(len(rounds))
 
     ticket = search(model, Blobs(), sparsity=sparsity, watch=watch)
-    assert ticket.meta["watched_by_round"] == list(range(1, search.rounds + 1))
+    told = ticket.meta["progress"]
+    assert [r["accuracy"] for r in told] == list(range(1, search.rounds + 1))
+    assert told[-1]["sparsity"] == ticket.meta["sparsity"]
     return ticket, rounds
 
 

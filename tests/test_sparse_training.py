@@ -182,9 +182,9 @@ def test_the_last_watched_network_is_the_ticket() -> None:
     model, blobs = sparse_mlp(), Blobs()
     for search in SEARCHES:
         ticket = search(model, blobs, sparsity=0.8, watch=lambda net: evaluate(net, blobs))
-        assert len(ticket.meta["accuracy_by_epoch"]) == 4
+        assert [r["epoch"] for r in ticket.meta["progress"]] == [1, 2, 3, 4]
         found = ticket.apply_(copy.deepcopy(model))
-        assert evaluate(found, blobs) == ticket.meta["accuracy_by_epoch"][-1] > 60
+        assert evaluate(found, blobs) == ticket.meta["progress"][-1]["accuracy"] > 60
         assert ticket.hash == search(model, blobs, sparsity=0.8).hash  # watched or not
         assert ticket.hash != replace(search, recipe=SGD)(model, blobs, sparsity=0.8).hash
 

@@ -70,7 +70,7 @@ class Iterative:
         Args:
             sparsity: fraction removed, in [0, 1).
             checkpoint: written after every round.
-            watch: measures the masked network after every round: `watched_by_round` in the provenance.
+            watch: measures the masked network after every round; in the provenance under "progress".
 
         Errors: ValueError for bad arguments or NaN scores; SearchError for another search's checkpoint.
         """
@@ -102,7 +102,10 @@ class Iterative:
                 _save(standing, checkpoint, run, number, watched)
                 advance(1, removed=removed)
         if watched:
-            meta["watched_by_round"] = watched
+            meta["progress"] = [
+                {"epoch": i, "sparsity": removed, "accuracy": value}
+                for i, (removed, value) in enumerate(zip(schedule, watched, strict=True), 1)
+            ]
         ticket = Ticket.from_scores(standing, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)

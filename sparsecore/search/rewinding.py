@@ -154,6 +154,10 @@ class Rewinding:
         meta = self._meta(sparsity) | {
             "search_seconds": sum(facts["seconds"] for facts in told),
             "rounds": told,
+            "progress": [
+                {"epoch": i, "sparsity": 1 - r["density"], "accuracy": r["accuracy"]}
+                for i, r in enumerate(told)
+            ],
         }
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if self.rewind == "learning-rate":

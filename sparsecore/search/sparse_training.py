@@ -113,7 +113,7 @@ class AbstractSparseTraining(ABC):
             model: with sparse layers (`sparsify_`) whose weights require gradients.
             sparsity: fraction removed, in (0, 1).
             checkpoint: written after every epoch, as `train` does.
-            watch: its numbers become `meta["accuracy_by_epoch"]`.
+            watch: measured after every epoch; in the provenance under "progress".
 
         Errors: ValueError for bad arguments or a run too short for any update; SearchError for training that
         fails or a checkpoint of another run.
@@ -167,7 +167,10 @@ class AbstractSparseTraining(ABC):
             raise SearchError(f"{self.name}: {error}") from error
         meta = self._meta(sparsity) | {"updates": len(schedule)}
         if watch is not None:
-            meta["accuracy_by_epoch"] = [record["watched"] for record in history.epochs]
+            meta["progress"] = [
+                {"epoch": record["epoch"], "accuracy": record["watched"]}
+                for record in history.epochs
+            ]
         masks = {name: mask.cpu() for name, mask in masks_of(network).items()}
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
