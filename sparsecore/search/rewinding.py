@@ -82,6 +82,13 @@ class Rewinding:
             if not good:
                 raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
 
+    @property
+    def name(self) -> str:
+        """The method's, for the ticket's provenance."""
+        if self.rewind == "learning-rate":
+            return "lr-rewind"
+        return "ltr" if self.start_epoch else "imp"
+
     def count(self, sparsity: float) -> int:
         """How many networks a ticket of `sparsity` trains: the smallest n with (1 - rate)^n <= 1 - sparsity.
 
@@ -167,7 +174,7 @@ class Rewinding:
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         return {
-            "method": "imp",
+            "method": self.name,
             "rewind": self.rewind,
             "sparsity": sparsity,
             "seed": self.seed,
