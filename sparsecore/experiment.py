@@ -20,7 +20,7 @@ from .methods import DTYPES, search_for, split
 from .plans import plan_
 from .progress import QUIET, Progress
 from .recipes import build, recipe_for
-from .search import Search
+from .search import Rewinding, Search
 from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
 from .training import History, Recipe, evaluate, train
@@ -165,8 +165,8 @@ def find_ticket(
     check_sparsity(sparsity)
     setup = setup.start_of(method)
     search = setup.search(method, seed)
-    if rounds is not None and hasattr(search, "rounds"):
-        search = replace(search, rounds=rounds)  # type: ignore[type-var]
+    if rounds is not None and isinstance(search, Rewinding):
+        search = replace(search, rounds=rounds)
     training, test = loaders(dataset, setup.recipe, seed, device)
     if not split(method)[0].trains:
         training = Batches(dataset, "train", setup.search_batch, seed=seed, device=device)

@@ -28,7 +28,7 @@ from sparsecore.training import Recipe
 METHODS = [
     "joint:epochs=2",
     "ltr:rate=0.4",
-    "snip",
+    "synflow:rounds=3",
     "edge-popup:epochs=1",
     "joint:epochs=2+shuffle",
 ]
