@@ -66,7 +66,8 @@ def test_every_method_at_every_granularity(method: str, granularity: str, tmp_pa
 
     def find() -> sc.Ticket:
         text = method + FAST.get(method, "")
-        return find_ticket(own, model, data, text, 0.6, 0, torch.device("cpu"))[0]
+        cpu, rounds = torch.device("cpu"), tmp_path / "rounds"
+        return find_ticket(own, model, data, text, 0.6, 0, cpu, rounds=rounds, watched=True)[0]
 
     if (method, granularity) in REFUSED:
         with pytest.raises(ValueError, match=REFUSED[method, granularity]):
