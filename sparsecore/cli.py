@@ -318,7 +318,7 @@ def demo(
         search_batch=64,
     )
     dataset = data_of(setup)
-    methods = ["cts", "cts+shuffle", "snip", "magnitude", "random"]
+    methods = ["joint", "cts", "cts+shuffle", "snip", "magnitude", "random"]
     report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), out, target, json_file)  # fmt: skip
     best = out / "tickets" / f"cts-0.99-{seed}.safetensors"
     console.print(
