@@ -118,7 +118,7 @@ class StepBench:
         loss = self._plain_loss(masked, self.case.dtype)
         task = torch.autograd.grad(loss, logits)
         kept = torch.stack([torch.sigmoid(s).sum() for s in logits]).sum()
-        pulls = torch.autograd.grad(100 * (kept / self.step.target - 1), logits)
+        pulls = torch.autograd.grad(100 * (kept / self.step.first_targets()[0] - 1), logits)
         norms = [torch.cat([g.flatten() for g in part]).norm() for part in (task, pulls)]
         for s, a, b in zip(logits, task, pulls, strict=True):
             s.grad = a + norms[0] / norms[1] * b

@@ -395,7 +395,8 @@ def test_make_gpu_goes_on_and_tells(tmp_path: Path) -> None:
     command = ["make", "gpu", f"PY={python}", f"OUT={tmp_path / 'out'}", "DATA=there"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     log = (tmp_path / "out" / "gpu.log").read_text()
-    assert done.returncode != 0 and log.count("== exit 0") == 4 and log.count("== exit 1") == 1
+    assert done.returncode != 0 and log.count("== exit 0") == 5 and log.count("== exit 1") == 1
     for suite in ("search", "step", "ticket"):
         assert f"ran -m bench run --suite {suite} --device cuda" in log
     assert "--lengths short" in log and "--data-dir there" in log
+    assert "ran -m sparsecore compare --data cifar10 --data-dir there" in log
