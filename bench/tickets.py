@@ -55,7 +55,7 @@ class TicketPlan:
         return replace(self, setup=replace(self.setup, recipe=recipe), half=True)
 
     @property
-    def training_epochs(self) -> int:
+    def training_epochs(self) -> float:
         return self.setup.recipe.epochs - self.setup.rewind_epochs
 
     def search(self, length: str, seed: int) -> ConcreteSearch:
