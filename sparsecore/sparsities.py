@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .granularity import Granularity, Weight
+from .granularity import NM, Granularity, Weight
 
 # From the layers' shapes and the density of all, the density of each.
 Distribution = Callable[[Mapping[str, torch.Size], float], dict[str, float]]
@@ -77,6 +77,25 @@ DISTRIBUTIONS: dict[str, Distribution | None] = {
     "uniform": uniform_densities,
     "erk": erk_densities,
 }
+
+
+def by_layer(
+    distribution: Distribution | None,
+    shapes: Mapping[str, torch.Size],
+    sparsity: float,
+    granularity: Granularity,
+) -> dict[str, float] | None:
+    """Share of weights to keep in each layer; None where all are ranked together.
+
+    What N:M can hold counts as the whole of a layer: none is asked for more.
+    """
+    density = 1 - check_sparsity(sparsity)
+    if distribution is None:
+        return None
+    whole = granularity.n / granularity.m if isinstance(granularity, NM) else 1.0
+    if density > whole:  # impossible, which `check_possible` tells
+        whole = 1.0
+    return {name: whole * p for name, p in distribution(shapes, density / whole).items()}
 
 
 def layer_counts(

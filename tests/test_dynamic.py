@@ -224,7 +224,7 @@ def test_first_masks_hold_exactly_what_was_asked_for(distribution: str, sparsity
 
 def test_first_masks_share_out_what_a_pattern_allows() -> None:
     shapes = shapes_of(sc.sparsify_(mlp(hidden=4)))  # 48 and 16 weights
-    for sparsity, kept in ((0.5, [24, 8]), (0.51, [23, 8]), (0.7, [12, 7])):
+    for sparsity, kept in ((0.5, [24, 8]), (0.51, [23, 8]), (0.7, [13, 6])):
         masks = random_masks(shapes, sparsity, "erk", NM(2, 4))
         assert [int(mask.sum()) for mask in masks.values()] == kept
         groups = torch.cat(

@@ -237,19 +237,19 @@ def test_weights_by_hand() -> None:
         assert torch.equal(found("as-is")[f"{name}.weight"], raw[name])
 
 
-def test_a_distribution_gives_each_layer_its_sparsity() -> None:
+def test_a_distribution_gives_each_layer_its_density() -> None:
     asked = []
 
-    def shape(shapes: Mapping[str, torch.Size], sparsity: float) -> dict[str, float]:
-        asked.append((dict(shapes), sparsity))
-        return {"0": 0.9, "2": 0.0}
+    def shape(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
+        asked.append((dict(shapes), density))
+        return {"0": 0.1, "2": 1.0}
 
     model = sc.sparsify_(mlp())
     ticket = EdgePopup(epochs=1, distribution=shape)(model, Blobs(), sparsity=0.8)
-    assert asked == [({"0": (24, 12), "2": (4, 24)}, 0.8)]
+    assert asked == [({"0": (24, 12), "2": (4, 24)}, pytest.approx(0.2))]
     assert ticket.layer_sparsities() == {"0": 1 - 28 / 288, "2": 0}
-    other = EdgePopup(epochs=1, distribution=lambda shapes, sparsity: {"0": 0.9})
-    with pytest.raises(ValueError, match="expected a sparsity for each of 0, 2"):
+    other = EdgePopup(epochs=1, distribution=lambda shapes, density: {"0": 0.1})
+    with pytest.raises(ValueError, match="expected a density for each of 0, 2"):
         other(model, Blobs(), sparsity=0.8)
 
 
@@ -300,7 +300,7 @@ def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
         search(model, Killed(3), sparsity=0.6, checkpoint=checkpoint)
     others = [
         (replace(search, weights="scaled"), model, 0.6),
-        (replace(search, distribution=lambda shapes, s: {"0": 0.6, "2": 0.5}), model, 0.6),
+        (replace(search, distribution=lambda shapes, p: {"0": 0.4, "2": 0.5}), model, 0.6),
         (search, sc.sparsify_(mlp(seed=1)), 0.6),
         (search, model, 0.5),
     ]

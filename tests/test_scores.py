@@ -359,6 +359,15 @@ def test_layers_keep_their_share_in_units(granularity: Granularity) -> None:
             assert int(mask.unflatten(1, (-1, 4)).sum(-1).max()) <= 2
 
 
+def test_no_layer_is_asked_for_more_than_a_pattern_holds() -> None:
+    """ERK wants the last layer denser than 2:4 holds: it gets all that there is, the first one the rest."""
+    search = OneShot(magnitude, NM(2, 4), distribution=erk_densities)
+    masks = search(sc.sparsify_(mlp()), Blobs(), sparsity=0.55).masks
+    kept = {name: int(mask.sum()) for name, mask in masks.items()}
+    assert sum(kept.values()) == kept_count(384, 0.55) == 172
+    assert kept == {"0": 124, "2": 48}
+
+
 def test_one_shot_tells_bad_input_before_it_reads_any_data() -> None:
     class Untouched(Blobs):
         def epoch(self, index: int) -> Iterator[Batch]:
@@ -367,8 +376,8 @@ def test_one_shot_tells_bad_input_before_it_reads_any_data() -> None:
     model = sc.sparsify_(mlp())
     with pytest.raises(ValueError, match="1:4 allows at most 96 of 384 weights"):
         OneShot(snip, NM(1, 4))(model, Untouched(), sparsity=0.5)
-    with pytest.raises(ValueError, match="2:4 allows at most 48 of 96 weights of 2"):
-        OneShot(snip, NM(2, 4), distribution=erk_densities)(model, Untouched(), sparsity=0.6)
+    with pytest.raises(ValueError, match="2:4 allows at most 144 of 288 weights of 0"):
+        OneShot(snip, NM(2, 4), distribution=uniform_densities)(model, Untouched(), sparsity=0.4)
     with pytest.raises(ValueError, match=r"densities: expected 38 weights kept in all .*, got 384"):
         OneShot(snip, distribution=lambda shapes, density: dict.fromkeys(shapes, 1.0))(
             model, Untouched(), sparsity=0.9

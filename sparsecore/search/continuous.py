@@ -18,7 +18,7 @@ from ..gates import Annealed
 from ..granularity import Granularity, Weight
 from ..patterns import Gated
 from ..progress import QUIET, Progress
-from ..sparsities import check_sparsity, masks_from_scores
+from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..training import Recipe, optimizer_for
 from .epochs import EpochStep, run_epochs
@@ -98,10 +98,8 @@ class ContinuousSparsification:
         layers = require_dense_parameters(model)
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
-        # A pattern that cannot hold that many weights is told before the search, not after.
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
-        masks_from_scores(level, shapes, sparsity, self.granularity)
+        check_possible(shapes, sparsity, self.granularity)
         run = ""
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, self, sparsity)

@@ -13,7 +13,7 @@ from ..batches import Batch
 from ..convert import batch_statistics, sparse_layers
 from ..granularity import NM, Granularity, Weight
 from ..patterns import Dense
-from ..sparsities import DISTRIBUTIONS, masks_from_scores, top_k
+from ..sparsities import DISTRIBUTIONS, by_layer, masks_from_scores, top_k
 from ..training import Recipe
 from .sparse_training import AbstractSparseTraining, Due, Masks, Shapes, masks_of
 
@@ -132,7 +132,7 @@ class RigL(AbstractRegrowth):
 
     def growth(self, due: Due) -> dict[str, Tensor]:
         grads = dense_gradients(due.step.model, due.step.batch, self.recipe)
-        return {name: _mean_size(grad, self.granularity) for name, grad in grads.items()}
+        return {name: self.granularity.mean(grad.abs()) for name, grad in grads.items()}
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ class GradualMagnitude(AbstractSparseTraining):
         before, scores, shapes = masks_of(due.step.model), {}, {}
         for name, weight in _weights(due.step.model).items():
             kept = _units(before[name], self.granularity)
-            size = _mean_size(weight, self.granularity).where(kept, -math.inf)
+            size = self.granularity.mean(weight.abs()).where(kept, -math.inf)
             # -1/x keeps the order, and the precision, of those that N:M is going to forbid.
             spare = -1 / size.clamp_min(torch.finfo(size.dtype).tiny)
             score = torch.where(self.granularity.allowed(size), size, spare)
@@ -217,7 +217,7 @@ def exchanged(
     kept = _units(mask, granularity)
     number = int(kept.sum())
     stay = number - math.floor(drop * number + 1e-6)
-    strong = top_k(_mean_size(weight, granularity).where(kept, -math.inf), stay)
+    strong = top_k(granularity.mean(weight.abs()).where(kept, -math.inf), stay)
     scores = growth.float().where(~strong, math.inf)
     return _best(scores, mask.shape, count, granularity)
 
@@ -266,19 +266,8 @@ def random_masks(
     """
     granularity = granularity or Weight()
     noise = _noise(shapes, granularity, seed, 0)
-    densities = DISTRIBUTIONS[distribution]
-    if densities is None:
-        return masks_from_scores(noise, shapes, sparsity, granularity)
-    # Where a pattern allows a share of the weights, that share of a layer is all of it.
-    whole = granularity.n / granularity.m if isinstance(granularity, NM) else 1.0
-    masks, wanted, given = {}, 0.0, 0
-    for name, density in densities(shapes, min((1 - sparsity) / whole, 1.0)).items():
-        # Rounding the running total, not each layer's share, makes counts add up.
-        wanted += density * whole * shapes[name].numel()
-        count = math.floor(wanted + 1e-6) - given
-        given += count
-        masks[name] = _best(noise[name], shapes[name], count, granularity)
-    return masks
+    densities = by_layer(DISTRIBUTIONS[distribution], shapes, sparsity, granularity)
+    return masks_from_scores(noise, shapes, sparsity, granularity, densities)
 
 
 def _best(scores: Tensor, shape: torch.Size, count: int, granularity: Granularity) -> Tensor:
@@ -301,12 +290,6 @@ def _noise(shapes: Shapes, granularity: Granularity, seed: int, step: int) -> di
 def _units(mask: Tensor, granularity: Granularity) -> Tensor:
     """The units that a mask keeps."""
     return granularity.gather(mask.long()) > 0
-
-
-def _mean_size(values: Tensor, granularity: Granularity) -> Tensor:
-    """Mean absolute value of each unit."""
-    sizes = granularity.sizes(values.shape).to(values.device)
-    return granularity.gather(values.abs()) / sizes
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

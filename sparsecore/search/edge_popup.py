@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,21 @@ from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
 from ..patterns import Gated, Masked
 from ..progress import QUIET, Progress
-from ..sparsities import check_sparsity, kept_count, masks_from_scores
+from ..sparsities import (
+    Distribution,
+    by_layer,
+    check_possible,
+    check_sparsity,
+    kept_count,
+    masks_from_scores,
+    uniform_densities,
+)
 from ..tickets import Ticket, dense_state
 from ..training import Recipe, optimizer_for
 from .epochs import EpochStep, run_epochs
 from .protocol import Watch
 
 WEIGHTS = ("signed-constant", "scaled", "as-is")
-Distribution = Callable[[Mapping[str, torch.Size], float], Mapping[str, float]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +50,7 @@ class EdgePopup:
         epochs: passes over the batches; the paper's 100, at batches of 128.
         weights: "signed-constant", sign(w) * sqrt(2 / fan_in), the paper's best; "scaled", the same times
             sqrt(1 / density) of the layer; "as-is", the model's own.  A weight of 0 stays 0.
-        distribution: (shapes by layer, sparsity) -> sparsity by layer; None: the same in each.
+        distribution: gives every layer its density (`sparsities.erk_densities`); None: the same in each.
         lr, momentum, weight_decay: SGD's on the scores; lr falls along a cosine to 0.
         granularity: blocks that an edge cuts short count as whole ones in a step; the ticket counts weights.
         seed: of the first scores, uniform in +-1 / sqrt(fan_in): kaiming_uniform with a = sqrt(5).
@@ -131,14 +138,14 @@ class EdgePopup:
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        chosen = dict.fromkeys(shapes, sparsity)
-        if self.distribution is not None:
-            chosen = dict(self.distribution(shapes, sparsity))
-            if set(chosen) != set(shapes):
-                raise ValueError(
-                    f"distribution: expected a sparsity for each of {', '.join(shapes)}, got some for "
-                    f"{', '.join(chosen) or 'none'}"
-                )
+        distribution = self.distribution or uniform_densities
+        densities = by_layer(distribution, shapes, sparsity, self.granularity) or {}
+        if set(densities) != set(shapes):
+            raise ValueError(
+                f"distribution: expected a density for each of {', '.join(shapes)}, got some for "
+                f"{', '.join(densities) or 'none'}"
+            )
+        chosen = {name: 1 - density for name, density in densities.items()}
         for name, shape in shapes.items():
             kept = kept_count(shape.numel(), chosen[name])
             largest = int(self.granularity.sizes(shape).max())
@@ -148,8 +155,7 @@ class EdgePopup:
                     f"expected at least one {self.granularity} of {largest}; ask for a lower sparsity, or "
                     "give a distribution that spares small layers"
                 )
-            level = {name: torch.zeros(self.granularity.units(shape))}
-            masks_from_scores(level, shapes, chosen[name], self.granularity)
+            check_possible({name: shape}, chosen[name], self.granularity)
         return chosen
 
     def _frozen(self, model: nn.Module, sparsities: Mapping[str, float]) -> nn.Module:

@@ -22,7 +22,7 @@ from ..nn import SparseLayer
 from ..objectives import Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated, Masked
 from ..progress import QUIET, Progress
-from ..sparsities import check_sparsity, masks_from_scores
+from ..sparsities import check_possible, check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .graph import Feed
 from .protocol import SearchError, Watch
@@ -141,9 +141,7 @@ class AbstractGateSearch(ABC):
         for sparsity, _ in members:
             if check_sparsity(sparsity) == 0:
                 raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
-            # A pattern that cannot hold that many weights is told before the search, not after.
-            level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
-            masks_from_scores(level, shapes, sparsity, self.granularity)
+            check_possible(shapes, sparsity, self.granularity)
         metas = [self._meta(sparsity, seed) for sparsity, seed in members]
         facts = (self.lr_drop, self.lr_drop_at, str(self.granularity))
         run = ""

@@ -10,7 +10,7 @@ from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
 from ..progress import QUIET, Progress
 from ..scores import Score, score_name
-from ..sparsities import Distribution, check_possible, check_sparsity
+from ..sparsities import Distribution, by_layer, check_possible
 from ..tickets import Ticket
 from .protocol import Watch
 
@@ -49,8 +49,7 @@ class OneShot:
         """
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        density = 1 - check_sparsity(sparsity)
-        densities = self.distribution and self.distribution(shapes, density)
+        densities = by_layer(self.distribution, shapes, sparsity, self.granularity)
         check_possible(shapes, sparsity, self.granularity, densities)
         found = self.score(model, batches.epoch(0), self.seed)
         scores = {name: self.granularity.mean(values) for name, values in found.items()}

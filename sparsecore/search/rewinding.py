@@ -19,7 +19,7 @@ from ..progress import QUIET, Progress
 from ..regions import Repellent
 from ..rounds import Round, RoundError, round_files, round_path
 from ..safefile import FileError
-from ..sparsities import check_sparsity, kept_count, masks_from_scores
+from ..sparsities import check_possible, check_sparsity, kept_count, masks_from_scores
 from ..tickets import Ticket, dense_state
 from ..training import Recipe, train
 from .protocol import SearchError, Watch
@@ -130,8 +130,7 @@ class Rewinding:
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         scores = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
         count = self.count(sparsity)
-        # A pattern that cannot hold that many weights is told before the rounds, not after.
-        masks_from_scores(scores, shapes, sparsity, self.granularity)
+        check_possible(shapes, sparsity, self.granularity)
         end = self.start_epoch + self.epochs
         if round(end * len(batches)) <= round(self.start_epoch * len(batches)):
             raise ValueError(

@@ -22,7 +22,7 @@ from ..nn import SparseLayer
 from ..patterns import Masked
 from ..plans import remask_
 from ..progress import QUIET, Progress
-from ..sparsities import check_sparsity, masks_from_scores
+from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket, dense_state
 from ..training import Recipe, Step, train
 from .protocol import SearchError, Watch
@@ -132,9 +132,7 @@ class AbstractSparseTraining(ABC):
                 f"epochs of {length}: train for longer or update more often"
             )
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        # A pattern that cannot hold that many weights is told before the run, not after.
-        level = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
-        masks_from_scores(level, shapes, sparsity, self.granularity)
+        check_possible(shapes, sparsity, self.granularity)
         masks = self.start(shapes, sparsity)
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
         network = copy.deepcopy(model)
