@@ -30,8 +30,8 @@ class JointSearch(AbstractGateSearch):
     The ticket starts from the model's present weights: those that the search trained are dropped.
 
     Args:
-        epochs: None: `pace` for each factor of e by which weights are removed, so that a search costs as little
-            beside the rounds of magnitude pruning at any sparsity.
+        epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
+            magnitude pruning at any sparsity.
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with
@@ -66,7 +66,7 @@ class JointSearch(AbstractGateSearch):
     def epochs_for(self, sparsity: float) -> int:
         if self.epochs is not None:
             return self.epochs
-        return max(1, round(self.pace * -math.log1p(-sparsity)))
+        return max(1, round(self.pace * (0.5 - math.log1p(-sparsity))))
 
     @property
     def trains_weights(self) -> bool:
