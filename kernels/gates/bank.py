@@ -103,9 +103,15 @@ def gates_backward_ref_(
             else:
                 noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
                 z = project_ref(sample_ref(spec, s, noise), covers)
-            if trained:
+            if trained and covers.single and out[i].dtype == torch.float32:
+                torch.mul(flat, z, out=out[i])
+            elif trained:
                 out[i].copy_(apply_ref(flat, z, covers))
-            found = slope_ref(spec, z, s).mul_(gather_ref(flat * weight, covers))
+            found = slope_ref(spec, z, s)
+            if covers.single:
+                found.mul_(flat).mul_(weight)
+            else:
+                found.mul_(gather_ref(flat * weight, covers))
             if gain is not None:
                 found.mul_(gain)
                 if trained:
