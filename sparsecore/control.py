@@ -118,6 +118,12 @@ class FixedPenalty(AbstractController):
         return kernels.Rule(1.0, 0.0, 0.0)
 
 
+def falling(first: float, last: float, index: int, length: float) -> float:
+    """Where an exponential fall from `first` to `last` over `length` steps is at step `index`."""
+    share = min(index / length, 1.0) if length else 1.0
+    return first * (last / first) ** share
+
+
 CONTROLS: dict[str, type[AbstractController]] = {
     "gradbalance": GradBalance,
     "lagrangian": Lagrangian,

@@ -18,7 +18,7 @@ from sparsecore.control import AbstractController, FixedPenalty, GradBalance, La
 from sparsecore.gates import Annealed
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
 from sparsecore.search import SearchError
-from sparsecore.search.continuous import ContinuousSparsification, _ContinuousStep
+from sparsecore.search.continuous import ContinuousSparsification, _ContinuousEpochs
 from sparsecore.training import Recipe, evaluate, train
 
 SGD = Recipe(lr=0.1, momentum=0.0, schedule="cosine")
@@ -41,13 +41,13 @@ def convolutional() -> nn.Module:
     )
 
 
-def step_of(search: ContinuousSparsification, density: float = 0.2) -> _ContinuousStep:
-    """A search's step on the MLP, as it is before the first of 4 batches."""
-    return _ContinuousStep(search, sc.sparsify_(mlp()), density, 4)
+def begun(search: ContinuousSparsification, density: float = 0.2) -> _ContinuousEpochs:
+    """A search on the MLP, before its first step."""
+    return _ContinuousEpochs(search, sc.sparsify_(mlp()), density, Blobs(), None)
 
 
-def logits_of(step: _ContinuousStep) -> list[Tensor]:
-    return [s.detach().clone() for s in step.logits]
+def logits_of(work: _ContinuousEpochs) -> list[Tensor]:
+    return [s.detach().clone() for s in work.logits]
 
 
 def test_the_temperature_rises_exponentially_from_1_to_its_end() -> None:
@@ -90,20 +90,20 @@ def test_the_first_network_is_the_dense_one(initial: float) -> None:
 def test_the_penaltys_gradient_is_the_derivative(
     granularity: Granularity, temperature: float
 ) -> None:
-    step, gate = step_of(ContinuousSparsification(granularity=granularity)), Annealed(temperature)
+    work, gate = begun(ContinuousSparsification(granularity=granularity)), Annealed(temperature)
     with torch.no_grad():
-        for i, s in enumerate(step.logits):
+        for i, s in enumerate(work.logits):
             s += 0.5 * randn(*s.shape, seed=i)
-    kept, pulls = step.kept(gate)
+    kept, pulls = work.kept.pulls(gate, work.logits)
     shapes = [(24, 12), (4, 24)]
     expected = torch.stack(
         [
             granularity.spread(torch.sigmoid(temperature * s), shape).sum()
-            for s, shape in zip(step.logits, shapes, strict=True)
+            for s, shape in zip(work.logits, shapes, strict=True)
         ]
     ).sum()
     torch.testing.assert_close(kept, expected.detach())
-    torch.testing.assert_close(pulls, list(torch.autograd.grad(expected, step.logits)))
+    torch.testing.assert_close(pulls, list(torch.autograd.grad(expected, work.logits)))
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
@@ -118,15 +118,15 @@ def test_a_step_by_hand(clip_norm: float | None) -> None:
         recipe=recipe,
         lr=0.02,
     )
-    step, (x, y) = step_of(search), next(Blobs().epoch(0))
+    work, (x, y) = begun(search), next(Blobs().epoch(0))
     with torch.no_grad():
-        for i, s in enumerate(step.logits):
+        for i, s in enumerate(work.logits):
             s += 0.5 * randn(*s.shape, seed=i)
-    logits = [s.requires_grad_() for s in logits_of(step)]
+    logits = [s.requires_grad_() for s in logits_of(work)]
     names = ["0.weight", "0.bias", "2.weight", "2.bias"]
-    parameters = dict(step.net.named_parameters())
+    parameters = dict(work.net.named_parameters())
     weights = [parameters[n].detach().clone().requires_grad_() for n in names]
-    loss = step((x, y), 3)
+    loss = work.step((x, y), 3)
     # By hand: step 3 of 8, T = 9^(3/7), the target at 3 / (0.7 * 8) of its way.
     t, open_share = 9 ** (3 / 7), 1 / (1 + math.exp(0.4))
     soft = [torch.sigmoid(t * s) / open_share for s in logits]
@@ -147,7 +147,7 @@ def test_a_step_by_hand(clip_norm: float | None) -> None:
     for name, w, grad in zip(names, weights, grads, strict=True):
         moved = (w - rate * (grad + 0.1 * w)).detach()
         torch.testing.assert_close(parameters[name].detach(), moved)
-    for s, before, grad in zip(step.logits, logits, pulled, strict=True):
+    for s, before, grad in zip(work.logits, logits, pulled, strict=True):
         torch.testing.assert_close(s.grad, grad)
         moved = before - 0.02 * grad / (grad.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(s.detach(), moved.detach(), rtol=1e-4, atol=1e-5)
@@ -223,9 +223,9 @@ def test_every_granularity(granularity: Granularity) -> None:
 
 def test_under_n_to_m_the_forbidden_learn_too() -> None:
     """All logits start equal: the first of each group would be the only ones that ever moved."""
-    step = step_of(ContinuousSparsification(granularity=NM(1, 4), control=FixedPenalty(0.0)))
-    step(next(Blobs().epoch(0)), 0)
-    assert (step.logits[-1] != 0).float().mean() > 0.9
+    work = begun(ContinuousSparsification(granularity=NM(1, 4), control=FixedPenalty(0.0)))
+    work.step(next(Blobs().epoch(0)), 0)
+    assert (work.logits[-1] != 0).float().mean() > 0.9
 
 
 def test_the_soft_network_is_watched_and_that_changes_nothing() -> None:
@@ -343,7 +343,7 @@ def test_the_model_stays_as_it_was(poisoned: bool) -> None:
     data = Blobs()
     if poisoned:
         data.x[3] = float("nan")
-        with pytest.raises(SearchError, match="epoch 1: the objective is nan"):
+        with pytest.raises(SearchError, match="epoch 1: the objective task is not finite"):
             ContinuousSparsification(epochs=1)(model, data, sparsity=0.5)
     else:
         ContinuousSparsification(epochs=1)(model, data, sparsity=0.5, watch=accuracy)

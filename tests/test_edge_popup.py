@@ -19,7 +19,7 @@ from sparsecore.batches import Batch
 from sparsecore.granularity import NM, Block, Channel, Granularity
 from sparsecore.progress import Advance, Progress
 from sparsecore.search import SearchError
-from sparsecore.search.edge_popup import EdgePopup, _PopupStep
+from sparsecore.search.edge_popup import EdgePopup, _PopupEpochs
 from sparsecore.training import evaluate
 
 
@@ -162,17 +162,17 @@ def test_every_layer_keeps_its_share_of_units(granularity: Granularity) -> None:
     assert len({r["objective"] for r in ticket.meta["progress"]}) == 2  # scores move
 
 
-def step_of(search: EdgePopup, model: nn.Module, sparsity: float) -> _PopupStep:
+def popup(search: EdgePopup, model: nn.Module, sparsity: float) -> _PopupEpochs:
     sparsities = dict.fromkeys(sc.sparse_layers(model), sparsity)
-    return _PopupStep(search, model, copy.deepcopy(model), Blobs(), sparsities)
+    return _PopupEpochs(search, model, copy.deepcopy(model), Blobs(), sparsities, None)
 
 
 def test_ties_go_to_the_lower_index() -> None:
-    step = step_of(EdgePopup(), sc.sparsify_(mlp()), 0.75)
-    for pattern in step.gated.values():
+    work = popup(EdgePopup(), sc.sparsify_(mlp()), 0.75)
+    for pattern in work.gated.values():
         pattern.logits.data.fill_(-0.5)
         pattern.logits.data[1, 1] = 0.7
-    for mask in step.harden_().values():
+    for mask in work.harden_().values():
         k = mask.numel() // 4
         assert int(mask.sum()) == k and bool(mask.flatten()[: k - 1].all()) and bool(mask[1, 1])
 
@@ -324,7 +324,7 @@ def test_the_model_stays_as_it_was(poisoned: bool) -> None:
     data = Blobs()
     if poisoned:
         data.x[3] = float("nan")
-        with pytest.raises(SearchError, match="epoch 1: the objective is nan"):
+        with pytest.raises(SearchError, match="epoch 1: the objective task is not finite"):
             EdgePopup(epochs=1)(model, data, sparsity=0.5)
     else:
         EdgePopup(epochs=1)(model, data, sparsity=0.5, watch=accuracy)

@@ -213,7 +213,7 @@ def test_the_analytic_sparsity_gradient_is_the_derivative(granularity: Granulari
     with torch.no_grad():
         for i, p in enumerate(step.params):
             p += randn(*p.shape, seed=i)
-    kept, pulls = step.sparsity()
+    kept, pulls = step.kept.pulls(search.gate, step.params)
     expected_kept = torch.stack(
         [
             granularity.spread(torch.sigmoid(g.logits), layer.raw_weight.shape).sum()

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import checkpoints
 from ..batches import Batch, EpochBatches
-from ..control import AbstractController, GradBalance, Reading, State
+from ..control import AbstractController, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
@@ -21,7 +21,8 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..training import Recipe, optimizer_for
-from .epochs import EpochStep, run_epochs
+from .epochs import StepEpochs, run_epochs
+from .kept import Kept
 from .protocol import Watch
 
 
@@ -105,19 +106,13 @@ class ContinuousSparsification:
             run = checkpoints.fingerprint(model, batches, self, sparsity)
         net = copy.deepcopy(model)
         with batch_statistics(net):
-            step = _ContinuousStep(self, net, 1 - sparsity, len(batches))
+            work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch)
             records = run_epochs(
-                step,
-                batches,
-                self.epochs,
-                run=run,
-                progress=progress,
-                checkpoint=checkpoint,
-                watch=watch,
+                work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
         meta = self._meta(sparsity)
-        meta |= {"natural_sparsity": step.natural_sparsity(), "progress": records}
-        scores = {name: pattern.logits.detach() for name, pattern in step.gated.items()}
+        meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
+        scores = {name: pattern.logits.detach() for name, pattern in work.gated.items()}
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -134,8 +129,7 @@ class ContinuousSparsification:
 
     def target(self, density: float, index: int, steps: int) -> float:
         """The density that the controller aims at in step `index` of `steps`, for a ticket of `density`."""
-        share = min(index / (self.ramp * steps), 1.0) if self.ramp else 1.0
-        return self.control.target(self.first_density ** (1 - share) * density**share)
+        return self.control.target(falling(self.first_density, density, index, self.ramp * steps))
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         recipe = self.recipe
@@ -157,17 +151,21 @@ class ContinuousSparsification:
         }
 
 
-class _ContinuousStep(EpochStep):
+class _ContinuousEpochs(StepEpochs):
     """The weights' optimiser and the logits' on one gradient of `net`, a copy that is gated here."""
 
     def __init__(
-        self, search: ContinuousSparsification, net: nn.Module, density: float, length: int
+        self,
+        search: ContinuousSparsification,
+        net: nn.Module,
+        density: float,
+        batches: EpochBatches,
+        watch: Watch | None,
     ) -> None:
+        super().__init__(batches, watch)
         self.search, self.net, self.density = search, net, density
-        self.length, self.steps = length, search.epochs * length
+        self.steps = search.epochs * self.length
         self.gated: dict[str, Gated] = {}
-        self.sizes: list[Tensor | None] = []  # weights in each unit; None: one
-        self.count = 0
         layers = sparse_layers(net)
         for layer in layers.values():
             layer.raw_weight.requires_grad_()
@@ -186,17 +184,15 @@ class _ContinuousStep(EpochStep):
             # 1 / sigmoid(s0): a constant here.
             pattern.log_gain.requires_grad_(False).fill_(-math.log(search.first_density))
             layer.pattern = self.gated[name] = pattern
-            single = pattern.logits.shape == weight.shape
-            sizes = search.granularity.sizes(weight.shape)
-            self.sizes.append(None if single else sizes.to(pattern.logits))
-            self.count += weight.numel()
         self.logits = [pattern.logits for pattern in self.gated.values()]
         self.device = self.logits[0].device
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        self.kept = Kept(shapes, search.granularity, self.device)
         self.optimizer = optimizer_for(self.weights, search.recipe)
         self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True)
         self.control: State = search.control.init(self.device)
 
-    def __call__(self, batch: Batch, index: int) -> Tensor:
+    def step(self, batch: Batch, index: int) -> Tensor:
         search, recipe = self.search, self.search.recipe
         gate = Annealed(search.temperature(index, self.steps))
         for pattern in self.gated.values():
@@ -209,43 +205,30 @@ class _ContinuousStep(EpochStep):
         parameters = [*self.weights, *self.logits]
         # A layer the forward does not reach has no gradient: zeros.
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        for p, grad in zip(parameters, grads, strict=True):
+        count = len(self.weights)
+        pulled, self.control = self.kept.pulled(
+            search.control,
+            self.control,
+            gate,
+            self.logits,
+            grads[count:],
+            search.target(self.density, index, self.steps) * self.kept.count,
+        )
+        for p, grad in zip(parameters, (*grads[:count], *pulled), strict=True):
             p.grad = grad
-        self._pull_(gate, search.target(self.density, index, self.steps) * self.count)
         if recipe.clip_norm is not None:
             nn.utils.clip_grad_norm_(self.weights, recipe.clip_norm)
         self.optimizer.step()
         self.gates.step()
         return loss.detach()
 
-    def _pull_(self, gate: Annealed, target: float) -> None:
-        """Adds the controller's share of sparsity, for `target` kept weights, to the logits' gradients."""
-        found = [s.grad for s in self.logits if s.grad is not None]
-        kept, pulls = self.kept(gate)
-        percent = 100 / target  # of excess per weight
-        reading = Reading(_norm(found), percent * _norm(pulls), percent * kept - 100)
-        weight, self.control = self.search.control.update(self.control, reading)
-        for grad, pull in zip(found, pulls, strict=True):
-            grad.addcmul_(pull, percent * weight)
-
-    @torch.no_grad()
-    def kept(self, gate: Annealed) -> tuple[Tensor, list[Tensor]]:
-        """sum sigmoid(T s) over all weights, and its gradient in each layer's logits."""
-        kept, pulls = torch.zeros((), device=self.device), []
-        for logits, size in zip(self.logits, self.sizes, strict=True):
-            density = gate.density(logits)
-            pull = gate.density_slope(logits, density)
-            if size is not None:
-                density, pull = density * size, pull * size
-            kept += density.sum()
-            pulls.append(pull)
-        return kept, pulls
-
     def natural_sparsity(self) -> float:
         """The share of weights that 1[s > 0] removes."""
-        opened = [(s.detach() > 0).to(s.dtype) for s in self.logits]
-        kept = [o if n is None else o * n for o, n in zip(opened, self.sizes, strict=True)]
-        return 1 - float(torch.stack([k.double().sum() for k in kept]).sum()) / self.count
+        kept = 0.0
+        for s, size in zip(self.logits, self.kept.sizes, strict=True):
+            opened = s.detach() > 0
+            kept += float(opened.sum() if size is None else size[opened].sum())
+        return 1 - kept / self.kept.count
 
     def measure(self, watch: Watch) -> float:
         return watch(self.net)
@@ -268,8 +251,3 @@ class _ContinuousStep(EpochStep):
         }
         checkpoints.unpack_optimizer(self.gates, moments, rest["gates"])
         checkpoints.unpack_optimizer(self.optimizer, tensors, rest["weights"])
-
-
-def _norm(tensors: list[Tensor]) -> Tensor:
-    """The L2 norm of all of them together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))

@@ -31,7 +31,7 @@ from ..sparsities import (
 )
 from ..tickets import Ticket, dense_state
 from ..training import Recipe, optimizer_for
-from .epochs import EpochStep, run_epochs
+from .epochs import StepEpochs, run_epochs
 from .protocol import Watch
 
 WEIGHTS = ("signed-constant", "scaled", "as-is")
@@ -115,18 +115,12 @@ class EdgePopup:
         hard = self._frozen(model, sparsities)
         net = copy.deepcopy(hard)
         with batch_statistics(net):
-            step = _PopupStep(self, net, hard, batches, sparsities)
+            work = _PopupEpochs(self, net, hard, batches, sparsities, watch)
             records = run_epochs(
-                step,
-                batches,
-                self.epochs,
-                run=run,
-                progress=progress,
-                checkpoint=checkpoint,
-                watch=watch,
+                work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
-        masks = {name: mask.cpu() for name, mask in step.harden_().items()}
-        scores = {name: score.cpu() for name, score in step.scores().items()}
+        masks = {name: mask.cpu() for name, mask in work.harden_().items()}
+        scores = {name: score.cpu() for name, score in work.scores().items()}
         meta = self._meta(sparsity) | {"progress": records}
         ticket = Ticket(masks, dense_state(hard), meta, scores)
         if checkpoint is not None:
@@ -184,7 +178,7 @@ class EdgePopup:
         }
 
 
-class _PopupStep(EpochStep):
+class _PopupEpochs(StepEpochs):
     """SGD on the scores of `net`, and `hard`, which becomes what the ticket would be by now."""
 
     def __init__(
@@ -194,8 +188,10 @@ class _PopupStep(EpochStep):
         hard: nn.Module,
         batches: EpochBatches,
         sparsities: Mapping[str, float],
+        watch: Watch | None,
     ) -> None:
-        self.search, self.net, self.hard, self.batches = search, net, hard, batches
+        super().__init__(batches, watch)
+        self.search, self.net, self.hard = search, net, hard
         self.sparsities, self.recipe = sparsities, search.recipe
         self.gated: dict[str, Gated] = {}
         draws = torch.Generator().manual_seed(search.seed)
@@ -216,10 +212,10 @@ class _PopupStep(EpochStep):
         self.device = logits[0].device
         self.optimizer = optimizer_for(logits, self.recipe)
 
-    def __call__(self, batch: Batch, index: int) -> Tensor:
+    def step(self, batch: Batch, index: int) -> Tensor:
         x, y = batch
         for group in self.optimizer.param_groups:
-            epoch = (index + 0.5) / len(self.batches)
+            epoch = (index + 0.5) / self.length
             group["lr"] = self.recipe.lr_at(epoch, self.recipe.epochs)
         self.optimizer.zero_grad()
         loss = F.cross_entropy(self.net(x), y)

@@ -1,4 +1,4 @@
-"""The epochs of a search that steps in plain PyTorch: records, a bar, checkpoints."""
+"""The epochs of a search: a bar, a checkpoint after each, and going on from there."""
 
 import math
 from abc import ABC, abstractmethod
@@ -11,24 +11,20 @@ from torch import Tensor
 
 from .. import checkpoints
 from ..batches import Batch, DataEnded, EpochBatches
-from ..progress import Progress
+from ..progress import Advance, Progress
 from .protocol import SearchError, Watch
 
-Records = list[dict[str, Any]]  # of each epoch: "epoch", "objective" and, if watched, "accuracy"
+Record = dict[str, Any]  # what an epoch has to tell, as JSON
 
 
-class EpochStep(ABC):
-    """A step on a batch, and all that it changes."""
+class Epochs(ABC):
+    """What a search does in an epoch, and all that an epoch changes."""
 
-    device: torch.device
-
-    @abstractmethod
-    def __call__(self, batch: Batch, index: int) -> Tensor:
-        """Step `index` of the search; the objective before it, 0-dim, detached.  No host sync."""
+    length = 1  # steps in an epoch
 
     @abstractmethod
-    def measure(self, watch: Watch) -> float:
-        """What `watch` says of the network by now; changes nothing that a step reads."""
+    def epoch(self, index: int, advance: Advance) -> Record:
+        """Epoch `index`, a call of `advance` for each step."""
 
     @abstractmethod
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -40,64 +36,86 @@ class EpochStep(ABC):
 
 
 def run_epochs(
-    step: EpochStep,
-    batches: EpochBatches,
-    epochs: int,
-    *,
-    run: str,
-    progress: Progress,
-    checkpoint: Path | None,
-    watch: Watch | None,
-) -> Records:
-    """All epochs, or those that an interrupted search has left.
+    search: Epochs, epochs: int, *, run: str, progress: Progress, checkpoint: Path | None
+) -> list[Record]:
+    """The records of all epochs; runs those that an interrupted search has left.
 
     Args:
         run: the search's `checkpoints.fingerprint`.
         checkpoint: written after every epoch.
 
-    Errors: SearchError if an epoch's objective is not finite, or for a checkpoint of another search.
+    Errors: SearchError for a checkpoint of another search, and what an epoch raises.
     """
-    records, length = _load(step, checkpoint, run), len(batches)
-    with progress.task("search", total=epochs * length) as advance:
-        advance(len(records) * length)
-        for epoch in range(len(records), epochs):
+    began = perf_counter()
+    records, before = _resume(search, checkpoint, run)
+    with progress.task("search", total=epochs * search.length) as advance:
+        advance(len(records) * search.length)
+        for index in range(len(records), epochs):
             start = perf_counter()
-            total = torch.zeros((), device=step.device)
-            taken = 0
-            for batch in batches.epoch(epoch):
-                total += step(batch, epoch * length + taken)
-                taken += 1
-                advance()
-            if taken != length:
-                raise DataEnded(epoch, taken, length)
-            mean = float(total) / length  # the epoch's only host sync
-            if not math.isfinite(mean):
-                raise SearchError(
-                    f"search epoch {epoch + 1}: the objective is {mean}; check the data and the start "
-                    "weights, or lower lr"
-                )
-            record = {"epoch": epoch + 1, "objective": mean}
-            if watch is not None:
-                record["accuracy"] = step.measure(watch)
+            record = search.epoch(index, advance)
             records.append(record)
             if checkpoint is not None:
-                tensors, rest = step.state()
-                checkpoints.write(
-                    checkpoint, tensors, {"step": rest, "records": records, "run": run}
-                )
-            advance.describe(objective=mean, seconds=perf_counter() - start)
+                tensors, rest = search.state()
+                meta = {"search": rest, "records": records, "run": run}
+                meta["seconds"] = before + perf_counter() - began
+                checkpoints.write(checkpoint, tensors, meta)
+            told = {name: value for name, value in record.items() if isinstance(value, float)}
+            advance.describe(**told, seconds=perf_counter() - start)
     return records
 
 
-def _load(step: EpochStep, path: Path | None, run: str) -> Records:
-    """The records of an interrupted search, its step put back."""
+def _resume(search: Epochs, path: Path | None, run: str) -> tuple[list[Record], float]:
+    """The records of an interrupted search, whose state is put back, and the seconds it had taken."""
     if path is None or not path.exists():
-        return []
+        return [], 0.0
     tensors, meta = checkpoints.read(path)
     if meta.get("run") != run:
         raise SearchError(
             f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
             f"data and start weights, got {str(meta.get('run'))[:12]}; remove it or name another"
         )
-    step.load(tensors, meta["step"])
-    return meta["records"]
+    search.load(tensors, meta["search"])
+    return meta["records"], meta["seconds"]
+
+
+def check_finite(mean: float, index: int, objective: str) -> float:
+    """The mean objective of epoch `index`.  Errors: SearchError if it is not finite."""
+    if not math.isfinite(mean):
+        raise SearchError(
+            f"search epoch {index + 1}: the objective {objective} is not finite ({mean}); check the data and "
+            "the start weights, or lower lr"
+        )
+    return mean
+
+
+class StepEpochs(Epochs):
+    """Epochs of steps in plain PyTorch, one on each batch.
+
+    A record holds "epoch", "objective" (the mean) and, if `watch` is given, "accuracy".
+    """
+
+    device: torch.device
+
+    def __init__(self, batches: EpochBatches, watch: Watch | None) -> None:
+        self.batches, self.watch, self.length = batches, watch, len(batches)
+
+    @abstractmethod
+    def step(self, batch: Batch, index: int) -> Tensor:
+        """Step `index` of the search; the objective before it, 0-dim, detached.  No host sync."""
+
+    @abstractmethod
+    def measure(self, watch: Watch) -> float:
+        """What `watch` says of the network by now; changes nothing that a step reads."""
+
+    def epoch(self, index: int, advance: Advance) -> Record:
+        total, taken = torch.zeros((), device=self.device), 0
+        for batch in self.batches.epoch(index):
+            total += self.step(batch, index * self.length + taken)
+            taken += 1
+            advance()
+        if taken != self.length:
+            raise DataEnded(index, taken, self.length)
+        # The epoch's only host sync.
+        mean = check_finite(float(total) / self.length, index, "task")
+        record = {"epoch": index + 1, "objective": mean}
+        return record if self.watch is None else record | {"accuracy": self.measure(self.watch)}

@@ -1,12 +1,10 @@
 """What all searches by trained gates share: gates put into a model, epochs of steps, a ticket of the best-scored."""
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -14,18 +12,19 @@ from torch import nn
 
 from .. import checkpoints
 from ..batches import EpochBatches
-from ..control import AbstractController, GradBalance
+from ..control import AbstractController, GradBalance, falling
 from ..convert import batch_statistics, require_dense_parameters
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
 from ..objectives import Objective, TeacherMemory, reverse_kl
 from ..patterns import Gated, Masked
-from ..progress import QUIET, Progress
+from ..progress import QUIET, Advance, Progress
 from ..sparsities import check_possible, check_sparsity, masks_from_scores
 from ..tickets import Ticket
+from .epochs import Epochs, Record, check_finite, run_epochs
 from .graph import Feed
-from .protocol import SearchError, Watch
+from .protocol import Watch
 from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
 
 Member = tuple[float, int]  # a ticket's sparsity, and the seed of its gates' noise
@@ -149,14 +148,15 @@ class AbstractGateSearch(ABC):
             run = checkpoints.fingerprint(model, batches, *metas, facts)
         with self._gated(model, layers, self._first_density(members[0][0])) as gated:
             step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
-            log = _Log(step, self, members, watch)
+            work = _GateEpochs(step, self, members, batches, watch)
             epochs = self.epochs_for(members[0][0])
-            self._run(step, log, epochs, batches, run, progress, checkpoint)
-            found = log.scores()
+            records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
+            found = work.scores()
         tickets = []
         for i, (scores, meta) in enumerate(zip(found, metas, strict=True)):
-            meta["objective_by_epoch"] = [loss[i] for loss in log.losses]
-            meta["progress"] = log.records[i]
+            mine = [record["tickets"][i] for record in records]
+            meta["objective_by_epoch"] = [record["objective"] for record in mine]
+            meta["progress"] = [record["progress"] for record in mine]
             ticket = Ticket.from_scores(
                 scores, model, meta["sparsity"], self.granularity, meta=meta
             )
@@ -174,10 +174,8 @@ class AbstractGateSearch(ABC):
 
     def targets(self, density: float, steps: int) -> list[float]:
         """The density that GradBalance and its like aim at in each of `steps` steps, for a ticket of `density`."""
-        first, last = self._first_density(1 - density), density
-        length = self.ramp * steps
-        shares = [min(t / length, 1.0) if length else 1.0 for t in range(steps)]
-        return [self.control.target(first * (last / first) ** share) for share in shares]
+        first, length = self._first_density(1 - density), self.ramp * steps
+        return [self.control.target(falling(first, density, t, length)) for t in range(steps)]
 
     def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
         meta = {
@@ -212,38 +210,6 @@ class AbstractGateSearch(ABC):
     def fusible(self) -> bool:
         """Whether `kernels.GateBank` knows the gate and the objective differentiates once."""
         return self.gate.spec is not None and not self.objective.second_order
-
-    def _run(
-        self,
-        step: SearchStep,
-        log: "_Log",
-        epochs: int,
-        batches: EpochBatches,
-        run: str,
-        progress: Progress,
-        checkpoint: Path | None,
-    ) -> None:
-        """All epochs."""
-        steps, length = epochs * len(batches), len(batches)
-        drop_at = int(self.lr_drop_at * steps)
-        step.schedule(steps)
-        done = log.load(checkpoint, run)
-        if done * length > drop_at:
-            step.drop_lr(self.lr_drop)
-        feed = Feed(step, batches, self.graph)
-        with progress.task("search", total=steps) as advance:
-            advance(done * length)
-            for epoch in range(done, epochs):
-                start = perf_counter()
-                feed.begin(epoch)
-                for i in range(length):
-                    if epoch * length + i == drop_at:
-                        step.drop_lr(self.lr_drop)
-                    feed()
-                    advance()
-                mean = log.end_epoch(length)
-                log.save(checkpoint, run)
-                advance.describe(objective=mean, seconds=perf_counter() - start)
 
     @contextmanager
     def _gated(
@@ -282,19 +248,42 @@ class AbstractGateSearch(ABC):
                         p.data.copy_(values[p])
 
 
-class _Log:
-    """What a search has found by now: losses and records of its epochs, scores; and its checkpoint."""
+class _GateEpochs(Epochs):
+    """Epochs of gate steps; a record holds "objective" (the mean) and of each ticket "tickets"."""
 
     def __init__(
         self,
         step: SearchStep,
         search: AbstractGateSearch,
         members: list[Member],
+        batches: EpochBatches,
         watch: Watch | None,
     ) -> None:
         self.step, self.search, self.members, self.watch = step, search, members, watch
-        self.losses: list[list[float]] = []  # by epoch, the mean objective of each ticket
-        self.records: list[list[dict[str, Any]]] = [[] for _ in members]  # of each ticket, by epoch
+        self.length = len(batches)
+        steps = search.epochs_for(members[0][0]) * self.length
+        self.drop_at, self.dropped = int(search.lr_drop_at * steps), False
+        step.schedule(steps)
+        self.feed = Feed(step, batches, search.graph)
+
+    def epoch(self, index: int, advance: Advance) -> Record:
+        self.feed.begin(index)
+        for i in range(self.length):
+            if index * self.length + i == self.drop_at:
+                self._drop_lr()
+            self.feed()
+            advance()
+        means = (self.step.total / self.length).tolist()
+        mean = check_finite(sum(means) / len(means), index, self.search.objective.name)
+        tickets = [
+            {"objective": objective, "progress": self._record(index, logits)}
+            for objective, logits in zip(means, self.step.logits(), strict=True)
+        ]
+        return {"objective": mean, "tickets": tickets}
+
+    def _drop_lr(self) -> None:
+        self.step.drop_lr(self.search.lr_drop)
+        self.dropped = True
 
     def scores(self) -> list[dict[str, torch.Tensor]]:
         """Of each ticket, by layer."""
@@ -303,47 +292,30 @@ class _Log:
             for logits in self.step.logits()
         ]
 
-    def end_epoch(self, length: int) -> float:
-        """Notes an epoch of `length` steps and returns its mean objective; the epoch's only host sync."""
-        mean = (self.step.total / length).tolist()
-        self.losses.append(mean)
-        if not all(map(math.isfinite, mean)):
-            raise SearchError(
-                f"search epoch {len(self.losses)}: the objective {self.search.objective.name} is not "
-                "finite; check the data and the start weights, or lower lr"
-            )
-        for records, logits in zip(self.records, self.step.logits(), strict=True):
-            records.append(self._record(logits))
-        return sum(mean) / len(mean)
-
-    @torch.no_grad()
-    def _record(self, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    def _record(self, index: int, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Expected sparsity by layer, and what `watch` says of soft gates and of the ticket by then."""
         layers, gated = self.step.net.layers, self.step.gated
-        kept, counts = [], []
-        for name, s in logits.items():
-            shape = layers[name].raw_weight.shape
-            sizes = self.search.granularity.sizes(shape).to(s.device)
-            kept.append((self.search.gate.density(s) * sizes).sum())
-            counts.append(shape.numel())
-        kept = torch.stack(kept).tolist()
+        kept = self.step.kept.by_layer(self.search.gate, [*logits.values()]).tolist()
+        counts = [layers[name].raw_weight.numel() for name in logits]
         record = {
-            "epoch": len(self.losses),
+            "epoch": index + 1,
             "sparsity": 1 - sum(kept) / sum(counts),
             "layers": {n: 1 - k / c for n, k, c in zip(gated, kept, counts, strict=True)},
         }
         if self.watch is not None:  # of one ticket alone
-            record["accuracy"] = self._watched(dict.fromkeys(gated))
+            record["accuracy"] = self._watched(self.watch, dict.fromkeys(gated))
             shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
             sparsity = self.members[0][0]
             record["hard_accuracy"] = self._watched(
-                masks_from_scores(self.scores()[0], shapes, sparsity, self.search.granularity)
+                self.watch,
+                masks_from_scores(self.scores()[0], shapes, sparsity, self.search.granularity),
             )
         return record
 
-    def _watched(self, masks: dict[str, torch.Tensor] | dict[str, None]) -> float:
+    def _watched(
+        self, watch: Watch, masks: Mapping[str, torch.Tensor] | Mapping[str, None]
+    ) -> float:
         """`watch` of the network under masks, or with its gates at their mean."""
-        assert self.watch is not None
         layers = self.step.net.layers
         drawn = {name: pattern.drawn for name, pattern in self.step.gated.items()}
         try:
@@ -352,37 +324,25 @@ class _Log:
                 mask = masks[name]
                 if mask is not None:
                     layers[name].pattern = Masked(mask)
-            return self.watch(self.step.net.model)
+            return watch(self.step.net.model)
         finally:
             for name, pattern in self.step.gated.items():
                 pattern.drawn = drawn[name]
                 layers[name].pattern = pattern
 
-    def save(self, path: Path | None, run: str) -> None:
-        if path is None:
-            return
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: value.contiguous() for name, value in self.step.tensors().items()}
         memory = self.step.net.memory
         if memory is not None and memory.table is not None:
             tensors["teacher"] = memory.table
-        meta = {"epoch": len(self.losses), "losses": self.losses, "records": self.records}
-        checkpoints.write(path, tensors, meta | {"run": run})
+        return tensors, {"dropped": self.dropped}
 
-    def load(self, path: Path | None, run: str) -> int:
-        """Epochs that an interrupted run has done."""
-        if path is None or not path.exists():
-            return 0
-        tensors, meta = checkpoints.read(path)
-        if meta["run"] != run:
-            raise SearchError(
-                f"{path} belongs to another search: expected the fingerprint {run[:12]} of this "
-                f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
-            )
-        with torch.no_grad():
-            for name, value in self.step.tensors().items():
-                value.copy_(tensors[name])
+    @torch.no_grad()
+    def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+        for name, value in self.step.tensors().items():
+            value.copy_(tensors[name])
         if "teacher" in tensors:
             self.step.net.memory = TeacherMemory(len(tensors["teacher"]))
             self.step.net.memory.table = tensors["teacher"].to(self.step.device)
-        self.losses, self.records = meta["losses"], meta["records"]
-        return meta["epoch"]
+        if rest["dropped"]:
+            self._drop_lr()

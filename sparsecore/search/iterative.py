@@ -1,6 +1,6 @@
 """Iterative: prune a little, score what is left, and again."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from .. import checkpoints
 from ..batches import EpochBatches
-from ..convert import require_dense_parameters
+from ..convert import require_dense_parameters, sparse_layers
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
 from ..patterns import Masked
-from ..progress import QUIET, Progress
+from ..progress import QUIET, Advance, Progress
 from ..scores import Score, score_name, synflow
 from ..sparsities import check_possible, masks_from_scores
 from ..tickets import Ticket
-from .protocol import SearchError, Watch
+from .epochs import Epochs, Record, run_epochs
+from .protocol import Watch
 
 
 @dataclass(frozen=True)
@@ -86,26 +87,14 @@ class Iterative:
         run = ""
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, meta, str(self.granularity))
-        standing = {
-            name: torch.zeros(self.granularity.units(w.shape), device=w.device)
-            for name, w in ((name, layer.raw_weight) for name, layer in layers.items())
-        }
-        done, watched = _load(standing, checkpoint, run)
-        with _patterns_put_back(layers), progress.task("search", total=self.rounds) as advance:
-            advance(done)
-            self._mask_(layers, standing, done)
-            for number, removed in enumerate(schedule[done:], done + 1):
-                self._round_(model, batches, standing, number, removed)
-                self._mask_(layers, standing, number)
-                if watch is not None:
-                    watched.append(watch(model))
-                _save(standing, checkpoint, run, number, watched)
-                advance(1, removed=removed)
-        if watched:
-            meta["progress"] = [
-                {"epoch": i, "sparsity": removed, "accuracy": value}
-                for i, (removed, value) in enumerate(zip(schedule, watched, strict=True), 1)
-            ]
+        work = _Rounds(self, model, batches, schedule, watch)
+        with _patterns_put_back(layers):
+            records = run_epochs(
+                work, self.rounds, run=run, progress=progress, checkpoint=checkpoint
+            )
+        if watch is not None:
+            meta["progress"] = records
+        standing = work.standing
         ticket = Ticket.from_scores(standing, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -122,39 +111,69 @@ class Iterative:
         shares = ((1 - sparsity) ** (e / self.rounds) for e in range(1, self.rounds))
         return [*(max(1 - share, least) for share in shares), sparsity]
 
-    def _mask_(
-        self, layers: Mapping[str, SparseLayer], standing: Mapping[str, Tensor], rounds: int
-    ) -> None:
-        """Lets the model compute with what survived so many rounds; its parameters stay whole."""
-        for name, layer in layers.items():
-            alive = self.granularity.spread(standing[name] >= rounds, layer.raw_weight.shape)
-            layer.pattern = Masked(alive)
 
-    def _round_(
+class _Rounds(Epochs):
+    """Rounds of a model; `standing`: by layer, the rounds that each unit survived and half its rank."""
+
+    def __init__(
         self,
+        search: Iterative,
         model: nn.Module,
         batches: EpochBatches,
-        standing: dict[str, Tensor],
-        number: int,
-        sparsity: float,
+        schedule: Sequence[float],
+        watch: Watch | None,
     ) -> None:
+        self.search, self.model, self.batches = search, model, batches
+        self.schedule, self.watch = schedule, watch
+        self.layers = sparse_layers(model)
+        weights = {name: layer.raw_weight for name, layer in self.layers.items()}
+        self.standing = {
+            name: torch.zeros(search.granularity.units(w.shape), device=w.device)
+            for name, w in weights.items()
+        }
+
+    def epoch(self, index: int, advance: Advance) -> Record:
+        self._mask_(index)
+        self._round_(index + 1, self.schedule[index])
+        advance()
+        record: Record = {"epoch": index + 1, "sparsity": self.schedule[index]}
+        if self.watch is not None:
+            self._mask_(index + 1)
+            record["accuracy"] = self.watch(self.model)
+        return record
+
+    def _mask_(self, rounds: int) -> None:
+        """Lets the model compute with what survived so many rounds; its parameters stay whole."""
+        for name, layer in self.layers.items():
+            shape, standing = layer.raw_weight.shape, self.standing[name]
+            layer.pattern = Masked(self.search.granularity.spread(standing >= rounds, shape))
+
+    def _round_(self, number: int, sparsity: float) -> None:
         """Scores the masked model, and notes what survives."""
-        part = islice(batches.epoch(number - 1), self.batches_per_round)
-        found = self.score(model, part, self.seed)
+        search, standing = self.search, self.standing
+        part = islice(self.batches.epoch(number - 1), search.batches_per_round)
+        found = search.score(self.model, part, search.seed)
         alive = {name: standing[name] >= number - 1 for name in found}
         scores = {
-            name: self.granularity.mean(values).where(alive[name], -torch.inf)
+            name: search.granularity.mean(values).where(alive[name], -torch.inf)
             for name, values in found.items()
         }
         shapes = {name: values.shape for name, values in found.items()}
-        masks = masks_from_scores(scores, shapes, sparsity, self.granularity)
+        masks = masks_from_scores(scores, shapes, sparsity, search.granularity)
         # Where units differ in size, a small one that has fallen may fit again: it stays where it is.
-        kept = {name: self.granularity.gather(mask.long()) > 0 for name, mask in masks.items()}
-        last = number == self.rounds
+        kept = {name: search.granularity.gather(mask.long()) > 0 for name, mask in masks.items()}
+        last = number == search.rounds
         ranked = alive if last else {name: alive[name] & ~kept[name] for name in alive}
         for name, rank in _ranks(scores, ranked).items():
             rounds = number - 1 + kept[name].float()
             standing[name] = torch.where(alive[name], rounds + rank / 2, standing[name])
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return dict(self.standing), {}
+
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        for name, s in self.standing.items():
+            s.copy_(tensors[name])
 
 
 def _ranks(scores: Mapping[str, Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -179,26 +198,3 @@ def _patterns_put_back(layers: Mapping[str, SparseLayer]) -> Iterator[None]:
     finally:
         for name, layer in layers.items():
             layer.pattern = patterns[name]
-
-
-def _save(
-    standing: Mapping[str, Tensor], path: Path | None, run: str, done: int, watched: list[float]
-) -> None:
-    if path is not None:
-        tensors = {f"standing/{name}": s for name, s in standing.items()}
-        checkpoints.write(path, tensors, {"rounds": done, "watched": watched, "run": run})
-
-
-def _load(standing: dict[str, Tensor], path: Path | None, run: str) -> tuple[int, list[float]]:
-    """(rounds done, what was watched in them) of an interrupted run, whose standing is put in."""
-    if path is None or not path.exists():
-        return 0, []
-    tensors, meta = checkpoints.read(path)
-    if meta["run"] != run:
-        raise SearchError(
-            f"{path} belongs to another search: expected the fingerprint {run[:12]} of this "
-            f"search, its data and start weights, got {meta['run'][:12]}; remove it or name another"
-        )
-    for name, s in standing.items():
-        s.copy_(tensors[f"standing/{name}"])
-    return meta["rounds"], meta["watched"]

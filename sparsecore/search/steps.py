@@ -19,6 +19,7 @@ from ..batches import Batch
 from ..control import Reading, State
 from ..objectives import Net, TeacherMemory
 from ..patterns import Gated
+from .kept import Kept
 
 if TYPE_CHECKING:
     from .gated import AbstractGateSearch
@@ -41,21 +42,21 @@ class SearchStep(ABC):
         self.device = next(iter(gated.values())).logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
         self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
-        self.count = sum(layer.raw_weight.numel() for layer in self.net.layers.values())
-        self.aims: Tensor | None = (
-            None  # [steps, tickets]: expected weights kept, where that changes
-        )
+        shapes = {name: layer.raw_weight.shape for name, layer in self.net.layers.items()}
+        self.kept = Kept(shapes, search.granularity, self.device)
+        # [steps, tickets]: expected weights kept, where that changes
+        self.aims: Tensor | None = None
         self.total = torch.zeros(len(members), device=self.device)
 
     def first_targets(self) -> list[float]:
         """Expected weights kept that each ticket's search begins with."""
-        return [self.search.targets(density, 1)[0] * self.count for density, _ in self.members]
+        return [self.search.targets(density, 1)[0] * self.kept.count for density, _ in self.members]
 
     def schedule(self, steps: int) -> None:
         """Tells how many steps there will be."""
         if self.search.ramp:
             aims = [self.search.targets(density, steps) for density, _ in self.members]
-            self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.count
+            self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.kept.count
 
     def begin_epoch(self, samples: int | None) -> None:
         """`samples`: how many the data has, if each looks the same in every epoch."""
@@ -328,7 +329,6 @@ class PlainStep(SearchStep):
         for pattern in gated.values():
             pattern.impl = "materialise"  # the one that can be differentiated twice
         self.params = [g.logits for g in gated.values()]
-        self.sizes = [self._size(name) for name in gated]
         self.state: State = search.control.init(self.device)
         groups: list[dict[str, Any]] = [{"params": self.params, "lr": search.lr}]
         self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
@@ -351,13 +351,11 @@ class PlainStep(SearchStep):
             loss, [*self.params, *self.gains], allow_unused=True, materialize_grads=True
         )
         found, follow = grads[: len(self.params)], grads[len(self.params) :]
-        kept, pulls = self.sparsity()
-        percent = 100 / target  # of excess per weight
-        reading = Reading(_norm(found), percent * _norm(pulls), percent * kept - 100)
-        weight, self.state = self.search.control.update(self.state, reading)
-        for p, g_task, pull in zip(self.params, found, pulls, strict=True):
-            p.grad = torch.addcmul(g_task, pull, percent * weight)
-        for p, grad in zip(self.gains, follow, strict=True):
+        search = self.search
+        pulled, self.state = self.kept.pulled(
+            search.control, self.state, search.gate, self.params, found, target
+        )
+        for p, grad in zip((*self.params, *self.gains), (*pulled, *follow), strict=True):
             p.grad = grad
         self.optimizer.step()
         return loss.detach()
@@ -367,28 +365,6 @@ class PlainStep(SearchStep):
         if self.aims is None:
             return self.target
         return self.aims.index_select(0, next(iter(self.gated.values())).step)[0, 0]
-
-    @torch.no_grad()
-    def sparsity(self) -> tuple[Tensor, list[Tensor]]:
-        """Expected number of kept weights, and its gradient in each layer's logits."""
-        gate = self.search.gate
-        kept, pulls = torch.zeros((), device=self.device), []
-        for logits, size in zip(self.params, self.sizes, strict=True):
-            density = gate.density(logits)
-            pull = gate.density_slope(logits, density)
-            if size is not None:
-                density, pull = density.mul_(size), pull.mul_(size)
-            kept = kept + density.sum()
-            pulls.append(pull)
-        return kept, pulls
-
-    def _size(self, name: str) -> Tensor | None:
-        """Weights in each unit of a layer; None where each unit is one weight."""
-        shape = self.net.layers[name].raw_weight.shape
-        if self.search.granularity.units(shape) == shape:
-            return None
-        sizes = self.search.granularity.sizes(shape)
-        return sizes.to(self.device, self.gated[name].logits.dtype)
 
     def drop_lr(self, factor: float) -> None:
         for group in self.optimizer.param_groups:
@@ -403,8 +379,3 @@ class PlainStep(SearchStep):
 
     def logits(self) -> list[dict[str, Tensor]]:
         return [{name: g.logits.detach() for name, g in self.gated.items()}]
-
-
-def _norm(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """The L2 norm of all of them together."""
-    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
