@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparsecore import checkpoints
 from sparsecore.data import Batches, DataError, Dataset, load
 from sparsecore.experiment import Setup, loaders, model_of, new_model, train_on
 from sparsecore.progress import Advance, Progress
@@ -109,31 +110,25 @@ def tickets(
     return 0
 
 
-class _Clock(Progress):
-    """Seconds of a search, those before a kill included: every epoch leaves its sum in a file."""
+class _Epochs(Progress):
+    """Listens to a search: the seconds of each epoch."""
 
-    def __init__(self, path: Path, *, resumed: bool) -> None:
+    def __init__(self) -> None:
         super().__init__(enabled=False)
-        self.path = path
-        self.before = float(path.read_text()) if resumed and path.exists() else 0.0
-        self.start, self.epochs = perf_counter(), list[float]()
-
-    def seconds(self) -> float:
-        return self.before + perf_counter() - self.start
+        self.seconds: list[float] = []
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:
-        yield _Tick(self)
+        yield _Epoch(self)
 
 
-class _Tick(Advance):
-    def __init__(self, clock: _Clock) -> None:
+class _Epoch(Advance):
+    def __init__(self, epochs: _Epochs) -> None:
         super().__init__(None, None)
-        self.clock = clock
+        self.epochs = epochs
 
     def describe(self, **values: Any) -> None:
-        self.clock.epochs.append(values["seconds"])
-        self.clock.path.write_text(str(self.clock.seconds()))
+        self.epochs.seconds.append(values["seconds"])
 
 
 class _Run:
@@ -222,17 +217,16 @@ class _Run:
         search = plan.search(length, self.seed)
         say(f"{self.case}: {length} search, {search.epochs} epochs")
         checkpoint = path.with_suffix(".search")
-        clock = _Clock(path.with_suffix(".seconds"), resumed=checkpoint.exists())
+        epochs, start = _Epochs(), perf_counter() - checkpoints.seconds(checkpoint)
         ticket = search(
-            model, batches, sparsity=plan.sparsity, progress=clock, checkpoint=checkpoint
+            model, batches, sparsity=plan.sparsity, progress=epochs, checkpoint=checkpoint
         )
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        seconds: dict[str, Any] = {"search": clock.seconds(), "rewind": rewind_seconds}
-        seconds["epochs"] = clock.epochs
+        seconds: dict[str, Any] = {"search": perf_counter() - start, "rewind": rewind_seconds}
+        seconds["epochs"] = epochs.seconds
         facts = {"setup": self._facts(length), "seconds": seconds}
         replace(ticket, meta=ticket.meta | facts).save(path)
-        clock.path.unlink(missing_ok=True)
 
     def _facts(self, length: str) -> dict[str, Any]:
         """The setup as a ticket's provenance tells it."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import checkpoints
 from .compaction import Compacted, compact
 from .convert import Filter, is_prunable, sparsify_
 from .data import Batches, Dataset, limited, load
@@ -170,7 +171,7 @@ def find_ticket(
     training, test = loaders(dataset, setup.recipe, seed, device)
     if not split(method)[0].trains:
         training = Batches(dataset, "train", setup.search_batch, seed=seed, device=device)
-    start = perf_counter()
+    start = perf_counter() - checkpoints.seconds(checkpoint)  # an interrupted search's time counts
     ticket = search(
         model, training, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
         watch=(lambda net: evaluate(net, test)) if watched else None,

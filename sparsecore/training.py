@@ -352,7 +352,7 @@ class _Run:
             tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
         for epoch, state in history.snapshots.items():
             tensors |= {f"snapshot/{epoch}/{k}": v for k, v in state.items()}
-        meta = {"optimizer": meta, "scaler": self.scaler.state_dict()}
+        meta = {"optimizer": meta, "scaler": self.scaler.state_dict(), "seconds": history.seconds}
         checkpoints.write(path, tensors, meta | {"run": fingerprint, "epochs": history.epochs})
 
     def load(self, path: Path, fingerprint: str, history: History) -> None:

@@ -1,6 +1,12 @@
 """Every method by its name, at every granularity and on every network, unmodified."""
 
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +16,7 @@ import sparsecore as sc
 from sparsecore.data import Dataset, Split
 from sparsecore.experiment import Setup, find_ticket, model_of, new_model, train_on
 from sparsecore.methods import METHODS
+from sparsecore.progress import Advance, Progress
 from sparsecore.training import Recipe
 
 RECIPE = Recipe(optimizer="adam", lr=1e-3, batch=32, augment=False)
@@ -83,6 +90,61 @@ def test_every_method_at_every_granularity(method: str, granularity: str, tmp_pa
     for name, layer in sc.sparse_layers(network).items():
         assert not bool(layer.weight[~loaded.masks[name]].any())
         assert loaded.finished or bool((layer.weight != loaded.weights[f"{name}.weight"]).any())
+
+
+class Killer(Progress):
+    """Counts what a search tells; dies when it is told `steps` times, the first step half a second late."""
+
+    def __init__(self, steps: float = math.inf) -> None:
+        super().__init__(enabled=False)
+        self.steps, self.done = steps, 0
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Advance]:
+        yield Killing(self)
+
+
+class Killing(Advance):
+    def __init__(self, killer: Killer) -> None:
+        super().__init__(None, None)
+        self.killer = killer
+
+    def __call__(self, steps: int = 1, **values: Any) -> None:
+        killer = self.killer
+        killer.done += 1
+        if killer.steps < math.inf and killer.done == 2:  # the first is where it begins
+            time.sleep(0.5)
+        if killer.done == killer.steps:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_before_its_end_a_search_goes_on_and_all_its_time_counts(
+    method: str, tmp_path: Path
+) -> None:
+    data = pictures(64, 1, 8)
+    own = replace(setup("lenet-300-100", {"width": 0.08}), search_epochs=2)
+    model, path = new_model(own, data, seed=0), tmp_path / "checkpoint"
+
+    def find(progress: Progress, checkpoint: Path | None = None) -> tuple[sc.Ticket, float]:
+        text, cpu = (
+            method + FAST.get(method, "").replace("epochs=1", "epochs=2"),
+            torch.device("cpu"),
+        )
+        return find_ticket(own, model, data, text, 0.6, 0, cpu, progress, checkpoint)
+
+    whole = Killer()
+    expected, _ = find(whole)
+    with pytest.raises(KeyboardInterrupt) if whole.done else nullcontext():
+        find(Killer(whole.done), path)
+    if whole.done:  # what one score decides just starts again
+        rest = Killer()
+        found, seconds = find(rest, path)
+        assert rest.done < whole.done and seconds > 0.5
+        assert found.hash == expected.hash and not path.exists()
+        facts, told = expected.meta, found.meta
+        assert told.keys() == facts.keys()
+        assert all(told[name] == facts[name] for name in facts if name != "rounds")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
