@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+import sparsecore as sc
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # where kernels run; see conftest
@@ -86,3 +88,20 @@ def normed() -> nn.Module:
 def equal(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """Whether two states are the same bit for bit, keys and all."""
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def trained_mlp(epochs: int = 5) -> nn.Module:
+    """A sparse-capable MLP that has seen a little of the blobs."""
+    model, blobs = sc.sparsify_(mlp()), Blobs()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for epoch in range(epochs):
+        for x, y in blobs.epoch(epoch):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    return model
+
+
+def accuracy(model: nn.Module) -> float:
+    blobs = Blobs()
+    return (model(blobs.x).argmax(1) == blobs.y).float().mean().item()

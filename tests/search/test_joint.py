@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import GRANULARITIES, Blobs, mlp, randn, seeded
-from test_search import accuracy, trained_mlp
+from helpers import GRANULARITIES, Blobs, accuracy, mlp, randn, seeded, trained_mlp
 from torch import nn
 from torch.nn import functional as F
 
