@@ -27,6 +27,11 @@ class Reading(NamedTuple):
 class AbstractController(ABC):
     """Gives the weight lambda of the sparsity gradient, one step after another."""
 
+    @property
+    def aims(self) -> bool:
+        """Whether lambda follows the excess; one that does not has no use for a target that moves."""
+        return True
+
     @abstractmethod
     def target(self, density: float) -> float:
         """The density at which `excess` is zero, for a ticket of `density`."""
@@ -100,14 +105,24 @@ class Lagrangian(AbstractController):
 
 @dataclass(frozen=True)
 class FixedPenalty(AbstractController):
-    """A constant lambda."""
+    """A constant lambda.
 
-    weight: float = 1.0
+    Args:
+        weight: None: the one that leads to the ticket's sparsity, which takes several searches to find.
+    """
+
+    weight: float | None = None
+
+    @property
+    def aims(self) -> bool:
+        return False
 
     def target(self, density: float) -> float:
         return density
 
     def init(self, device: torch.device) -> State:
+        if self.weight is None:
+            raise ValueError("control fixed: expected a number here, as in fixed=0.5, got none")
         return {"weight": torch.full((), self.weight, device=device)}
 
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:

@@ -40,7 +40,10 @@ Objective = Annotated[
     str | None, typer.Option(help=f"What a search by gates minimises: {', '.join(OBJECTIVES)}.")
 ]
 Control = Annotated[
-    str | None, typer.Option(help="gradbalance, lagrangian or fixed=LAMBDA: how sparsity pulls.")
+    str | None,
+    typer.Option(
+        help="gradbalance, lagrangian, fixed=LAMBDA or fixed (looks for it): how sparsity pulls."
+    ),
 ]
 GranularityName = Annotated[
     str, typer.Option("--granularity", help="weight, block:HxW, vector:V, channel or N:M.")

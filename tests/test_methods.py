@@ -41,6 +41,7 @@ def test_a_methods_own_fields_come_with_its_name() -> None:
     found = setup().search("strong:control=fixed=0.5:gate=gaussian=0.25", seed=0)
     assert isinstance(found, StrongSearch)
     assert found.control == FixedPenalty(0.5) and found.gate == Gaussian(0.25)
+    assert setup(control="fixed").search("strong", seed=0).control == FixedPenalty()
 
 
 def test_what_the_setup_leaves_open_is_the_methods_own() -> None:

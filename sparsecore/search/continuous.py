@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from .. import checkpoints
 from ..batches import Batch, EpochBatches
-from ..control import AbstractController, GradBalance, State, falling
+from ..control import AbstractController, FixedPenalty, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
@@ -23,6 +23,7 @@ from ..tickets import Ticket
 from ..training import Recipe, optimizer_for
 from .epochs import StepEpochs, run_epochs
 from .kept import Kept
+from .penalty import fit_penalty
 from .protocol import Watch
 
 
@@ -36,7 +37,7 @@ class ContinuousSparsification:
 
     In the paper a fixed penalty on sum sigmoid(T s) leads to a sparsity that nobody chose (in the provenance
     as "natural_sparsity").  Here a controller aims at a density that falls exponentially from sigmoid(s0) to
-    the ticket's, and the ticket keeps exactly the best s; `FixedPenalty` is the paper's way.  SGD with
+    the ticket's, and the ticket keeps exactly the best s; `FixedPenalty(weight)` is the paper's way.  SGD with
     the weights' rate moves s too little in a short search: Adam it is.
 
     Args:
@@ -96,6 +97,11 @@ class ContinuousSparsification:
         Errors: ValueError for bad arguments; SearchError if the objective is not finite, or for a
         checkpoint of another search.
         """
+        if self.control == FixedPenalty():
+            return fit_penalty(
+                self, model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
+                watch=watch, facts=(self, sparsity),
+            )  # fmt: skip
         layers = require_dense_parameters(model)
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
@@ -129,7 +135,8 @@ class ContinuousSparsification:
 
     def target(self, density: float, index: int, steps: int) -> float:
         """The density that the controller aims at in step `index` of `steps`, for a ticket of `density`."""
-        return self.control.target(falling(self.first_density, density, index, self.ramp * steps))
+        length = self.ramp * steps * self.control.aims
+        return self.control.target(falling(self.first_density, density, index, length))
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         recipe = self.recipe

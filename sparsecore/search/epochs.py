@@ -68,14 +68,20 @@ def _resume(search: Epochs, path: Path | None, run: str) -> tuple[list[Record], 
     """The records of an interrupted search, whose state is put back, and the seconds it had taken."""
     if path is None or not path.exists():
         return [], 0.0
+    tensors, meta = read_own(path, run)
+    search.load(tensors, meta["search"])
+    return meta["records"], meta["seconds"]
+
+
+def read_own(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A search's own checkpoint.  Errors: SearchError for another's, safefile.FileError."""
     tensors, meta = checkpoints.read(path)
     if meta.get("run") != run:
         raise SearchError(
             f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
             f"data and start weights, got {str(meta.get('run'))[:12]}; remove it or name another"
         )
-    search.load(tensors, meta["search"])
-    return meta["records"], meta["seconds"]
+    return tensors, meta
 
 
 def check_finite(mean: float, index: int, objective: str) -> float:

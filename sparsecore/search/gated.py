@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import checkpoints
 from ..batches import EpochBatches
-from ..control import AbstractController, GradBalance, falling
+from ..control import AbstractController, FixedPenalty, GradBalance, falling
 from ..convert import batch_statistics, require_dense_parameters
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
@@ -24,6 +24,7 @@ from ..sparsities import check_possible, check_sparsity, masks_from_scores
 from ..tickets import Ticket
 from .epochs import Epochs, Record, check_finite, run_epochs
 from .graph import Feed
+from .penalty import fit_penalty
 from .protocol import Watch
 from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
 
@@ -124,6 +125,11 @@ class AbstractGateSearch(ABC):
         Errors: ValueError for bad arguments; SearchError if the objective is not finite.
         """
         members = [(sparsity, self.seed)]
+        if self.control == FixedPenalty():
+            return fit_penalty(
+                self, model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
+                watch=watch, facts=self._facts(members),
+            )  # fmt: skip
         return self._find(model, batches, members, progress, checkpoint, watch)[0]
 
     def _find(
@@ -141,11 +147,9 @@ class AbstractGateSearch(ABC):
             if check_sparsity(sparsity) == 0:
                 raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
             check_possible(shapes, sparsity, self.granularity)
-        metas = [self._meta(sparsity, seed) for sparsity, seed in members]
-        facts = (self.lr_drop, self.lr_drop_at, str(self.granularity))
         run = ""
         if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, *metas, facts)
+            run = checkpoints.fingerprint(model, batches, self._facts(members))
         with self._gated(model, layers, self._first_density(members[0][0])) as gated:
             step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
             work = _GateEpochs(step, self, members, batches, watch)
@@ -153,10 +157,12 @@ class AbstractGateSearch(ABC):
             records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
             found = work.scores()
         tickets = []
-        for i, (scores, meta) in enumerate(zip(found, metas, strict=True)):
+        for i, (scores, member) in enumerate(zip(found, members, strict=True)):
+            meta = self._meta(*member)
             mine = [record["tickets"][i] for record in records]
             meta["objective_by_epoch"] = [record["objective"] for record in mine]
             meta["progress"] = [record["progress"] for record in mine]
+            meta["natural_sparsity"] = meta["progress"][-1]["sparsity"]
             ticket = Ticket.from_scores(
                 scores, model, meta["sparsity"], self.granularity, meta=meta
             )
@@ -164,6 +170,15 @@ class AbstractGateSearch(ABC):
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
         return tickets
+
+    def _facts(self, members: list[Member]) -> tuple[Any, ...]:
+        """What tells a run apart, besides data and weights."""
+        return (
+            *(self._meta(*m) for m in members),
+            self.lr_drop,
+            self.lr_drop_at,
+            str(self.granularity),
+        )
 
     def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
         """What is left to do once the model is as it was."""
@@ -174,7 +189,7 @@ class AbstractGateSearch(ABC):
 
     def targets(self, density: float, steps: int) -> list[float]:
         """The density that GradBalance and its like aim at in each of `steps` steps, for a ticket of `density`."""
-        first, length = self._first_density(1 - density), self.ramp * steps
+        first, length = self._first_density(1 - density), self.ramp * steps * self.control.aims
         return [self.control.target(falling(first, density, t, length)) for t in range(steps)]
 
     def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:

@@ -18,7 +18,8 @@ class StrongSearch(AbstractGateSearch):
 
     Every gate is open with some probability and the loss is the task's plus lambda times the expected
     number of open ones, without straight-through estimates or rounds of pruning.  The paper does not say how
-    lambda was set: GradBalance sets it so that the asked density is met, `FixedPenalty` keeps it.
+    lambda was set: GradBalance moves it so that the asked density is met, `FixedPenalty` keeps one, yours or
+    the one that it finds by trying.
 
     The ticket keeps the best-scored gates, exactly as many as `sparsity` asks for.  Its provenance has, with
     `watch`, the accuracy with the gates at their mean and of the ticket that would be found by then, by epoch.
