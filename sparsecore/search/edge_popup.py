@@ -32,9 +32,8 @@ from ..sparsities import (
 from ..tickets import Ticket, dense_state
 from ..training import Recipe, optimizer_for
 from .epochs import StepEpochs, run_epochs
+from .finished import check_weights, searched_in
 from .protocol import Watch
-
-WEIGHTS = ("signed-constant", "scaled", "as-is")
 
 
 @dataclass(frozen=True)
@@ -68,8 +67,7 @@ class EdgePopup:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {self.weights!r}")
+        check_weights(self.weights)
         _ = self.recipe  # refuses bad numbers
 
     @property
@@ -112,7 +110,8 @@ class EdgePopup:
         if checkpoint is not None:
             facts = (replace(self, distribution=None), sparsities)
             run = checkpoints.fingerprint(model, batches, *facts)
-        hard = self._frozen(model, sparsities)
+        densities = {name: 1 - sparsity for name, sparsity in sparsities.items()}
+        hard = searched_in(model, self.weights, densities)
         net = copy.deepcopy(hard)
         with batch_statistics(net):
             work = _PopupEpochs(self, net, hard, batches, sparsities, watch)
@@ -151,16 +150,6 @@ class EdgePopup:
                 )
             check_possible({name: shape}, chosen[name], self.granularity)
         return chosen
-
-    def _frozen(self, model: nn.Module, sparsities: Mapping[str, float]) -> nn.Module:
-        """A copy with the weights that are searched in."""
-        frozen = copy.deepcopy(model).requires_grad_(False)
-        for name, layer in sparse_layers(frozen).items():
-            weight = layer.raw_weight
-            if self.weights != "as-is":
-                density = 1 - sparsities[name] if self.weights == "scaled" else 1
-                weight.sign_().mul_(math.sqrt(2 / (weight[0].numel() * density)))
-        return frozen
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         return {

@@ -1,13 +1,39 @@
-"""Tickets that are used as they are: what they need besides masks and weights."""
+"""Tickets that are used as they are: the weights they are searched in, and what they need besides masks."""
 
 import copy
+import math
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import nn
 
 from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_, running_norms
+from ..convert import sparse_layers
 from ..tickets import Ticket
+
+WEIGHTS = ("signed-constant", "scaled", "as-is")
+
+
+def check_weights(weights: str) -> None:
+    """ValueError for weights that `searched_in` does not know."""
+    if weights not in WEIGHTS:
+        raise ValueError(f"weights: expected one of {', '.join(WEIGHTS)}, got {weights!r}")
+
+
+def searched_in(model: nn.Module, weights: str, densities: Mapping[str, float]) -> nn.Module:
+    """A frozen copy with the weights that are searched in.
+
+    "signed-constant": sign(w) * sqrt(2 / fan_in); "scaled": the same times sqrt(1 / density) of the layer, so that
+    the signal keeps its size when the others are gone (Ramanujan et al. 2020); "as-is": the model's own.
+    """
+    frozen = copy.deepcopy(model).requires_grad_(False)
+    if weights != "as-is":
+        for name, layer in sparse_layers(frozen).items():
+            weight = layer.raw_weight
+            density = densities[name] if weights == "scaled" else 1
+            weight.sign_().mul_(math.sqrt(2 / (weight[0].numel() * density)))
+    return frozen
 
 
 def finished(ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:

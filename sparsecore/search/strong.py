@@ -1,15 +1,20 @@
 """Strong tickets: a subnetwork of untrained weights that works as it is (arXiv 2603.08914)."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from ..batches import EpochBatches
+from ..convert import require_dense_parameters
 from ..gates import AbstractGate, Gaussian
 from ..objectives import Objective, task
+from ..progress import Progress
 from ..tickets import Ticket
-from .finished import finished
-from .gated import AbstractGateSearch
+from .finished import check_weights, finished, searched_in
+from .gated import AbstractGateSearch, Member
+from .protocol import Watch
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class StrongSearch(AbstractGateSearch):
     `watch`, the accuracy with the gates at their mean and of the ticket that would be found by then, by epoch.
 
     Args:
+        weights: that are searched in, "as-is" or as `EdgePopup` has them, "scaled" by the ticket's density.
         lr: at ten times this GradBalance closes nearly all gates before it can notice.
         start_density: 0.84 is mu = 0.5 at sigma = 0.5.
     """
@@ -36,10 +42,32 @@ class StrongSearch(AbstractGateSearch):
     gain_lr: float = 0.0
     start_density: float | None = 0.84
     ramp: float = 0.6
+    weights: str = "as-is"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_weights(self.weights)
 
     @property
     def name(self) -> str:
         return "strong"
+
+    def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
+        return super()._meta(sparsity, seed) | {"weights": self.weights}
+
+    def _find(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        members: list[Member],
+        progress: Progress,
+        checkpoint: Path | None,
+        watch: Watch | None,
+    ) -> list[Ticket]:
+        if self.weights != "as-is":
+            densities = dict.fromkeys(require_dense_parameters(model), 1 - members[0][0])
+            model = searched_in(model, self.weights, densities)
+        return super()._find(model, batches, members, progress, checkpoint, watch)
 
     def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
         return finished(ticket, model, batches)
