@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
+from ..gates import AbstractGate, Concrete
 from ..objectives import Objective, task
 from ..patterns import Gated
 from ..training import Recipe, optimizer_for
@@ -32,6 +33,7 @@ class JointSearch(AbstractGateSearch):
     Args:
         epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
             magnitude pruning at any sparsity.
+        gate: nearly without noise.  What draws shake keeps the weights from following: README and search log.
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with
@@ -44,9 +46,10 @@ class JointSearch(AbstractGateSearch):
     epochs: int | None = None
     pace: float = 4.5
     objective: Objective = task
+    gate: AbstractGate = field(default_factory=lambda: Concrete(tau=10.0))
     gain_lr: float = 0.0
     start_density: float | None = 0.5
-    ramp: float = 0.4
+    ramp: float = 0.25
     recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
