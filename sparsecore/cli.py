@@ -306,7 +306,7 @@ def demo(
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
-    """A comparison on scikit-learn's handwritten digits, in about a minute on two cores."""
+    """A comparison on scikit-learn's handwritten digits, in a minute or two on two cores."""
     target = device_of(device)
     setup = Setup(
         model="lenet-300-100",
@@ -320,7 +320,7 @@ def demo(
     dataset = data_of(setup)
     methods = ["joint", "cts", "cts+shuffle", "snip", "magnitude", "random"]
     report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), out, target, json_file)  # fmt: skip
-    best = out / "tickets" / f"cts-0.99-{seed}.safetensors"
+    best = out / "tickets" / f"joint-0.99-{seed}.safetensors"
     console.print(
         "\nTry next:\n"
         f"  sparsecore info {best}\n"
