@@ -81,7 +81,7 @@ def fingerprint(model: nn.Module, batches: EpochBatches, *facts: Any) -> str:
 
 def seconds(path: Path | None) -> float:
     """How long the run behind a checkpoint had taken when it was written; 0 where there is none."""
-    return read(path)[1]["seconds"] if path is not None and path.is_file() else 0.0
+    return read(path)[1].get("seconds", 0.0) if path is not None and path.is_file() else 0.0
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:

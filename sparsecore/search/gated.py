@@ -141,6 +141,7 @@ class AbstractGateSearch(ABC):
         checkpoint: Path | None,
         watch: Watch | None,
     ) -> list[Ticket]:
+        model = self._searched(model, members[0][0])
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         for sparsity, _ in members:
@@ -179,6 +180,10 @@ class AbstractGateSearch(ABC):
             self.lr_drop_at,
             str(self.granularity),
         )
+
+    def _searched(self, model: nn.Module, sparsity: float) -> nn.Module:
+        """The model that is searched, whose weights the ticket brings."""
+        return model
 
     def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
         """What is left to do once the model is as it was."""

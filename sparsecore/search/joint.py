@@ -33,7 +33,7 @@ class JointSearch(AbstractGateSearch):
     Args:
         epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
             magnitude pruning at any sparsity.
-        gate: nearly without noise.  What draws shake keeps the weights from following: README and search log.
+        gate: nearly without noise, under which the weights learn better (bench/results/search-log.md).
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with

@@ -1,7 +1,6 @@
 """Strong tickets: a subnetwork of untrained weights that works as it is (arXiv 2603.08914)."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -10,11 +9,9 @@ from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..gates import AbstractGate, Gaussian
 from ..objectives import Objective, task
-from ..progress import Progress
 from ..tickets import Ticket
 from .finished import check_weights, finished, searched_in
-from .gated import AbstractGateSearch, Member
-from .protocol import Watch
+from .gated import AbstractGateSearch
 
 
 @dataclass(frozen=True)
@@ -55,19 +52,11 @@ class StrongSearch(AbstractGateSearch):
     def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
         return super()._meta(sparsity, seed) | {"weights": self.weights}
 
-    def _find(
-        self,
-        model: nn.Module,
-        batches: EpochBatches,
-        members: list[Member],
-        progress: Progress,
-        checkpoint: Path | None,
-        watch: Watch | None,
-    ) -> list[Ticket]:
-        if self.weights != "as-is":
-            densities = dict.fromkeys(require_dense_parameters(model), 1 - members[0][0])
-            model = searched_in(model, self.weights, densities)
-        return super()._find(model, batches, members, progress, checkpoint, watch)
+    def _searched(self, model: nn.Module, sparsity: float) -> nn.Module:
+        if self.weights == "as-is":
+            return model
+        densities = dict.fromkeys(require_dense_parameters(model), 1 - sparsity)
+        return searched_in(model, self.weights, densities)
 
     def _finish(self, ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
         return finished(ticket, model, batches)
