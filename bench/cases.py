@@ -65,7 +65,7 @@ class StepBench:
         )
         self._scopes = [
             batch_statistics(self.model),
-            self.search._gated(self.model, sc.sparse_layers(self.model), DENSITY),
+            self.search._gated(self.model, sc.sparse_layers(self.model), 1 - DENSITY),
         ]
         self._scopes[0].__enter__()
         gated = self._scopes[1].__enter__()

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .control import CONTROLS, AbstractController
@@ -60,8 +60,9 @@ def replaced(value: T, options: Mapping[str, Any], what: str) -> T:
     made = {}
     for key, text in options.items():
         hint = hints[choose(f"{what} field", key, sorted(hints))]
-        if hint in _MAKERS:
-            made[key] = _MAKERS[hint](str(text))
+        make = _maker(hint)
+        if make is not None and text is not None:
+            made[key] = make(str(text))
         elif _fits(text, hint):
             made[key] = tuple(text) if isinstance(text, list) else text
         else:
@@ -83,8 +84,13 @@ def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
         ) from None
 
 
+def _maker(hint: Any) -> Callable[[str], Any] | None:
+    """What makes such a field from a text, None being one of its values or not."""
+    return next((_MAKERS[kind] for kind in (hint, *get_args(hint)) if kind in _MAKERS), None)
+
+
 def _settable(hint: Any) -> bool:
-    if hint in _MAKERS or hint in (int, float, bool, str, type(None)):
+    if _maker(hint) is not None or hint in (int, float, bool, str, type(None)):
         return True
     if get_origin(hint) is tuple:
         return all(_settable(kind) for kind in get_args(hint) if kind is not Ellipsis)

@@ -68,7 +68,7 @@ def _with_gates(search: G, setup: "Setup", seed: int) -> G:
         options["objective"] = objective_of(setup.objective)
     if setup.control is not None:
         options["control"] = control_of(setup.control)
-    if setup.tau is not None and isinstance(search.gate, Concrete):
+    if setup.tau is not None and isinstance(search.gate, Concrete | None):
         options["gate"] = Concrete(setup.tau)
     given = {key: value for key, value in options.items() if value is not None}
     return replace(search, **given)

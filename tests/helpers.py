@@ -62,6 +62,17 @@ def mlp(features: int = 12, hidden: int = 24, classes: int = 4, seed: int = 0) -
     )
 
 
+def convolutional(seed: int = 0) -> nn.Module:
+    """A convolution, BatchNorm and a head, for the blobs' 12 features."""
+    return seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 16, 2), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.Flatten(), nn.Linear(16, 4),
+        ),
+        seed,
+    )  # fmt: skip
+
+
 class Fixed:
     """The same few samples as one batch."""
 

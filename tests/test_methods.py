@@ -48,6 +48,9 @@ def test_what_the_setup_leaves_open_is_the_methods_own() -> None:
     assert setup().search("cts", seed=0) == ConcreteSearch()
     assert setup(tau=0.5).search("cts", seed=0).gate == Concrete(0.5)
     assert setup(tau=0.5).search("strong", seed=0).gate == Gaussian()
+    assert setup(tau=0.5).search("joint", seed=0).gate == Concrete(0.5)
+    for unsaid in (setup(), setup(tau=0.5)):
+        assert unsaid.search("joint:gate=null", seed=0).gate is None
     assert setup(control="lagrangian", gain_lr=0.0).search("joint", seed=0).gain_lr == 0
 
 

@@ -54,7 +54,7 @@ class AbstractGateSearch(ABC):
     epochs: int | None = 10
     objective: Objective = reverse_kl
     control: AbstractController = field(default_factory=GradBalance)
-    gate: AbstractGate = field(default_factory=lambda: Concrete(tau=1.0))
+    gate: AbstractGate | None = field(default_factory=lambda: Concrete(tau=1.0))
     granularity: Granularity = field(default_factory=Weight)
     lr: float = 0.1
     gain_lr: float = 0.01
@@ -101,6 +101,12 @@ class AbstractGateSearch(ABC):
         if self.epochs is None:
             raise ValueError(f"search epochs of {self.name}: expected at least 1, got None")
         return self.epochs
+
+    def gate_for(self, sparsity: float) -> AbstractGate:
+        """The gate for a ticket of `sparsity`.  Errors: ValueError where that is not said."""
+        if self.gate is None:
+            raise ValueError(f"gate of {self.name}: expected one, got None")
+        return self.gate
 
     def __call__(
         self,
@@ -151,7 +157,7 @@ class AbstractGateSearch(ABC):
         run = ""
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, self._facts(members))
-        with self._gated(model, layers, self._first_density(members[0][0])) as gated:
+        with self._gated(model, layers, members[0][0]) as gated:
             step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
             work = _GateEpochs(step, self, members, batches, watch)
             epochs = self.epochs_for(members[0][0])
@@ -202,7 +208,7 @@ class AbstractGateSearch(ABC):
             "method": self.name,
             "objective": self.objective.name,
             "control": repr(self.control),
-            "gate": repr(self.gate),
+            "gate": repr(self.gate_for(sparsity)),
             "sparsity": sparsity,
             "seed": seed,
             "search_epochs": self.epochs_for(sparsity),
@@ -229,16 +235,19 @@ class AbstractGateSearch(ABC):
     @property
     def fusible(self) -> bool:
         """Whether `kernels.GateBank` knows the gate and the objective differentiates once."""
-        return self.gate.spec is not None and not self.objective.second_order
+        known = self.gate is None or self.gate.spec is not None
+        return known and not self.objective.second_order
 
     @contextmanager
     def _gated(
-        self, model: nn.Module, layers: dict[str, SparseLayer], density: float
+        self, model: nn.Module, layers: dict[str, SparseLayer], sparsity: float
     ) -> Iterator[dict[str, Gated]]:
         """Gates in every sparse layer, parameters frozen unless they train; undone on leaving."""
+        gate, density = self.gate_for(sparsity), self._first_density(sparsity)
         patterns = {name: layer.pattern for name, layer in layers.items()}
         required = {p: p.requires_grad for p in model.parameters()}
         memory = {p: p.data for p in required}
+        grads = {p: p.grad for p in required}
         values = {p: p.detach().clone() for p in required} if self.trains_weights else {}
         gated = {}
         with batch_statistics(model):
@@ -249,7 +258,7 @@ class AbstractGateSearch(ABC):
                 for index, (name, layer) in enumerate(layers.items()):
                     gated[name] = layer.pattern = Gated(
                         layer.raw_weight.shape,
-                        self.gate,
+                        gate,
                         self.granularity,
                         density=density,
                         seed=self.seed,
@@ -263,7 +272,7 @@ class AbstractGateSearch(ABC):
                     layer.pattern = patterns[name]
                 for p, flag in required.items():
                     p.requires_grad_(flag)
-                    p.data = memory[p]
+                    p.data, p.grad = memory[p], grads[p]
                     if p in values:
                         p.data.copy_(values[p])
 
@@ -308,14 +317,14 @@ class _GateEpochs(Epochs):
     def scores(self) -> list[dict[str, torch.Tensor]]:
         """Of each ticket, by layer."""
         return [
-            {name: self.search.gate.score(s.detach()) for name, s in logits.items()}
+            {name: self.step.gate.score(s.detach()) for name, s in logits.items()}
             for logits in self.step.logits()
         ]
 
     def _record(self, index: int, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
         """Expected sparsity by layer, and what `watch` says of soft gates and of the ticket by then."""
         layers, gated = self.step.net.layers, self.step.gated
-        kept = self.step.kept.by_layer(self.search.gate, [*logits.values()]).tolist()
+        kept = self.step.kept.by_layer(self.step.gate, [*logits.values()]).tolist()
         counts = [layers[name].raw_weight.numel() for name in logits]
         record = {
             "epoch": index + 1,

@@ -33,7 +33,8 @@ class JointSearch(AbstractGateSearch):
     Args:
         epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
             magnitude pruning at any sparsity.
-        gate: nearly without noise, under which the weights learn better (bench/results/search-log.md).
+        gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
+            the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with
@@ -46,7 +47,7 @@ class JointSearch(AbstractGateSearch):
     epochs: int | None = None
     pace: float = 4.5
     objective: Objective = task
-    gate: AbstractGate = field(default_factory=lambda: Concrete(tau=10.0))
+    gate: AbstractGate | None = None
     gain_lr: float = 0.0
     start_density: float | None = 0.5
     ramp: float = 0.25
@@ -70,6 +71,11 @@ class JointSearch(AbstractGateSearch):
         if self.epochs is not None:
             return self.epochs
         return max(1, round(self.pace * (0.5 - math.log1p(-sparsity))))
+
+    def gate_for(self, sparsity: float) -> AbstractGate:
+        if self.gate is not None:
+            return self.gate
+        return Concrete(tau=min(10.0, 100.0 * math.sqrt(1 - sparsity)))
 
     @property
     def trains_weights(self) -> bool:

@@ -39,7 +39,8 @@ class SearchStep(ABC):
     ) -> None:
         self.search, self.gated, self.members = search, gated, members
         self.net = Net(model)
-        self.device = next(iter(gated.values())).logits.device
+        first = next(iter(gated.values()))
+        self.gate, self.device = first.gate, first.logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
         self.batchwise = any(isinstance(m, _BatchNorm) for m in model.modules())
         shapes = {name: layer.raw_weight.shape for name, layer in self.net.layers.items()}
@@ -113,7 +114,7 @@ class FusedStep(SearchStep):
     def _build(self, out: list[Tensor] | None = None) -> None:
         """The bank of all members, one after the other, and the teacher's weights."""
         search, members = self.search, self.members
-        spec, rule = search.gate.spec, search.control.rule
+        spec, rule = self.gate.spec, search.control.rule
         assert spec is not None
         weights = [self._memory(layer.raw_weight.detach()) for layer in self.net.layers.values()]
         self.state: State = search.control.init(self.device)
@@ -121,7 +122,7 @@ class FusedStep(SearchStep):
             weights * len(members),
             gate=spec,
             unit=search.granularity.unit,
-            start=[search.gate.init(search.start_density or density) for density, _ in members],
+            start=[self.gate.init(search.start_density or density) for density, _ in members],
             seeds=[seed for _, seed in members for _ in weights],
             layers=[*range(len(weights))] * len(members),
             groups=[i for i in range(len(members)) for _ in weights],
@@ -353,7 +354,7 @@ class PlainStep(SearchStep):
         found, follow = grads[: len(self.params)], grads[len(self.params) :]
         search = self.search
         pulled, self.state = self.kept.pulled(
-            search.control, self.state, search.gate, self.params, found, target
+            search.control, self.state, self.gate, self.params, found, target
         )
         for p, grad in zip((*self.params, *self.gains), (*pulled, *follow), strict=True):
             p.grad = grad

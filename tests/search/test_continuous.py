@@ -2,22 +2,18 @@
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import GRANULARITIES, Blobs, mlp, randn, seeded
+from helpers import GRANULARITIES, Blobs, convolutional, mlp, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
-from sparsecore.batches import Batch
-from sparsecore.control import AbstractController, FixedPenalty, GradBalance, Lagrangian
+from sparsecore.control import FixedPenalty, GradBalance
 from sparsecore.gates import Annealed
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
-from sparsecore.search import SearchError
 from sparsecore.search.continuous import ContinuousSparsification, _ContinuousEpochs
 from sparsecore.training import Recipe, evaluate, train
 
@@ -26,19 +22,6 @@ SGD = Recipe(lr=0.1, momentum=0.0, schedule="cosine")
 
 def accuracy(model: nn.Module) -> float:
     return evaluate(model, Blobs())
-
-
-def convolutional() -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Unflatten(1, (3, 2, 2)),
-            nn.Conv2d(3, 16, 2),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(16, 4),
-        )
-    )
 
 
 def begun(search: ContinuousSparsification, density: float = 0.2) -> _ContinuousEpochs:
@@ -246,111 +229,6 @@ def test_the_soft_network_is_watched_and_that_changes_nothing() -> None:
     assert all("accuracy" not in r for r in blind.meta["progress"])
 
 
-def test_the_search_is_deterministic() -> None:
-    model, search = sc.sparsify_(mlp()), ContinuousSparsification(epochs=2)
-    tickets = [search(model, Blobs(), sparsity=0.8) for _ in range(2)]
-    assert tickets[0].hash == tickets[1].hash and tickets[0].meta == tickets[1].meta
-    assert tickets[0].meta["method"] == "continuous" and tickets[0].meta["sparsity"] == 0.8
-
-
-class Killed(Blobs):
-    """Dies when epochs are asked for once too often."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        return super().epoch(index)
-
-
-@pytest.mark.parametrize("control", [GradBalance(), Lagrangian(), FixedPenalty(1.0)], ids=repr)
-@pytest.mark.parametrize("after", range(1, 4))
-def test_a_killed_search_goes_on_to_the_same_ticket(
-    after: int, control: AbstractController, tmp_path: Path
-) -> None:
-    model, blobs = sc.sparsify_(convolutional()), Blobs()
-    recipe = Recipe(optimizer="adam", lr=1e-2)
-    search = ContinuousSparsification(epochs=3, control=control, recipe=recipe)
-    checkpoint = tmp_path / "search.safetensors"
-    expected = search(model, blobs, sparsity=0.6)
-    with pytest.raises(KeyboardInterrupt):  # the first epoch asked for is the fingerprint's
-        search(model, Killed(after), sparsity=0.6, checkpoint=checkpoint)
-    assert checkpoint.exists() == (after > 1)
-    ticket = search(model, blobs, sparsity=0.6, checkpoint=checkpoint)
-    assert ticket.hash == expected.hash and ticket.meta == expected.meta
-    assert ticket.scores is not None and expected.scores is not None
-    assert all(torch.equal(ticket.scores[k], v) for k, v in expected.scores.items())
-    assert not checkpoint.exists()
-
-
-def test_killed_after_the_last_epoch(tmp_path: Path) -> None:
-    model, checkpoint = sc.sparsify_(mlp()), tmp_path / "search.safetensors"
-    search, kept = ContinuousSparsification(epochs=2), tmp_path / "kept.safetensors"
-    finished = []
-
-    def watch(net: nn.Module) -> float:
-        finished.append(net)
-        return 0.0
-
-    expected = search(model, Blobs(), sparsity=0.6, watch=watch)
-
-    class Copied(type(checkpoint)):
-        """Keeps what the search removes at its end."""
-
-        def unlink(self, missing_ok: bool = False) -> None:
-            self.rename(kept)
-
-    search(model, Blobs(), sparsity=0.6, checkpoint=Copied(checkpoint), watch=watch)
-    finished.clear()
-    again = search(model, Blobs(), sparsity=0.6, checkpoint=kept, watch=watch)
-    assert again.hash == expected.hash and again.meta == expected.meta and not finished
-
-
-def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
-    model, checkpoint = sc.sparsify_(mlp()), tmp_path / "search.safetensors"
-    search = ContinuousSparsification(epochs=3)
-    with pytest.raises(KeyboardInterrupt):
-        search(model, Killed(3), sparsity=0.6, checkpoint=checkpoint)
-    others = [
-        (replace(search, recipe=SGD), model, 0.6),
-        (replace(search, final_temperature=100.0), model, 0.6),
-        (search, sc.sparsify_(mlp(seed=1)), 0.6),
-        (search, model, 0.5),
-    ]
-    for other, net, sparsity in others:
-        with pytest.raises(SearchError, match="belongs to another search"):
-            other(net, Blobs(), sparsity=sparsity, checkpoint=checkpoint)
-    with pytest.raises(SearchError, match="belongs to another search"):
-        search(model, Blobs(batch=32), sparsity=0.6, checkpoint=checkpoint)
-    search(model, Blobs(), sparsity=0.6, checkpoint=checkpoint)
-
-
-@pytest.mark.parametrize("poisoned", [False, True])
-def test_the_model_stays_as_it_was(poisoned: bool) -> None:
-    model = sc.sparsify_(convolutional())
-    model[2].eval()
-    sc.sparse_layers(model)["5"].set_mask_(randn(4, 16) > 0)
-    for p in model.parameters():
-        p.requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
-    kinds = [(type(m), m.training) for m in model.modules()]
-    data = Blobs()
-    if poisoned:
-        data.x[3] = float("nan")
-        with pytest.raises(SearchError, match="epoch 1: the objective task is not finite"):
-            ContinuousSparsification(epochs=1)(model, data, sparsity=0.5)
-    else:
-        ContinuousSparsification(epochs=1)(model, data, sparsity=0.5, watch=accuracy)
-    assert [(type(m), m.training) for m in model.modules()] == kinds
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert all(p.grad is None and not p.requires_grad for p in model.parameters())
-
-
 def test_bf16_comes_to_nearly_the_same() -> None:
     model, data = sc.sparsify_(mlp()), Blobs()
     losses = []
@@ -359,17 +237,6 @@ def test_bf16_comes_to_nearly_the_same() -> None:
         records = search(model, data, sparsity=0.6).meta["progress"]
         losses.append([r["objective"] for r in records])
     assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.05)
-
-
-class Untouched(Blobs):
-    def epoch(self, index: int) -> Iterator[Batch]:
-        raise AssertionError("the search has begun")
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 0, 1.0, float("nan")])
-def test_sparsities_that_no_search_can_have(sparsity: float) -> None:
-    with pytest.raises(ValueError, match="sparsity"):
-        ContinuousSparsification()(sc.sparsify_(mlp()), Untouched(), sparsity=sparsity)
 
 
 @pytest.mark.parametrize(
@@ -389,12 +256,3 @@ def test_sparsities_that_no_search_can_have(sparsity: float) -> None:
 def test_bad_fields_are_refused(bad: dict) -> None:
     with pytest.raises(ValueError, match="expected"):
         ContinuousSparsification(**bad)
-
-
-def test_bad_arguments_name_the_mend() -> None:
-    with pytest.raises(ValueError, match="sparsify_"):
-        ContinuousSparsification()(mlp(), Untouched(), sparsity=0.5)
-    with pytest.raises(ValueError, match="2:4 allows at most"):
-        ContinuousSparsification(granularity=NM(2, 4))(
-            sc.sparsify_(mlp()), Untouched(), sparsity=0.3
-        )

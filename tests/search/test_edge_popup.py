@@ -4,21 +4,18 @@ import copy
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import GRANULARITIES, Blobs, generator, mlp, randn, seeded
+from helpers import GRANULARITIES, Blobs, convolutional, generator, mlp, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import Batch
 from sparsecore.granularity import NM, Block, Channel, Granularity
-from sparsecore.progress import Advance, Progress
-from sparsecore.search import SearchError
 from sparsecore.search.edge_popup import EdgePopup, _PopupEpochs
 from sparsecore.training import evaluate
 
@@ -36,21 +33,6 @@ class OneBatch(Blobs):
 
 def accuracy(model: nn.Module) -> float:
     return evaluate(model, Blobs())
-
-
-def convolutional(seed: int = 0) -> nn.Module:
-    """Convolutions, BatchNorm and a head, for the blobs' 12 features."""
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Unflatten(1, (3, 2, 2)),
-            nn.Conv2d(3, 16, 2),
-            nn.BatchNorm2d(16),
-            nn.ReLU(),
-            nn.Flatten(),
-            nn.Linear(16, 4),
-        ),
-        seed,
-    )
 
 
 def first_scores(shape: tuple[int, ...], draws: torch.Generator) -> Tensor:
@@ -261,89 +243,9 @@ def test_the_seed_decides_and_nothing_else() -> None:
     assert first.meta["method"] == "edge-popup" and first.meta["seed"] == 0
 
 
-class Killed(Blobs):
-    """Dies when epochs are asked for once too often."""
-
-    def __init__(self, after: int) -> None:
-        super().__init__()
-        self.left = after
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        if self.left == 0:
-            raise KeyboardInterrupt
-        self.left -= 1
-        return super().epoch(index)
-
-
-@pytest.mark.parametrize("after", range(6))
-def test_a_killed_search_goes_on_to_the_same_ticket(after: int, tmp_path: Path) -> None:
-    """Killed at the fingerprint, in each of three epochs' first batch, in the last statistics, or later."""
-    model, blobs = sc.sparsify_(convolutional()), Blobs()
-    search, checkpoint = EdgePopup(epochs=3), tmp_path / "search.safetensors"
-    expected = search(model, blobs, sparsity=0.6)
-    dies = after < 5
-    if dies:
-        with pytest.raises(KeyboardInterrupt):
-            search(model, Killed(after), sparsity=0.6, checkpoint=checkpoint)
-    else:
-        search(model, Killed(after), sparsity=0.6, checkpoint=checkpoint)
-    assert checkpoint.exists() == (2 <= after < 5)
-    ticket = search(model, blobs, sparsity=0.6, checkpoint=checkpoint)
-    assert ticket.hash == expected.hash and ticket.meta == expected.meta
-    assert all(torch.equal(ticket.weights[k], v) for k, v in expected.weights.items())
-    assert not checkpoint.exists()
-
-
-def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
-    model, search, checkpoint = sc.sparsify_(mlp()), EdgePopup(epochs=3), tmp_path / "s.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        search(model, Killed(3), sparsity=0.6, checkpoint=checkpoint)
-    others = [
-        (replace(search, weights="scaled"), model, 0.6),
-        (replace(search, distribution=lambda shapes, p: {"0": 0.4, "2": 0.5}), model, 0.6),
-        (search, sc.sparsify_(mlp(seed=1)), 0.6),
-        (search, model, 0.5),
-    ]
-    for other, net, sparsity in others:
-        with pytest.raises(SearchError, match="belongs to another search"):
-            other(net, Blobs(), sparsity=sparsity, checkpoint=checkpoint)
-    with pytest.raises(SearchError, match="belongs to another search"):
-        search(model, Blobs(batch=32), sparsity=0.6, checkpoint=checkpoint)
-    search(model, Blobs(), sparsity=0.6, checkpoint=checkpoint)
-
-
-@pytest.mark.parametrize("poisoned", [False, True])
-def test_the_model_stays_as_it_was(poisoned: bool) -> None:
-    model = sc.sparsify_(convolutional())
-    model[2].eval()
-    sc.sparse_layers(model)["5"].set_mask_(randn(4, 16) > 0)
-    model[5].bias.requires_grad_(False)
-    before = copy.deepcopy(model.state_dict())
-    kinds = [(type(m), m.training) for m in model.modules()]
-    required = [p.requires_grad for p in model.parameters()]
-    data = Blobs()
-    if poisoned:
-        data.x[3] = float("nan")
-        with pytest.raises(SearchError, match="epoch 1: the objective task is not finite"):
-            EdgePopup(epochs=1)(model, data, sparsity=0.5)
-    else:
-        EdgePopup(epochs=1)(model, data, sparsity=0.5, watch=accuracy)
-    assert [(type(m), m.training) for m in model.modules()] == kinds
-    assert [p.requires_grad for p in model.parameters()] == required
-    assert list(model.state_dict()) == list(before)
-    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
-    assert all(p.grad is None for p in model.parameters())
-
-
 class Untouched(Blobs):
     def epoch(self, index: int) -> Iterator[Batch]:
         raise AssertionError("the search has begun")
-
-
-@pytest.mark.parametrize("sparsity", [-0.1, 0, 1.0, float("nan")])
-def test_sparsities_that_no_search_can_have(sparsity: float) -> None:
-    with pytest.raises(ValueError, match="sparsity"):
-        EdgePopup()(sc.sparsify_(mlp()), Untouched(), sparsity=sparsity)
 
 
 @pytest.mark.parametrize(
@@ -374,31 +276,3 @@ def test_bad_arguments_name_the_mend() -> None:
         EdgePopup(momentum=1)
     with pytest.raises(ValueError, match="weight_decay"):
         EdgePopup(weight_decay=-1)
-
-
-class Counted(Progress):
-    """Bars as (name, total, steps taken)."""
-
-    def __init__(self) -> None:
-        super().__init__(enabled=False)
-        self.bars: list[list] = []
-
-    @contextmanager
-    def task(self, name: str, total: int) -> Iterator[Advance]:
-        bar = [name, total, 0]
-        self.bars.append(bar)
-
-        class Counting(Advance):
-            def __call__(self, steps: int = 1, **values: object) -> None:
-                bar[2] += steps
-
-        yield Counting(None, None)
-
-
-def test_progress_is_told_of_every_step_also_of_those_done_before(tmp_path: Path) -> None:
-    model, search, checkpoint = sc.sparsify_(mlp()), EdgePopup(epochs=3), tmp_path / "s.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        search(model, Killed(3), sparsity=0.6, checkpoint=checkpoint)
-    progress = Counted()
-    search(model, Blobs(), sparsity=0.6, checkpoint=checkpoint, progress=progress)
-    assert progress.bars == [["search", 12, 12]]

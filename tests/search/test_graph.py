@@ -108,7 +108,7 @@ def test_a_step_never_waits_for_the_device(
     monkeypatch.setattr(gate_bank, "balanced_step_ref_", gate_bank._step)
     model = model_for(digits, name)
     batches = Batches(digits, "train", 64, device=DEVICE)
-    with search._gated(model, sc.sparse_layers(model), 0.1) as gated:
+    with search._gated(model, sc.sparse_layers(model), 0.9) as gated:
         step = search._step(model, gated, [(0.1, 0)])
         step.schedule(2 * len(batches))
         feed = Feed(step, batches, graph=False)

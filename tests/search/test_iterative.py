@@ -2,9 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,7 +16,7 @@ from sparsecore.granularity import NM, Block, Channel, Granularity
 from sparsecore.models import resnet_20, vit_small
 from sparsecore.patterns import Masked
 from sparsecore.scores import SCORES, Score, grasp, magnitude, random, snip, synflow
-from sparsecore.search import OneShot, SearchError
+from sparsecore.search import OneShot
 from sparsecore.search.iterative import Iterative
 from sparsecore.sparsities import kept_count, top_k
 
@@ -157,49 +155,6 @@ def test_small_edge_units_do_not_come_back_either() -> None:
 def test_n_of_m_begins_at_what_it_allows() -> None:
     _, rounds = watched(Iterative(snip, 3, NM(1, 4)), sc.sparsify_(mlp()), 0.8)
     assert [sum(int(m.sum()) for m in masks.values()) for masks in rounds] == [96, 96, 76]
-
-
-@pytest.mark.parametrize("score", [snip, synflow])
-def test_a_killed_search_goes_on_to_the_same_ticket(score: Score, tmp_path: Path) -> None:
-    class Killed(Blobs):
-        def __init__(self, at: int) -> None:
-            super().__init__()
-            self.at = at
-
-        def epoch(self, index: int) -> Iterator[Batch]:
-            if index == self.at:
-                raise KeyboardInterrupt
-            return super().epoch(index)
-
-    model, path = sc.sparsify_(mlp()), tmp_path / "search.safetensors"
-    search = Iterative(score, rounds=5, granularity=Block(1, 2))
-    expected, _ = watched(search, model, 0.9)
-    for at in range(1, 5):
-        calls: list[nn.Module] = []
-
-        def watch(net: nn.Module, calls: list[nn.Module] = calls) -> float:
-            calls.append(net)
-            return float(len(calls))
-
-        def run(batches: Blobs, sparsity: float = 0.9, of: Iterative = search) -> sc.Ticket:
-            return of(model, batches, sparsity=sparsity, checkpoint=path, watch=watch)
-
-        with pytest.raises(KeyboardInterrupt):
-            run(Killed(at))
-        assert path.exists() and len(calls) == at
-        with pytest.raises(SearchError, match="belongs to another search"):
-            run(Blobs(), sparsity=0.8)
-        with pytest.raises(SearchError, match="belongs to another search"):
-            run(Blobs(), of=replace(search, rounds=6))
-        with pytest.raises(SearchError, match="belongs to another search"):
-            run(Blobs(), of=replace(search, granularity=Block(2, 2)))
-        with pytest.raises(SearchError, match="belongs to another search"):
-            run(Blobs(batch=32))
-        ticket = run(Blobs())
-        assert ticket.hash == expected.hash and ticket.meta == expected.meta
-        assert ticket.scores is not None and expected.scores is not None
-        assert all(torch.equal(ticket.scores[n], s) for n, s in expected.scores.items())
-        assert len(calls) == 5 and not path.exists()
 
 
 def test_the_model_is_given_back_also_by_a_search_that_fails() -> None:

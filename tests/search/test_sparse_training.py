@@ -248,30 +248,6 @@ def test_a_killed_run_goes_on_to_the_same_ticket(
         assert not checkpoint.exists()
 
 
-def test_a_checkpoint_of_another_search_is_refused(tmp_path: Path) -> None:
-    search, checkpoint = RigL(ADAMW, 4, interval=3), tmp_path / "c"
-    with pytest.raises(KeyboardInterrupt):
-        search(sparse_mlp(), Killed(2, 0), sparsity=0.8, checkpoint=checkpoint)
-    for other, sparsity in (
-        (replace(search, drop=0.2), 0.8),
-        (replace(search, stop=0.7), 0.8),
-        (replace(search, seed=1), 0.8),
-        (search, 0.81),
-        (SET(ADAMW, 4), 0.8),
-    ):
-        with pytest.raises(SearchError, match="belongs to another"):
-            other(sparse_mlp(), Blobs(), sparsity=sparsity, checkpoint=checkpoint)
-    with pytest.raises(SearchError, match="belongs to another"):
-        search(sc.sparsify_(mlp(seed=1)), Blobs(), sparsity=0.8, checkpoint=checkpoint)
-    assert checkpoint.exists()
-    # Gradual pruning starts with the same masks at every sparsity.
-    gradual, checkpoint = SEARCHES[2], tmp_path / "d"
-    with pytest.raises(KeyboardInterrupt):
-        gradual(sparse_mlp(), Killed(2, 0), sparsity=0.8, checkpoint=checkpoint)
-    with pytest.raises(SearchError, match="belongs to another"):
-        gradual(sparse_mlp(), Blobs(), sparsity=0.7, checkpoint=checkpoint)
-
-
 @each_search
 def test_a_run_that_fails_gives_the_model_back(search: AbstractSparseTraining) -> None:
     model = batchnorm_net()

@@ -1,0 +1,233 @@
+"""What every search owes, whatever it does: see `sparsecore.search.Search`.
+
+Searches by rounds of training have more to keep than one checkpoint: test_rewinding and test_round_files.
+"""
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import Blobs, convolutional, equal, mlp, randn
+from torch import Tensor, nn
+
+import sparsecore as sc
+from sparsecore.batches import Batch
+from sparsecore.control import FixedPenalty, Lagrangian
+from sparsecore.granularity import NM, Block
+from sparsecore.progress import Advance, Progress
+from sparsecore.scores import snip, synflow
+from sparsecore.search import Search, SearchError
+from sparsecore.search.dynamic import SET, GradualMagnitude, RigL
+from sparsecore.search.edge_popup import EdgePopup
+from sparsecore.training import Recipe, evaluate
+
+ADAM, SGD = Recipe(optimizer="adam", lr=1e-2), Recipe(lr=0.05, weight_decay=0.1)
+SEARCHES: dict[str, Any] = {
+    "joint": sc.JointSearch(epochs=4),
+    "joint-sgd": sc.JointSearch(epochs=4, recipe=SGD),
+    "cts": sc.ConcreteSearch(epochs=4),
+    "strong": sc.StrongSearch(epochs=4),
+    "continuous": sc.ContinuousSparsification(epochs=4),
+    "continuous-lagrangian": sc.ContinuousSparsification(epochs=4, control=Lagrangian()),
+    "continuous-fixed": sc.ContinuousSparsification(epochs=4, recipe=ADAM, control=FixedPenalty(1)),
+    "edge-popup": EdgePopup(epochs=4),
+    "iterative-snip": sc.Iterative(snip, rounds=4),
+    "iterative-blocks": sc.Iterative(snip, rounds=4, granularity=Block(1, 2)),
+    "synflow": sc.Iterative(synflow, rounds=4),
+    "set": SET(ADAM, 4),
+    "rigl": RigL(SGD, 4, interval=3),
+    "gmp": GradualMagnitude(ADAM, 4, updates=5),
+    "gradual": GradualMagnitude(ADAM, 4, updates=5, rewind=True),
+}
+# The same searches but for one field, each a name that another checkpoint must not answer to.
+OTHERS: dict[str, dict[str, Any]] = {
+    "joint": {"recipe": SGD, "ramp": 0.5, "start_density": 0.4, "lr_drop": 0.5, "seed": 1},
+    "cts": {"lr": 0.2, "gain_lr": 0.0, "granularity": Block(2, 2), "lr_drop_at": 0.5},
+    "strong": {"weights": "scaled"},
+    "continuous": {"recipe": SGD, "final_temperature": 100.0},
+    "edge-popup": {"weights": "scaled", "distribution": lambda shapes, p: {"1": 0.4, "5": 0.5}},
+    "iterative-snip": {"rounds": 6, "granularity": Block(2, 2), "seed": 1},
+    "rigl": {"drop": 0.2, "stop": 0.7, "seed": 1},
+    "gradual": {"updates": 4, "rewind": False},
+}
+each_search = pytest.mark.parametrize("name", SEARCHES)
+
+
+class Read(Blobs):
+    """Data that count the batches read of them; the reader dies at one of them."""
+
+    def __init__(self, dies_at: float = math.inf) -> None:
+        super().__init__()
+        self.dies_at, self.count = dies_at, 0
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        for batch in super().epoch(index):
+            self.count += 1
+            if self.count == self.dies_at:
+                raise KeyboardInterrupt
+            yield batch
+
+
+class Untouched(Blobs):
+    def epoch(self, index: int) -> Iterator[Batch]:
+        raise AssertionError("the search has begun")
+
+
+def network(seed: int = 0) -> nn.Module:
+    return sc.sparsify_(convolutional(seed))
+
+
+def accuracy(model: nn.Module) -> float:
+    return evaluate(model, Blobs())
+
+
+def facts(ticket: sc.Ticket) -> dict[str, Tensor]:
+    """All that a ticket holds as tensors."""
+    parts = {"mask": ticket.masks, "weight": ticket.weights, "score": ticket.scores or {}}
+    return {f"{kind}/{name}": t for kind, of in parts.items() for name, t in of.items()}
+
+
+@each_search
+def test_it_depends_on_its_arguments_alone(name: str) -> None:
+    search: Search = SEARCHES[name]
+    first, second = (search(network(), Blobs(), sparsity=0.6) for _ in range(2))
+    assert equal(facts(first), facts(second)) and first.meta == second.meta
+    assert first.meta["sparsity"] == 0.6
+
+
+@each_search
+def test_killed_at_any_batch_it_goes_on_to_the_same_ticket(name: str, tmp_path: Path) -> None:
+    search, model, path = SEARCHES[name], network(), tmp_path / "search.safetensors"
+    before, options = copy.deepcopy(model.state_dict()), {"sparsity": 0.6, "watch": accuracy}
+    whole = Read()
+    expected = search(model, whole, **options, checkpoint=path)
+    for dies_at in {1, whole.count // 3, whole.count // 2, whole.count - 1, whole.count}:
+        with pytest.raises(KeyboardInterrupt):
+            search(model, Read(dies_at), **options, checkpoint=path)
+        assert equal(before, model.state_dict())
+        rest = Read()
+        ticket = search(model, rest, **options, checkpoint=path)
+        assert equal(facts(ticket), facts(expected)) and ticket.meta == expected.meta
+        assert dies_at < whole.count - 1 or rest.count < whole.count
+        assert list(tmp_path.iterdir()) == []
+
+
+class Counted(Progress):
+    """Bars as [total, steps taken]."""
+
+    def __init__(self) -> None:
+        super().__init__(enabled=False)
+        self.bars: list[list[int]] = []
+
+    @contextmanager
+    def task(self, name: str, total: int) -> Iterator[Advance]:
+        bar = [total, 0]
+        self.bars.append(bar)
+
+        class Counting(Advance):
+            def __call__(self, steps: int = 1, **values: object) -> None:
+                bar[1] += steps
+
+        yield Counting(None, None)
+
+
+@each_search
+def test_progress_is_told_of_every_step_also_of_those_done_before(
+    name: str, tmp_path: Path
+) -> None:
+    search, path = SEARCHES[name], tmp_path / "search.safetensors"
+    search(network(), Blobs(), sparsity=0.6, progress=(whole := Counted()))
+    assert whole.bars and all(taken == total for total, taken in whole.bars)
+    with pytest.raises(KeyboardInterrupt):
+        search(
+            network(), Read(dies_at=4 if name == "synflow" else 12), sparsity=0.6, checkpoint=path
+        )
+    assert path.exists()
+    search(network(), Blobs(), sparsity=0.6, checkpoint=path, progress=(rest := Counted()))
+    assert rest.bars == whole.bars
+
+
+@each_search
+def test_killed_once_all_epochs_are_done(name: str, tmp_path: Path) -> None:
+    """What is left to do is not an epoch: nothing is watched again."""
+    search, model, watched = SEARCHES[name], network(), []
+    path, kept = tmp_path / "search.safetensors", tmp_path / "kept.safetensors"
+
+    class Copied(type(path)):
+        def unlink(self, missing_ok: bool = False) -> None:
+            self.rename(kept)
+
+    def watch(net: nn.Module) -> float:
+        watched.append(net)
+        return 0.0
+
+    expected = search(model, Blobs(), sparsity=0.6, checkpoint=Copied(path), watch=watch)
+    assert watched
+    watched.clear()
+    ticket = search(model, Blobs(), sparsity=0.6, checkpoint=kept, watch=watch)
+    assert not watched
+    assert equal(facts(ticket), facts(expected)) and ticket.meta == expected.meta
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_checkpoint_of_another_search_is_refused(name: str, tmp_path: Path) -> None:
+    search, path = SEARCHES[name], tmp_path / "search.safetensors"
+    with pytest.raises(KeyboardInterrupt):
+        search(network(), Read(dies_at=12), sparsity=0.6, checkpoint=path)
+    kept = path.read_bytes()
+    others = [(replace(search, **{k: v}), 0, Blobs(), 0.6) for k, v in OTHERS[name].items()]
+    others += [(search, 1, Blobs(), 0.6), (search, 0, Blobs(batch=32), 0.6)]
+    others += [(search, 0, Blobs(), 0.5)]
+    for other, seed, data, sparsity in others:
+        with pytest.raises(SearchError, match="belongs to another"):
+            other(network(seed), data, sparsity=sparsity, checkpoint=path)
+        assert path.read_bytes() == kept
+    search(network(), Blobs(), sparsity=0.6, checkpoint=path)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+@each_search
+def test_the_model_stays_as_it_was(name: str, poisoned: bool) -> None:
+    search, model = SEARCHES[name], network()
+    model.get_submodule("2").eval()
+    sc.sparse_layers(model)["5"].set_mask_(randn(4, 16) > 0)
+    if not name.startswith(("set", "rigl", "gmp", "gradual")):  # these train the model's own leaves
+        model.get_parameter("5.bias").requires_grad_(False)
+    grads = {p: torch.ones_like(p) for p in model.parameters()}
+    for p, grad in grads.items():
+        p.grad = grad
+    before = copy.deepcopy(model.state_dict())
+    memory = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
+    kinds = [(type(m), m.training, getattr(m, "pattern", None)) for m in model.modules()]
+    data = Blobs()
+    if poisoned and name != "synflow":  # which looks at no data
+        data.x[:] = float("nan")
+        with pytest.raises((SearchError, ValueError), match=r"not finite|NaN|check the data"):
+            search(model, data, sparsity=0.5)
+    else:
+        search(model, data, sparsity=0.5, watch=accuracy)
+    assert [(type(m), m.training, getattr(m, "pattern", None)) for m in model.modules()] == kinds
+    after = [(p, p.data_ptr(), p.requires_grad) for p in model.parameters()]
+    assert all(
+        a is b and rest == others for (a, *rest), (b, *others) in zip(memory, after, strict=True)
+    )
+    assert equal(before, model.state_dict())
+    assert all(p.grad is grad and bool((grad == 1).all()) for p, grad in grads.items())
+
+
+@each_search
+def test_what_no_ticket_can_be_is_told_before_the_search(name: str) -> None:
+    search = SEARCHES[name]
+    for sparsity in (-0.1, 1.0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match=r"0 <=? sparsity < 1"):
+            search(network(), Untouched(), sparsity=sparsity)
+    with pytest.raises(ValueError, match=r"1:4 allows at most"):
+        replace(search, granularity=NM(1, 4))(network(), Untouched(), sparsity=0.5)
+    with pytest.raises(ValueError, match="sparsify_"):
+        search(mlp(), Untouched(), sparsity=0.5)
