@@ -48,6 +48,7 @@ SEARCHES: dict[str, Any] = {
 # The same searches but for one field, each a name that another checkpoint must not answer to.
 OTHERS: dict[str, dict[str, Any]] = {
     "joint": {"recipe": SGD, "ramp": 0.5, "start_density": 0.4, "lr_drop": 0.5, "seed": 1},
+    "joint-sgd": {"recipe": replace(SGD, momentum=0.5)},
     "cts": {"lr": 0.2, "gain_lr": 0.0, "granularity": Block(2, 2), "lr_drop_at": 0.5},
     "strong": {"weights": "scaled"},
     "continuous": {"recipe": SGD, "final_temperature": 100.0},
