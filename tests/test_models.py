@@ -39,6 +39,11 @@ def test_counts_against_the_papers() -> None:
     assert parameters(build("resnet-56", cifar, 10)) == 853_018
     assert parameters(build("conv-4", cifar, 10)) == 2_425_930
     assert 14.7e6 < parameters(build("vgg-16-bn", cifar, 10)) < 14.8e6
+    small = build("vgg-16-bn", cifar, 10, width=0.125)
+    assert [m.out_channels for m in small.modules() if isinstance(m, nn.Conv2d)] == (
+        [8] * 2 + [16] * 2 + [32] * 3 + [64] * 6
+    )
+    assert small(randn(2, *cifar)).shape == (2, 10)
 
 
 def test_building_is_seeded_and_leaves_the_global_generator_alone() -> None:
@@ -70,6 +75,7 @@ def test_resnet_variants() -> None:
         ("resnet-20", (3, 32, 32), {"bn_init": "normal"}, "one of ones, uniform"),
         ("conv-4", (1, 30, 30), {}, "divisible by 4"),
         ("vgg-16-bn", (1, 8, 8), {}, "at least 16"),
+        ("vgg-16-bn", (3, 32, 32), {"width": 0}, "a positive factor"),
         ("vit-small", (3, 30, 30), {}, "divisible by 4"),
         ("vit-small", (3, 32, 32), {"heads": 5}, "divisible by 5"),
         ("lenet", (1, 8, 8), {}, "expected one of lenet-300-100"),
