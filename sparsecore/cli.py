@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
-from .describe import layers_of, plans_of
+from .describe import caveat, layers_of, plans_of
 from .experiment import (
     SANITIES,
     Setup,
@@ -112,6 +112,8 @@ def search(
     result = {"ticket": str(out), "method": method, "seconds": seconds}
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
+    if (told := caveat(ticket)) is not None:
+        console.print(told)
     console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
 
 
@@ -203,6 +205,8 @@ def info(
     table, rows = layers_of(loaded, str(ticket))
     console.print(table)
     console.print_json(json.dumps(loaded.meta))
+    if (told := caveat(loaded)) is not None:
+        console.print(told)
     console.print(f"mask hash {loaded.hash}", soft_wrap=True)
     write_json(
         json_file,
@@ -290,6 +294,8 @@ def report(
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
     picture = comparison.plot()
     console.print(comparison.table())
+    for cells, told in comparison.caveats.items():
+        console.print(f"{cells}: {told}")
     for what, path in (
         ("rows", out / "results.csv"),
         ("tickets", out / "tickets"),

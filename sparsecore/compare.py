@@ -13,6 +13,7 @@ from rich.table import Table
 
 from . import safefile
 from .data import Dataset, corrupted
+from .describe import caveat
 from .experiment import (
     Setup,
     apply_sanity,
@@ -94,6 +95,7 @@ class Comparison:
                 "give another --out or remove it"
             )
         self.rows = self._read()
+        self.caveats: dict[str, str] = {}  # of this run's tickets, by method and sparsity
 
     def run(
         self,
@@ -167,6 +169,8 @@ class Comparison:
             )  # fmt: skip
             ticket.meta["search_seconds"] = round(seconds, 3)
             ticket.save(path)
+        if (told := caveat(ticket)) is not None:
+            self.caveats[f"{method}, {100 * cell.sparsity:g} %"] = told
         return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
 
     def _start(

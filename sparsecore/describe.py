@@ -47,6 +47,17 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
     return table, rows
 
 
+def caveat(ticket: Ticket) -> str | None:
+    """Why a search by gates was too short, if it was: its gates kept twice what the ticket has room for."""
+    natural = ticket.meta.get("natural_sparsity")
+    if natural is None or 1 - natural <= 2 * (1 - ticket.meta["sparsity"]):
+        return None
+    return (
+        f"the gates ended {100 * natural:.1f} % sparse, not {100 * ticket.meta['sparsity']:g} %, so the ticket "
+        "cuts what they still used: more epochs, a smaller search batch or a higher search lr brings them there"
+    )
+
+
 def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[str], list[dict[str, Any]]]:
     """What each layer of a planned model does (milliseconds a step), why in a line each, and all as rows."""
     table = Table(title=title, box=box.SIMPLE)

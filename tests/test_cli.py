@@ -40,6 +40,26 @@ def test_the_whole_command_line_of_the_paper(ticket: Path, tmp_path: Path) -> No
     assert again.hash == first.hash
 
 
+def test_a_search_too_short_for_its_gates_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*command: str) -> str:
+        assert main([*command]) == 0
+        return " ".join(capsys.readouterr().out.split())
+
+    out, told = str(tmp_path / "t.safetensors"), "the gates ended"
+    assert told in said(*SEARCH, "--method", "joint", "--out", out)
+    natural = 100 * Ticket.load(Path(out)).meta["natural_sparsity"]
+    assert f"{told} {natural:.1f} % sparse, not 90 %" in said("info", out)
+    for enough in (["joint", "--search-epochs", "20"], ["cts"], ["snip"]):
+        assert told not in said(*SEARCH, "--method", *enough, "--out", out) + said("info", out)
+    compared = said(
+        "compare", *SEARCH[1:-4], "--epochs", "1", "--out", str(tmp_path / "runs"), "--seeds", "1",
+        "--methods", "joint,joint:epochs=20,snip", "--sparsities", "0.9",
+    )  # fmt: skip
+    assert compared.count(told) == 1 and f"joint, 90 %: {told}" in compared
+
+
 KILLED = """
 import sys
 from sparsecore import data

@@ -120,6 +120,9 @@ class AbstractGateSearch(ABC):
     ) -> Ticket:
         """The ticket of exactly the best-scored gates; the model is returned to its former state.
 
+        Where the gates themselves ended is in the provenance, `meta["natural_sparsity"]`: much below the sparsity
+        asked for, the search was too short, and the ticket cuts what they still used.
+
         Args:
             model: with sparse layers (`sparsify_`), holding the weights the ticket shall start from.
             sparsity: fraction removed, in (0, 1).
