@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Callable, Mapping
+from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from .control import CONTROLS, AbstractController
@@ -86,7 +87,8 @@ def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
 
 def _maker(hint: Any) -> Callable[[str], Any] | None:
     """What makes such a field from a text, None being one of its values or not."""
-    return next((_MAKERS[kind] for kind in (hint, *get_args(hint)) if kind in _MAKERS), None)
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next((_MAKERS[kind] for kind in kinds if kind in _MAKERS), None)
 
 
 def _settable(hint: Any) -> bool:

@@ -40,6 +40,8 @@ def test_a_methods_own_fields_come_with_its_name() -> None:
     )  # the batch is four times training's
     found = setup().search("strong:control=fixed=0.5:gate=gaussian=0.25", seed=0)
     assert isinstance(found, StrongSearch)
+    assert setup().search("edge-popup:weights=scaled", seed=0).weights == "scaled"
+    assert setup().search("synflow:rounds=3", seed=0).rounds == 3
     assert found.control == FixedPenalty(0.5) and found.gate == Gaussian(0.25)
     assert setup(control="fixed").search("strong", seed=0).control == FixedPenalty()
 
