@@ -49,12 +49,12 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
 
 def caveat(ticket: Ticket) -> str | None:
     """Why a search by gates was too short, if it was: its gates kept twice what the ticket has room for."""
-    natural = ticket.meta.get("natural_sparsity")
-    if natural is None or 1 - natural <= 2 * (1 - ticket.meta["sparsity"]):
+    natural = ticket.meta.get("natural_sparsity")  # of any file: it may say anything
+    if not isinstance(natural, float) or 1 - natural <= 2 * (1 - ticket.sparsity):
         return None
     return (
-        f"the gates ended {100 * natural:.1f} % sparse, not {100 * ticket.meta['sparsity']:g} %, so the ticket "
-        "cuts what they still used: more epochs, a smaller search batch or a higher search lr brings them there"
+        f"the gates ended {100 * natural:.1f} % sparse, not {100 * ticket.sparsity:.4g} %, so the ticket cuts "
+        "what they still used: more epochs, a smaller search batch or a higher search lr brings them there"
     )
 
 
