@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from .penalty import fit_penalty
 from .protocol import Watch
 from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
 
+T = TypeVar("T")
 Member = tuple[float, int]  # a ticket's sparsity, and the seed of its gates' noise
 
 
@@ -61,7 +62,7 @@ class AbstractGateSearch(ABC):
     lr_drop: float = 0.1
     lr_drop_at: float = 0.88
     start_density: float | None = None
-    ramp: float = 0.0
+    ramp: float | None = 0.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
@@ -74,7 +75,7 @@ class AbstractGateSearch(ABC):
             ("search lr", self.lr, self.lr > 0, "a positive number"),
             ("gain_lr", self.gain_lr, self.gain_lr >= 0, "0 (no gains) or more"),
             ("start_density", start, start is None or 0 < start < 1, "null or 0 < density < 1"),
-            ("ramp", self.ramp, 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
+            ("ramp", self.ramp, self.ramp is None or 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
             (
                 "dtype",
                 self.dtype,
@@ -98,15 +99,20 @@ class AbstractGateSearch(ABC):
 
     def epochs_for(self, sparsity: float) -> int:
         """Passes over the batches for a ticket of `sparsity`.  Errors: ValueError where that is not said."""
-        if self.epochs is None:
-            raise ValueError(f"search epochs of {self.name}: expected at least 1, got None")
-        return self.epochs
+        return self._said("search epochs", self.epochs)
 
     def gate_for(self, sparsity: float) -> AbstractGate:
-        """The gate for a ticket of `sparsity`.  Errors: ValueError where that is not said."""
-        if self.gate is None:
-            raise ValueError(f"gate of {self.name}: expected one, got None")
-        return self.gate
+        """The gate for a ticket of `sparsity`.  Errors: as `epochs_for`."""
+        return self._said("gate", self.gate)
+
+    def ramp_for(self, sparsity: float) -> float:
+        """The fraction of the search in which the density falls to that of `sparsity`.  Errors: as `epochs_for`."""
+        return self._said("ramp", self.ramp)
+
+    def _said(self, what: str, value: T | None) -> T:
+        if value is None:
+            raise ValueError(f"{what} of {self.name}: expected a value, got None")
+        return value
 
     def __call__(
         self,
@@ -203,7 +209,8 @@ class AbstractGateSearch(ABC):
 
     def targets(self, density: float, steps: int) -> list[float]:
         """The density that GradBalance and its like aim at in each of `steps` steps, for a ticket of `density`."""
-        first, length = self._first_density(1 - density), self.ramp * steps * self.control.aims
+        first, share = self._first_density(1 - density), self.ramp_for(1 - density)
+        length = share * steps * self.control.aims
         return [self.control.target(falling(first, density, t, length)) for t in range(steps)]
 
     def _meta(self, sparsity: float, seed: int) -> dict[str, Any]:
@@ -220,7 +227,7 @@ class AbstractGateSearch(ABC):
             "dtype": str(self.dtype).removeprefix("torch."),
         }
         if self.start_density is not None:
-            meta |= {"start_density": self.start_density, "ramp": self.ramp}
+            meta |= {"start_density": self.start_density, "ramp": self.ramp_for(sparsity)}
         return meta
 
     def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:

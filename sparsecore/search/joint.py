@@ -33,6 +33,8 @@ class JointSearch(AbstractGateSearch):
     Args:
         epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
             magnitude pruning at any sparsity.
+        ramp: None: about 1.5 * pace epochs, time enough for weights to show what they are worth, if that is
+            between a quarter and 70 % of the search: the sparser, the longer it takes to settle afterwards.
         gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
             the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
@@ -50,7 +52,7 @@ class JointSearch(AbstractGateSearch):
     gate: AbstractGate | None = None
     gain_lr: float = 0.0
     start_density: float | None = 0.5
-    ramp: float = 0.25
+    ramp: float | None = None
     recipe: Recipe = field(default_factory=lambda: Recipe(optimizer="adam", lr=1e-3))
 
     def __post_init__(self) -> None:
@@ -70,7 +72,12 @@ class JointSearch(AbstractGateSearch):
     def epochs_for(self, sparsity: float) -> int:
         if self.epochs is not None:
             return self.epochs
-        return max(1, round(self.pace * (0.5 - math.log1p(-sparsity))))
+        return max(1, round(self.pace * _length(sparsity)))
+
+    def ramp_for(self, sparsity: float) -> float:
+        if self.ramp is not None:
+            return self.ramp
+        return min(0.7, max(0.25, 1.5 / _length(sparsity)))
 
     def gate_for(self, sparsity: float) -> AbstractGate:
         if self.gate is not None:
@@ -93,6 +100,11 @@ class JointSearch(AbstractGateSearch):
 
     def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
         return JointStep(self, model, gated, members)
+
+
+def _length(sparsity: float) -> float:
+    """Of a search, in units of `pace`: 1/2 + ln(1 / density)."""
+    return 0.5 - math.log1p(-sparsity)
 
 
 class JointStep(FusedStep):

@@ -55,7 +55,7 @@ class SearchStep(ABC):
 
     def schedule(self, steps: int) -> None:
         """Tells how many steps there will be."""
-        if self.search.ramp and self.search.control.aims:
+        if self.search.control.aims and self.search.ramp_for(1 - self.members[0][0]):
             aims = [self.search.targets(density, steps) for density, _ in self.members]
             self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.kept.count
 

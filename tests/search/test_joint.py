@@ -38,6 +38,14 @@ def test_a_search_is_as_long_as_its_sparsity_is_high() -> None:
     assert replace(search, epochs=7).epochs_for(0.99) == 7
 
 
+def test_the_ramp_takes_as_many_epochs_where_it_can() -> None:
+    search = JointSearch()
+    ramps = [search.ramp_for(s) for s in (0.5, 0.8, 0.9, 0.98, 0.999)]
+    assert ramps == pytest.approx([0.7, 0.7, 0.535, 0.340, 0.25], abs=1e-3)
+    assert replace(search, ramp=0.1).ramp_for(0.9) == 0.1
+    assert replace(search, ramp=0.0).targets(0.1, 3) == pytest.approx([0.11] * 3)
+
+
 def test_the_fewer_weights_are_left_the_noisier_are_the_gates() -> None:
     search = JointSearch()
     taus = [search.gate_for(s).tau for s in (0.5, 0.99, 0.996, 0.999, 0.9999)]
