@@ -75,10 +75,8 @@ def verdict(check: str, ticket: Mapping[int, float], control: Mapping[int, float
 def table_of(verdicts: Sequence[Verdict], title: str) -> Table:
     """A row per control."""
     table = Table(title=title)
-    for column in ("control", "ticket loses, points", "p", "verdict"):
-        table.add_column(
-            column, justify="right" if column in ("ticket loses, points", "p") else "left"
-        )
+    for column in ("control", "loses, points", "p", "verdict"):
+        table.add_column(column, justify="right" if column in ("loses, points", "p") else "left")
     for v in verdicts:
         loss = f"{v.loss:+.2f}" + ("" if math.isnan(v.spread) else f" ± {v.spread:.2f}")
         table.add_row(v.check, loss, "-" if math.isnan(v.p) else f"{v.p:.2g}", v.text)
