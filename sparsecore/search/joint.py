@@ -33,8 +33,8 @@ class JointSearch(AbstractGateSearch):
     Args:
         epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
             magnitude pruning at any sparsity.
-        ramp: None: about 1.5 * pace epochs, time enough for weights to show what they are worth, if that is
-            between a quarter and 70 % of the search: the sparser, the longer it takes to settle afterwards.
+        ramp: None: of a search as long as `pace` makes it 1.5 * pace epochs, time enough for weights to show
+            what they are worth, but at least a quarter and at most 70 %: the rest is for settling.
         gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
             the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
