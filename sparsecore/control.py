@@ -54,11 +54,31 @@ class AbstractController(ABC):
 class GradBalance(AbstractController):
     """lambda follows ||g_R|| / ||g_S|| while the density is above target, 0 below (arXiv 2512.07142, alg. 1).
 
-    `slack` puts the target above the wanted density (1.1 in the paper); `momentum` is the average's 0.99.
+    That average goes on pulling for about a hundred steps after the target is met, and gates do not come back:
+    where the target moves, or steps are few, they end far below it.  With a `band` the ratio is averaged on both sides,
+    and pulls in proportion to the excess, so that the density keeps to its target.
+
+    Args:
+        slack: puts the target above the wanted density; 1.1 in the paper.
+        momentum: the average's.
+        band: percent above the target from which the whole average pulls; 0: none, as in the paper.
+
+    Errors: ValueError for a number out of range.
     """
 
     slack: float = 1.1
     momentum: float = 0.99
+    band: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("slack", self.slack, self.slack > 0, "a positive number"),
+            ("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1"),
+            ("band", self.band, self.band >= 0, "percent, 0 (none) or more"),
+        )
+        for name, value, good, expected in checks:
+            if not good:
+                raise ValueError(f"GradBalance {name}: expected {expected}, got {value}")
 
     def target(self, density: float) -> float:
         return self.slack * density
@@ -72,14 +92,18 @@ class GradBalance(AbstractController):
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
         tiny = torch.finfo(reading.sparsity_norm.dtype).tiny
         ratio = reading.task_norm / reading.sparsity_norm.clamp_min(tiny)
-        wanted = torch.where(reading.excess > 0, ratio, torch.zeros_like(ratio))
-        averaged = self.momentum * state["weight"] + (1 - self.momentum) * wanted
-        weight = torch.where(state["started"], averaged, wanted)
-        return weight, {"weight": weight, "started": torch.ones_like(state["started"])}
+        if self.band == 0:
+            ratio = torch.where(reading.excess > 0, ratio, torch.zeros_like(ratio))
+        averaged = self.momentum * state["weight"] + (1 - self.momentum) * ratio
+        average = torch.where(state["started"], averaged, ratio)
+        weight = average
+        if self.band > 0:
+            weight = average * (reading.excess / self.band).clamp(0, 1)
+        return weight, {"weight": average, "started": torch.ones_like(state["started"])}
 
     @property
     def rule(self) -> kernels.Rule:
-        return kernels.Rule(self.momentum, 1 - self.momentum, 0.0)
+        return kernels.Rule(self.momentum, 1 - self.momentum, 0.0, self.band)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ class Net:
         self.layers = require_dense_parameters(model)
         self.memory: TeacherMemory | None = None
         self.side: Any = None  # a CUDA stream for the teacher, beside the sparse network's
+        self.label_smoothing = 0.0  # of the task, by the recipe of weights that train
 
     def sparse(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the sampled sparse network."""
@@ -145,7 +146,7 @@ class Objective:
 
 def _task(net: Net, batch: Batch) -> Tensor:
     x, y = batch
-    return F.cross_entropy(net.sparse(x), y)
+    return F.cross_entropy(net.sparse(x), y, label_smoothing=net.label_smoothing)
 
 
 def _loss_change(net: Net, batch: Batch) -> Tensor:

@@ -7,8 +7,10 @@ With g = dR/ds, p = size d density/ds, target T, percent c = 100 / T:
     s      <- Adam(s, g + lambda c p),        log_gain <- Adam(log_gain, <dR/dw_eff, w_eff>)
 
 GradBalance (arXiv 2512.07142, algorithm 1) is (keep, follow, ascend) = (0.99, 0.01, 0), gradient ascent
-on lambda (1, 0, lr), a fixed penalty (1, 0, 0).  Every program adds up its group's partial sums itself,
-in the same order, so that nothing waits for anything; one program a group stores the new lambda.
+on lambda (1, 0, lr), a fixed penalty (1, 0, 0).  With a band the ratio is averaged on both sides of the target,
+and what pulls is that average times excess / band, from 0 at the target to 1 at the band's end.
+Every program adds up its group's partial sums itself, in the same order, so that nothing waits for
+anything; one program a group stores the new average.
 """
 
 from typing import NamedTuple
@@ -49,11 +51,15 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class Rule(NamedTuple):
-    """lambda <- keep lambda + follow ratio + ascend excess."""
+    """average <- keep average + follow ratio + ascend excess; lambda is it, or the part of it that `band` lets pull.
+
+    `band`: percent above the target; 0: none, lambda is the average.
+    """
 
     keep: float
     follow: float
     ascend: float
+    band: float = 0.0
 
 
 @triton.jit
@@ -113,7 +119,7 @@ def _balanced_step_kernel(
     target_ptr, lr_ptr, table_ptr, chunk_ptr, group_ptr, segments_count, groups_count,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
     FAST: tl.constexpr, KEEP: tl.constexpr, FOLLOW: tl.constexpr, ASCEND: tl.constexpr,
-    GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
+    BAND: tl.constexpr, GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     group = tl.load(row + GROUP)
@@ -124,13 +130,17 @@ def _balanced_step_kernel(
     task = tl.sqrt(_sum(partial_ptr, first, last, 0))
     excess = percent * _sum(partial_ptr, first, last, 1) - 100.0
     pull = percent * tl.sqrt(_sum(partial_ptr, first, last, 2))
-    ratio = tl.where(excess > 0.0, task / tl.maximum(pull, _TINY), 0.0)
+    ratio = task / tl.maximum(pull, _TINY)
+    if BAND == 0.0:
+        ratio = tl.where(excess > 0.0, ratio, 0.0)
     weight = KEEP * tl.load(control_ptr + groups_count + group) + FOLLOW * ratio + ASCEND * excess
     if FOLLOW > 0.0:
         weight = tl.where(t == 1, ratio, weight)
     begins = start == 0
     leads = begins & (tl.load(row + FIRST_CHUNK) == first)  # this group's first program
     tl.store(control_ptr + group, weight, mask=leads)
+    if BAND > 0.0:
+        weight *= tl.clamp(excess / BAND, 0.0, 1.0)
     tl.store(step_ptr, t, mask=tl.program_id(0) == 0)
     if GAIN:
         if begins:  # this segment's first program
@@ -185,8 +195,8 @@ def launch_balanced_step(
         logits, grad, grad_offsets, m, v, step if log_gain is None else log_gain, partials, step,
         control, targets, lr, plan.table, plan.unit_chunks, plan.groups, len(plan.table),
         len(plan.groups), KIND=spec.kind, A=spec.a, B=spec.b, C=spec.c, SHIFT=spec.shift, FAST=fast,
-        KEEP=rule.keep, FOLLOW=rule.follow, ASCEND=rule.ascend, GAIN=log_gain is not None,
-        SIZED=not unit.single, ALIGNED=plan.hints.aligned, num_warps=4,
+        KEEP=rule.keep, FOLLOW=rule.follow, ASCEND=rule.ascend, BAND=rule.band,
+        GAIN=log_gain is not None, SIZED=not unit.single, ALIGNED=plan.hints.aligned, num_warps=4,
     )  # fmt: skip
 
 
@@ -201,7 +211,8 @@ def static_cases() -> list[StaticCase]:
     concrete = GateSpec(CONCRETE)
     constants = {
         "KIND": concrete.kind, "A": concrete.a, "B": concrete.b, "C": concrete.c, "SHIFT": 0.0,
-        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "GAIN": True, "ALIGNED": True,
+        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "BAND": 0.0, "GAIN": True,
+        "ALIGNED": True,
     }  # fmt: skip
     per_thread = FLAT_BLOCK // (4 * 32)
     return [

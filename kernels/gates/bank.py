@@ -152,7 +152,7 @@ def balanced_step_ref_(
     unit: list[int], rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """`pulls` as `gates_backward_ref_` left them."""
-    keep, follow, ascend = rule
+    keep, follow, ascend, band = rule
     table, _, _, groups = plan
     t, tiny = step[1], torch.finfo(torch.float32).tiny
     weights = []  # of the pulls, lambda times percent, a group
@@ -161,11 +161,14 @@ def balanced_step_ref_(
         percent = 100 / targets[group]
         excess = percent * kept - 100
         ratio = task.sqrt() / (percent * pull.sqrt()).clamp_min(tiny)
-        ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
+        if band == 0:
+            ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
         weight = keep * control[1, group] + follow * ratio + ascend * excess
         if follow > 0:
             weight = torch.where(t == 1, ratio, weight)
         control[0, group] = weight
+        if band > 0:
+            weight = weight * (excess / band).clamp(0, 1)
         weights.append(weight * percent)
     members = table[:, GROUP].tolist()
     totals = [

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
+from ..control import AbstractController, GradBalance
 from ..gates import AbstractGate, Concrete
 from ..objectives import Objective, task
 from ..patterns import Gated
@@ -38,9 +39,10 @@ class JointSearch(AbstractGateSearch):
         gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
             the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
         objective: of class scores; a teacher (`reverse_kl`) would be the network as it trains.
+        control: keeps to the target as it falls, within the band; the paper's cuts ahead of it.
         gain_lr: weights follow, so no gains are needed.
         recipe: the weights' optimiser, rate (for the search's batch; without a schedule, times `lr_drop` with
-            the gates' own), momentum, decay and clip_norm.
+            the gates' own), momentum, decay, label_smoothing (of the task) and clip_norm.
 
     The other fields and errors are those of `AbstractGateSearch`; ValueError also for a gate that kernels
     do not know, or an objective that differentiates twice.
@@ -49,6 +51,7 @@ class JointSearch(AbstractGateSearch):
     epochs: int | None = None
     pace: float = 4.5
     objective: Objective = task
+    control: AbstractController = field(default_factory=lambda: GradBalance(band=3.0))
     gate: AbstractGate | None = None
     gain_lr: float = 0.0
     start_density: float | None = 0.5
@@ -95,6 +98,7 @@ class JointSearch(AbstractGateSearch):
             "lr": recipe.lr,
             "momentum": recipe.momentum,
             "weight_decay": recipe.weight_decay,
+            "label_smoothing": recipe.label_smoothing,
             "clip_norm": recipe.clip_norm,
         }
 
@@ -114,6 +118,7 @@ class JointStep(FusedStep):
         self, search: JointSearch, model: nn.Module, gated: dict[str, Gated], members: Members
     ) -> None:
         super().__init__(search, model, gated, members)
+        self.net.label_smoothing = search.recipe.label_smoothing
         self.batchwise = True  # the teacher moves: nothing about it can be remembered
         layers = self.net.layers.values()
         for layer, weight in zip(layers, self.bank.weights, strict=True):

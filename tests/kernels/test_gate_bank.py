@@ -30,7 +30,11 @@ REAL = [
     (128, 128, 3, 3),
     (64, 3, 7, 7),
 ] * 2  # on a GPU; the CPU draws the same noise slowly
-RULES = {"gradbalance": Rule(0.99, 0.01, 0.0), "lagrangian": Rule(1.0, 0.0, 1e-3)}
+RULES = {
+    "gradbalance": Rule(0.99, 0.01, 0.0),
+    "band": Rule(0.99, 0.01, 0.0, band=1e3),  # the density of these banks is within it
+    "lagrangian": Rule(1.0, 0.0, 1e-3),
+}
 
 
 @pytest.fixture
@@ -171,17 +175,20 @@ def test_half_precision_gates_a_search_in_float32(
         torch.testing.assert_close(mine, right, rtol=bits / 2, atol=1e-7)
 
 
+@pytest.mark.parametrize("rule", [RULES["gradbalance"], RULES["band"]], ids=["paper", "band"])
+@pytest.mark.parametrize("target", [100.0, 700.0], ids=["above", "below"])
 def test_adam_is_pytorchs_and_lambda_is_the_papers(
-    launched: None, monkeypatch: pytest.MonkeyPatch
+    target: float, rule: Rule, launched: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Above the target, and below it, where lambda is 0; with a band, a part of it."""
     interpreted(monkeypatch)
     weight = randn(9, 130).to(DEVICE)
     bank = GateBank(
         [weight], gate=GATES["concrete"], unit=Unit(), start=[0.0], seeds=[1], layers=[0],
-        groups=[0], targets=[100.0], rule=RULES["gradbalance"], gain_lr=0.0,
+        groups=[0], targets=[target], rule=rule, gain_lr=0.0,
     )  # fmt: skip
     logits = bank.logits[0].double().cpu().clone().requires_grad_()
-    adam, weight_of_penalty = torch.optim.Adam([logits], lr=0.1), 0.0
+    adam, average = torch.optim.Adam([logits], lr=0.1), 0.0
     for t in range(4):
         noise = philox.storage_noise(bank.logits[0], bank.seeds, bank.step[:1] + 1, 0, exact=True)
         z = ref.concrete_ref(logits.detach(), noise.double().cpu(), 1.0)
@@ -191,13 +198,15 @@ def test_adam_is_pytorchs_and_lambda_is_the_papers(
         bank.step_()
         g = (upstream * weight.cpu()).double() * z * (1 - z)
         p = torch.sigmoid(logits.detach())
-        excess = 100 * (p.sum() / 100 - 1)  # percent above the target of 100 weights
-        pull = p * (1 - p)  # 100 / 100 per weight
-        ratio = float(g.norm() / pull.norm()) if excess > 0 else 0.0
-        weight_of_penalty = ratio if t == 0 else 0.99 * weight_of_penalty + 0.01 * ratio
-        logits.grad = g + weight_of_penalty * pull
+        excess = float(100 * (p.sum() / target - 1))  # percent above the target
+        assert (excess > 0) == (target == 100)
+        pull = 100 / target * p * (1 - p)
+        ratio = float(g.norm() / pull.norm()) if excess > 0 or rule.band else 0.0
+        average = ratio if t == 0 else 0.99 * average + 0.01 * ratio
+        part = min(max(excess / rule.band, 0.0), 1.0) if rule.band else 1.0
+        logits.grad = g + part * average * pull
         adam.step()
-        assert bank.control[0, 0].item() == pytest.approx(weight_of_penalty, rel=1e-4)
+        assert bank.control[0, 0].item() == pytest.approx(average, rel=1e-4)
         torch.testing.assert_close(
             bank.logits[0].double().cpu(), logits.detach(), rtol=1e-4, atol=1e-5
         )

@@ -47,6 +47,20 @@ def test_gradbalance_by_hand() -> None:
     assert rule.target(0.01) == pytest.approx(0.011)
 
 
+def test_a_band_lets_the_average_pull_in_proportion_to_the_excess() -> None:
+    rule, zero = GradBalance(band=10), torch.zeros(())
+    state, average = rule.init(torch.device("cpu")), 0.0
+    cases = [(6, 2, 5, 0.5), (6, 2, -5, 0.0), (8, 2, 10, 1.0), (9, 2, 400, 1.0), (9, 2, 0, 0.0)]
+    for t, (task_norm, sparsity_norm, excess, part) in enumerate(cases):
+        reading = Reading(*(zero + v for v in (task_norm, sparsity_norm, excess)))
+        weight, state = rule.update(state, reading)
+        ratio = task_norm / sparsity_norm  # below the target, too
+        average = 0.99 * average + 0.01 * ratio if t else ratio
+        assert weight.item() == pytest.approx(part * average)
+    with pytest.raises(ValueError, match=r"GradBalance band: expected percent, 0 .*, got -1"):
+        GradBalance(band=-1)
+
+
 def test_lagrangian_and_fixed_penalty_by_hand() -> None:
     excess = Reading(torch.ones(()), torch.ones(()), torch.tensor(20.0))
     rule = Lagrangian(lr=0.01)
