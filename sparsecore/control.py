@@ -5,6 +5,7 @@ excess = 100 * (expected density / target density - 1).
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -163,8 +164,14 @@ def falling(first: float, last: float, index: int, length: float) -> float:
     return first * (last / first) ** share
 
 
-CONTROLS: dict[str, type[AbstractController]] = {
+def banded(band: float = 3.0) -> GradBalance:
+    """GradBalance within `band` percent of its target."""
+    return GradBalance(band=band)
+
+
+CONTROLS: dict[str, Callable[..., AbstractController]] = {
     "gradbalance": GradBalance,
+    "band": banded,
     "lagrangian": Lagrangian,
     "fixed": FixedPenalty,
 }

@@ -42,7 +42,7 @@ Objective = Annotated[
 Control = Annotated[
     str | None,
     typer.Option(
-        help="gradbalance, lagrangian, fixed=LAMBDA or fixed (looks for it): how sparsity pulls."
+        help="gradbalance, band (=PERCENT), lagrangian, fixed=LAMBDA or fixed (looks for it): how sparsity pulls."
     ),
 ]
 GranularityName = Annotated[

@@ -211,7 +211,7 @@ SMALL = ["--data", "digits", "--out", "x.safetensors"]
         (["search", *SMALL, "--method", "luck"], "erk, uniform, random, got 'luck'"),
         (["search", *SMALL, "--model", "lenet"], "one of lenet-300-100, conv-4"),
         (["search", *SMALL, "--objective", "kl"], "reverse-kl"),
-        (["search", *SMALL, "--control", "pid"], "gradbalance, lagrangian, fixed"),
+        (["search", *SMALL, "--control", "pid"], "gradbalance, band, lagrangian, fixed"),
         (["search", *SMALL, "--granularity", "rows"], "block:HxW"),
         (["search", "--data", "imagenet", "--out", "x"], "digits, mnist, fashion-mnist"),
         (["search", *SMALL, "--sparsity", "1"], "0 <= sparsity < 1, got 1"),

@@ -201,7 +201,7 @@ def launch_balanced_step(
 
 
 def static_cases() -> list[StaticCase]:
-    """K2b with GradBalance, gradients in the search's bf16, and over blocks."""
+    """K2b with GradBalance, gradients in the search's bf16, within a band, and over blocks."""
     types = {
         "s_ptr": "*fp32", "g_ptr": "*bf16", "g_offset_ptr": "*i64", "m_ptr": "*fp32",
         "v_ptr": "*fp32", "gain_ptr": "*fp32", "partial_ptr": "*fp32", "step_ptr": "*i64",
@@ -211,14 +211,17 @@ def static_cases() -> list[StaticCase]:
     concrete = GateSpec(CONCRETE)
     constants = {
         "KIND": concrete.kind, "A": concrete.a, "B": concrete.b, "C": concrete.c, "SHIFT": 0.0,
-        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "BAND": 0.0, "GAIN": True,
-        "ALIGNED": True,
+        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "GAIN": True, "ALIGNED": True,
     }  # fmt: skip
     per_thread = FLAT_BLOCK // (4 * 32)
     return [
         static_case(
-            _balanced_step_kernel, label, types | {"g_ptr": grad}, constants | {"SIZED": sized},
-            gates=per_thread,
+            _balanced_step_kernel, label, types | {"g_ptr": grad},
+            constants | {"SIZED": sized, "BAND": band}, gates=per_thread,
         )
-        for label, grad, sized in (("weight", "*bf16", False), ("block", "*fp32", True))
+        for label, grad, sized, band in (
+            ("weight", "*bf16", False, 0.0),
+            ("weight band", "*bf16", False, 3.0),
+            ("block", "*fp32", True, 0.0),
+        )
     ]  # fmt: skip

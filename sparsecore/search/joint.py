@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batches import Batch
-from ..control import AbstractController, GradBalance
+from ..control import AbstractController, banded
 from ..gates import AbstractGate, Concrete
 from ..objectives import Objective, task
 from ..patterns import Gated
@@ -51,7 +51,7 @@ class JointSearch(AbstractGateSearch):
     epochs: int | None = None
     pace: float = 4.5
     objective: Objective = task
-    control: AbstractController = field(default_factory=lambda: GradBalance(band=3.0))
+    control: AbstractController = field(default_factory=banded)
     gate: AbstractGate | None = None
     gain_lr: float = 0.0
     start_density: float | None = 0.5
