@@ -95,9 +95,8 @@ def test_fields_keep_their_types() -> None:
     for bad in ("count=1.5", "count=true", "share=a", "flag=1", "cuts=0.5", "name=3"):
         with pytest.raises(ValueError, match=f"x {bad.partition('=')[0]}: expected"):
             replaced(Value(), pairs([bad], "x"), "x")
-    assert control_of("band=5") == GradBalance(band=5) and setup().search(
-        "joint", 0
-    ).control == control_of("band")
+    assert control_of("band=5") == GradBalance(band=5)
+    assert setup().search("joint", 0).control == control_of("band")
     assert control_of("gradbalance") == GradBalance() and gate_of("concrete=1") == Concrete(1.0)
 
 
