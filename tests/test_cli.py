@@ -48,16 +48,16 @@ def test_a_search_too_short_for_its_gates_says_so(
         return " ".join(capsys.readouterr().out.split())
 
     out, told = str(tmp_path / "t.safetensors"), "the gates ended"
-    assert told in said(*SEARCH, "--method", "joint", "--out", out)
+    assert told in said(*SEARCH, "--method", "joint:lr=0.01", "--out", out)
     natural = 100 * Ticket.load(Path(out)).meta["natural_sparsity"]
     assert f"{told} {natural:.1f} % sparse, not 90 %" in said("info", out)
-    for enough in (["joint", "--search-epochs", "20"], ["cts"], ["snip"]):
+    for enough in (["joint", "--search-epochs", "10"], ["cts"], ["snip"]):
         assert told not in said(*SEARCH, "--method", *enough, "--out", out) + said("info", out)
     compared = said(
         "compare", *SEARCH[1:-4], "--epochs", "1", "--out", str(tmp_path / "runs"), "--seeds", "1",
-        "--methods", "joint,joint:epochs=20,snip", "--sparsities", "0.9",
+        "--methods", "joint:lr=0.01,joint:epochs=10,snip", "--sparsities", "0.9",
     )  # fmt: skip
-    assert compared.count(told) == 1 and f"joint, 90 %: {told}" in compared
+    assert compared.count(told) == 1 and f"joint:lr=0.01, 90 %: {told}" in compared
 
 
 KILLED = """
