@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 from helpers import DEVICE, rand, randn
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
@@ -46,28 +46,36 @@ def error(found: Tensor, exact: Tensor) -> float:
 
 
 def compare(format, mask: Tensor, x: Tensor, slide=(), groups=1) -> None:
-    """y, dx, dvalues and dbias: at most twice PyTorch's error in the same dtype, plus 1e-6."""
+    """y, dx, dvalues and dbias: at most twice PyTorch's error in the same dtype, plus 1e-6.
+
+    Plus a rounding of the terms, which a sum keeps when they cancel: 2^-24 of the sum of their magnitudes.
+    """
     plan = kernels.plan_of(mask, format, dtype=x.dtype, slide=slide, groups=groups)
     values, bias = randn(plan.nnz, seed=1).to(x), randn(mask.shape[0], seed=2).to(x)
 
-    def run(product, dtype: torch.dtype) -> list[Tensor]:
-        inputs = [t.detach().to(dtype).requires_grad_() for t in (x, values, bias)]
+    def run(product, dtype: torch.dtype, sign=torch.clone) -> list[Tensor]:
+        inputs = [sign(t.detach()).to(dtype).requires_grad_() for t in (x, values, bias)]
         y = product(*inputs)
-        dy = randn(*y.shape, seed=3).to(y)
+        dy = sign(randn(*y.shape, seed=3)).to(y)
         return [y.detach(), *torch.autograd.grad(y, inputs, dy)]
 
+    def plain(a: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        return reference(a, v, b, mask, slide, groups)
+
     ours = run(lambda a, v, b: kernels.sparse_layer(a, v, b, plan), x.dtype)
-    theirs = run(lambda a, v, b: reference(a, v, b, mask, slide, groups), x.dtype)
-    exact = run(lambda a, v, b: reference(a, v, b, mask, slide, groups), torch.float64)
-    for name, mine, other, right in zip(
-        ["y", "dx", "dvalues", "dbias"], ours, theirs, exact, strict=True
+    theirs, exact = run(plain, x.dtype), run(plain, torch.float64)
+    sizes = run(plain, torch.float64, torch.abs)
+    for name, mine, other, right, size in zip(
+        ["y", "dx", "dvalues", "dbias"], ours, theirs, exact, sizes, strict=True
     ):
         assert mine.shape == right.shape and mine.dtype == x.dtype
-        assert error(mine, right) <= 2 * error(other, right) + 1e-6, name
+        rounding = 2**-24 * float(size.norm() / right.norm().clamp_min(1e-30))
+        assert error(mine, right) <= 2 * error(other, right) + 1e-6 + rounding, name
 
 
 @pytest.mark.parametrize("format", [*CPU, MIXED])
 @settings(max_examples=25, deadline=None)
+@example(n=57, k=1, tokens=63, density=0.02, major=False)  # one sum, and it nearly cancels
 @given(
     n=st.integers(1, 70),
     k=st.integers(1, 70),
