@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU}
-INITS = ("glorot", "uniform")
+INITS = ("glorot", "uniform", "torch")
 
 
 def activation_of(model: str, name: str) -> Callable[[], nn.Module]:
@@ -25,14 +25,16 @@ def scaled(model: str, width: float, *sizes: int) -> list[int]:
 def initialise_(model: nn.Module, init: str = "glorot") -> nn.Module:
     """Weights of linear layers and convolutions by `init`, biases zero.  Errors: ValueError for another init.
 
-    "glorot": Glorot-normal, as Frankle & Carbin 2019 use for LeNet and Conv-4.  torch's default for
-    nn.Linear is uniform with a variance of 1 / (3 fan_in), about a quarter of this: at 0.5 % of the weights
-    the signal of a ticket is then so small that it trains slowly.  "uniform": U[-a, a] with
+    "glorot": Glorot-normal, as Frankle & Carbin 2019 use for LeNet and Conv-4.  "uniform": U[-a, a] with
     a = sqrt(6 / fan_in), twice the variance that keeps a ReLU network's signal when half is removed
-    (arXiv 2603.08914 draws U[-a, a] and does not say a).
+    (arXiv 2603.08914 draws U[-a, a] and does not say a).  "torch": what the modules were made with, biases
+    too; for nn.Linear uniform with a variance of 1 / (3 fan_in), about a quarter of Glorot's: at 0.5 % of
+    the weights the signal of a ticket is then so small that it trains slowly.
     """
     if init not in INITS:
         raise ValueError(f"init: expected {' or '.join(INITS)}, got {init!r}")
+    if init == "torch":
+        return model
     for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
             if init == "glorot":

@@ -20,7 +20,7 @@ def lenet_300_100(
     Args:
         width: factor on the hidden sizes.
         activation: "relu" or "prelu" (arXiv 2603.08914).
-        init: "glorot" or "uniform", as `initialise_` says.
+        init: "glorot", "uniform" or "torch", as `initialise_` says.
 
     Errors: ValueError for another option.
     """

@@ -32,9 +32,9 @@ class JointSearch(AbstractGateSearch):
     The ticket starts from the model's present weights: those that the search trained are dropped.
 
     Args:
-        epochs: None: pace * (1/2 + ln(1 / density)), so that a search costs as little beside the rounds of
-            magnitude pruning at any sparsity.
-        ramp: None: of a search as long as `pace` makes it 1.5 * pace epochs, time enough for weights to show
+        epochs: None: pace * ln(1 / density), at least 4.  Magnitude pruning by a fifth per round trains 4.5
+            times for each factor of e, 54 epochs if a training has 12: `pace` = 5 costs a tenth of that.
+        ramp: None: of a search as long as `pace` makes it 1.35 * pace epochs, time enough for weights to show
             what they are worth, but at least a quarter and at most 70 %: the rest is for settling.
         gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
             the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
@@ -49,7 +49,7 @@ class JointSearch(AbstractGateSearch):
     """
 
     epochs: int | None = None
-    pace: float = 4.5
+    pace: float = 5.0
     objective: Objective = task
     control: AbstractController = field(default_factory=banded)
     gate: AbstractGate | None = None
@@ -75,12 +75,16 @@ class JointSearch(AbstractGateSearch):
     def epochs_for(self, sparsity: float) -> int:
         if self.epochs is not None:
             return self.epochs
-        return max(1, round(self.pace * _length(sparsity)))
+        return round(self._paced(sparsity))
 
     def ramp_for(self, sparsity: float) -> float:
         if self.ramp is not None:
             return self.ramp
-        return min(0.7, max(0.25, 1.5 / _length(sparsity)))
+        return min(0.7, max(0.25, 1.35 * self.pace / self._paced(sparsity)))
+
+    def _paced(self, sparsity: float) -> float:
+        """Epochs of a search, by `pace`."""
+        return max(4.0, -self.pace * math.log1p(-sparsity))
 
     def gate_for(self, sparsity: float) -> AbstractGate:
         if self.gate is not None:
@@ -104,11 +108,6 @@ class JointSearch(AbstractGateSearch):
 
     def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
         return JointStep(self, model, gated, members)
-
-
-def _length(sparsity: float) -> float:
-    """Of a search, in units of `pace`: 1/2 + ln(1 / density)."""
-    return 0.5 - math.log1p(-sparsity)
 
 
 class JointStep(FusedStep):
