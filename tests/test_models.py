@@ -102,7 +102,10 @@ def test_lenet_variants() -> None:
     assert sum(isinstance(m, nn.PReLU) for m in small) == 2
     assert small[1].weight.abs().max().item() == pytest.approx((6 / 784) ** 0.5, rel=0.01)
     plain = build("lenet-300-100", shape, 10, init="torch")
-    assert plain[1].weight.abs().max().item() == pytest.approx(784**-0.5, rel=0.01) and plain[1].bias.any()
+    assert (
+        plain[1].weight.abs().max().item() == pytest.approx(784**-0.5, rel=0.01)
+        and plain[1].bias.any()
+    )
     assert prunable(build("conv-4", (3, 32, 32), 10, width=0.5)) < 700_000
     for options in ({"width": 0}, {"activation": "tanh"}, {"init": "zeros"}):
         with pytest.raises(ValueError, match=next(iter(options))):
