@@ -168,9 +168,10 @@ def find_ticket(
     search = setup.search(method, seed)
     if rounds is not None and isinstance(search, Rewinding):
         search = replace(search, rounds=rounds)
-    training, test = loaders(dataset, setup.recipe, seed, device)
-    if not split(method)[0].trains:
-        training = Batches(dataset, "train", setup.search_batch, seed=seed, device=device)
+    kind, recipe = split(method)[0], setup.recipe
+    if not kind.trains:
+        recipe = replace(recipe, batch=setup.search_batch, augment=recipe.augment and kind.augments)
+    training, test = loaders(dataset, recipe, seed, device)
     start = perf_counter() - checkpoints.seconds(checkpoint)  # an interrupted search's time counts
     ticket = search(
         model, training, sparsity=sparsity, progress=progress, checkpoint=checkpoint,

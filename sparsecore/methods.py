@@ -45,12 +45,15 @@ class Method:
         from_init: it looks at initial weights, whatever the setup's rewind point; what the setup trains before
             that point then belongs to the ticket's own training.
         trains: its batches are those of training, augmentation included, and not a search's.
+        augments: its batches are a search's, augmented as those of training: where weights train in the search,
+            it learns nothing more from plain images once they fit (bench/results/search-log.md).
     """
 
     build: "Callable[[Setup, int], Search]"
     says: str
     from_init: bool = False
     trains: bool = False
+    augments: bool = False
 
 
 def _with_gates(search: G, setup: "Setup", seed: int) -> G:
@@ -150,6 +153,7 @@ METHODS: dict[str, Method] = {
     "joint": Method(
         _joint,
         "Joint Concrete Search: gates and weights train together while the density falls",
+        augments=True,
     ),
     "ltr": Method(
         _rewinding(),
@@ -170,6 +174,7 @@ METHODS: dict[str, Method] = {
     "continuous": Method(
         _continuous,
         "continuous sparsification: deterministic gates that sharpen, trained with the weights",
+        augments=True,
     ),
     "gradual": Method(
         _dynamic(GradualMagnitude, rewind=True),

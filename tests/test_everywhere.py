@@ -13,7 +13,7 @@ import torch
 from helpers import rand
 
 import sparsecore as sc
-from sparsecore.data import Dataset, Split
+from sparsecore.data import Batches, Dataset, Split
 from sparsecore.experiment import Setup, find_ticket, model_of, new_model, train_on
 from sparsecore.methods import METHODS
 from sparsecore.progress import Advance, Progress
@@ -160,3 +160,28 @@ def test_every_network(name: str) -> None:
         ticket, _ = find_ticket(own, model, data, method, 0.9, 0, torch.device("cpu"))
         assert ticket.sparsity == pytest.approx(0.9, abs=1e-4), method
         assert set(ticket.masks) == set(sc.sparse_layers(model))
+
+
+@pytest.mark.parametrize(
+    "method", ["joint", "continuous", "cts", "strong", "snip", "ltr:rate=0.9", "gradual:updates=1"]
+)
+def test_a_search_that_trains_weights_sees_augmented_data(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that does not sees the images as they are, whatever the recipe says."""
+    seen: list[tuple[int, bool]] = []
+    take = Batches.take
+
+    def watched(self: Batches, *args, **kwargs):
+        seen.append((self.batch_size, self.augment))
+        return take(self, *args, **kwargs)
+
+    monkeypatch.setattr(Batches, "take", watched)
+    data = replace(pictures(64, channels=1, size=8), flip_crop=True)
+    plain = setup("lenet-300-100", {"width": 0.1})
+    own = replace(plain, recipe=replace(RECIPE, batch=16, augment=True))
+    model = new_model(own, data, seed=0)
+    find_ticket(own, model, data, method, 0.9, 0, torch.device("cpu"))
+    rounds = method.partition(":")[0] in ("ltr", "gradual")
+    weights = rounds or method in ("joint", "continuous")
+    assert set(seen) == {(16 if rounds else 32, weights)}
