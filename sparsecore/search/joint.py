@@ -30,6 +30,7 @@ class JointSearch(AbstractGateSearch):
     """Finds the ticket of a network while that network trains under its gates; this project's own method.
 
     The ticket starts from the model's present weights: those that the search trained are dropped.
+    Its batches should be augmented as those of training are, since the weights learn from them too.
 
     Args:
         epochs: None: pace * ln(1 / density), at least 4.  Magnitude pruning by a fifth per round trains 4.5
