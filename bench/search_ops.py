@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sparsecore.control import GradBalance
 from sparsecore.kernels import GateBank, Unit, density_ref, density_slope_ref, sample_ref, slope_ref
-from sparsecore.kernels.gates.bank import balanced_step_ref_
+from sparsecore.kernels.gates.bank_ref import balanced_step_ref_
 from sparsecore.kernels.gates.weight import storage_noise
 
 from . import measure

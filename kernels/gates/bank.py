@@ -2,24 +2,23 @@
 
 `sample_` (K1) draws every layer's gated weight, `backward_` (K2) turns dR/dw_eff into dR/dlogits where
 it lies, `step_` (K2b) balances and moves the logits.  Nothing synchronises with the host, and addresses
-stay put, so that a step can be captured as a CUDA graph.  On the CPU the same steps are plain PyTorch.
+stay put, so that a step can be captured as a CUDA graph.  On the CPU the same steps are plain PyTorch,
+and small layers lie side by side.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from ..philox import storage_noise, uniform_
-from ..reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
-from ..units import Unit, apply_ref, gather_ref, project_ref, unit_shape
+from ..reference import GateSpec, density_ref, density_slope_ref
+from ..units import Unit, unit_shape
 from .balance import Rule, launch_balanced_step
+from .bank_ref import balanced_step_ref_, gates_backward_ref_, sample_gates_ref_, sizes_of
+from .joined import Held, join, runs
 from .launch import launch_backward, launch_sample
 from .segments import (
     FIRST_CHUNK,
-    GROUP,
-    LAST_CHUNK,
     Geometry,
     Hints,
     Segments,
@@ -28,37 +27,6 @@ from .segments import (
     offsets_of,
     plan,
 )
-
-
-def sample_gates_ref_(
-    out: list[Tensor], q: list[Tensor], log_gain: Tensor, step: Tensor, control: Tensor,
-    weights: list[Tensor], logits: list[Tensor], seeds: Tensor, plan: list[Tensor],
-    layers: list[int], gate: list[float], unit: list[int], hints: list[int], fast: bool,
-    trained: bool,
-) -> None:  # fmt: skip
-    spec, covers = GateSpec.of(gate), Unit(*unit)
-    step[1] = step[0] + 1
-    control[1] = control[0]
-    if log_gain.numel():
-        log_gain[1] = log_gain[0]
-    for i, (weight, s) in enumerate(zip(weights, logits, strict=True)):
-        spare = covers.single and out[i].dtype == torch.float32  # to be written soon anyway
-        noise = out[i] if spare else torch.empty_like(s)
-        uniform_(_memory(noise), seeds[i : i + 1], step[1:], layers[i])
-        z = project_ref(sample_ref(spec, s, noise), covers)
-        if q and trained:
-            q[i].copy_(z)
-        elif q:
-            torch.mul(slope_ref(spec, z, s), weight, out=q[i])
-        if spare:
-            torch.mul(weight, z, out=out[i])
-        else:
-            out[i].copy_(apply_ref(weight, z, covers))
-        if log_gain.numel():
-            gain = log_gain[1, i].exp()
-            out[i].mul_(gain)
-            if q and not trained:
-                q[i].mul_(gain)
 
 
 def launch_sample_gates(
@@ -74,57 +42,6 @@ def launch_sample_gates(
         out=out[0], q=q[0] if q else None, log_gain=log_gain if log_gain.numel() else None,
         seed=seeds, step=step, control=control, fast=fast,
     )  # fmt: skip
-
-
-def gates_backward_ref_(
-    grads: list[Tensor], ds: list[Tensor], pulls: list[Tensor], partials: Tensor,
-    grad_offsets: Tensor, weights: list[Tensor], logits: list[Tensor], out: list[Tensor],
-    q: list[Tensor],
-    log_gain: Tensor, seeds: Tensor, step: Tensor, plan: list[Tensor], layers: list[int],
-    gate: list[float], unit: list[int], hints: list[int], fast: bool,
-    trained: bool,
-) -> None:  # fmt: skip
-    """`ds` is empty where each weight has a gate: its gradient takes the place of dR/dw_eff in `grads`.
-
-    Where weights are `trained`, `out`, not needed any more, becomes dR/dweight.
-    `pulls`, size d density/ds of each layer, is for `balanced_step_ref_`; kernels compute it twice.
-    """
-    spec, covers = GateSpec.of(gate), Unit(*unit)
-    partials.zero_()
-    for i, (weight, s, grad) in enumerate(zip(weights, logits, grads, strict=True)):
-        flat = grad.to(torch.float32)
-        dot = torch.dot(_memory(flat), _memory(out[i]).to(torch.float32))
-        gain = log_gain[1, i].exp() if log_gain.numel() else None
-        if q and not trained:
-            found = grad.mul_(q[i])
-        else:
-            if q:
-                z = q[i]
-            else:
-                noise = storage_noise(s, seeds[i : i + 1], step[1:], layers[i])
-                z = project_ref(sample_ref(spec, s, noise), covers)
-            if trained and covers.single and out[i].dtype == torch.float32:
-                torch.mul(flat, z, out=out[i])
-            elif trained:
-                out[i].copy_(apply_ref(flat, z, covers))
-            found = slope_ref(spec, z, s)
-            if covers.single:
-                found.mul_(flat).mul_(weight)
-            else:
-                found.mul_(gather_ref(flat * weight, covers))
-            if gain is not None:
-                found.mul_(gain)
-                if trained:
-                    out[i].mul_(gain)
-            found = (grads[i] if covers.single else ds[i]).copy_(found)
-        density = density_ref(spec, s)
-        pulls[i].copy_(density_slope_ref(spec, s, density))
-        if not covers.single:
-            sizes = _sizes(weight.shape, covers, weight.device)
-            density, pulls[i] = density * sizes, pulls[i].mul_(sizes)
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (found, pulls[i])]
-        row = [norms[0].square(), density.sum(), norms[1].square(), dot]
-        partials[int(plan[0][i, FIRST_CHUNK])] = torch.stack(row)
 
 
 def launch_gates_backward(
@@ -143,53 +60,6 @@ def launch_gates_backward(
         step=step[1:], ds=ds[0] if ds else grads[0], dw=out[0] if trained else None,
         partials=partials, multi=True, fast=fast,
     )  # fmt: skip
-
-
-def balanced_step_ref_(
-    logits: list[Tensor], m: list[Tensor], v: list[Tensor], log_gain: Tensor, step: Tensor,
-    control: Tensor, grads: list[Tensor], pulls: list[Tensor], grad_offsets: Tensor,
-    partials: Tensor, targets: Tensor, lr: Tensor, plan: list[Tensor], gate: list[float],
-    unit: list[int], rule: list[float], hints: list[int], fast: bool,
-) -> None:  # fmt: skip
-    """`pulls` as `gates_backward_ref_` left them."""
-    keep, follow, ascend, band = rule
-    table, _, _, groups = plan
-    t, tiny = step[1], torch.finfo(torch.float32).tiny
-    weights = []  # of the pulls, lambda times percent, a group
-    for group, (first, last) in enumerate(groups.tolist()):
-        task, kept, pull = partials[first:last, :3].sum(0).unbind()
-        percent = 100 / targets[group]
-        excess = percent * kept - 100
-        ratio = task.sqrt() / (percent * pull.sqrt()).clamp_min(tiny)
-        if band == 0:
-            ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
-        weight = keep * control[1, group] + follow * ratio + ascend * excess
-        if follow > 0:
-            weight = torch.where(t == 1, ratio, weight)
-        control[0, group] = weight
-        if band > 0:
-            weight = weight * (excess / band).clamp(0, 1)
-        weights.append(weight * percent)
-    members = table[:, GROUP].tolist()
-    totals = [
-        torch.addcmul(grad.to(s.dtype), pull, weights[member])
-        for grad, pull, s, member in zip(grads, pulls, logits, members, strict=True)
-    ]
-    steps = t.to(torch.float32)
-    logit_lr, gain_lr = lr.tolist()
-    adam = {"beta1": 0.9, "beta2": 0.999, "weight_decay": 0.0, "eps": 1e-8}
-    torch.ops.aten._fused_adam_(
-        logits, totals, m, v, [], [steps.clone() for _ in logits],
-        lr=logit_lr, **adam, amsgrad=False, maximize=False,
-    )  # fmt: skip
-    if log_gain.numel():
-        dots = [partials[row[FIRST_CHUNK] : row[LAST_CHUNK], 3].sum() for row in table.tolist()]
-        log_gain[0] = log_gain[1]
-        torch.ops.aten._fused_adam_(
-            [log_gain[0]], [torch.stack(dots)], [log_gain[2]], [log_gain[3]], [], [steps],
-            lr=gain_lr, **adam, amsgrad=False, maximize=False,
-        )  # fmt: skip
-    step[0] = t
 
 
 def launch_bank_step(
@@ -228,17 +98,6 @@ for _operator, _launch in (
     _operator.register_fake(lambda *args, **kwargs: None)
 
 
-@lru_cache(maxsize=1024)
-def _sizes(shape: torch.Size, unit: Unit, device: torch.device) -> Tensor:
-    """Weights in each unit, float32; kept, since making it takes a tensor of the weight's size."""
-    return gather_ref(torch.ones(shape, device=device), unit)
-
-
-def _memory(t: Tensor) -> Tensor:
-    """A dense tensor's elements in the order in which they lie."""
-    return t.as_strided((t.numel(),), (1,))
-
-
 class GateBank:
     """Logits, Adam's moments, gains and lambda of all layers, and the gated weights they give.
 
@@ -275,22 +134,30 @@ class GateBank:
         device = weights[0].device
         self.gate, self.unit, self.rule, self.fast, self.trained = gate, unit, rule, fast, trained
         self.on_cpu = device.type == "cpu"
-        self.weights, self.layers, self.groups = list(weights), list(layers), list(groups)
+        self.layers, self.groups = list(layers), list(groups)
         shapes = [unit_shape(w.shape, unit) for w in weights]
-        self.logits = [
+        logits = [
             _filled(w if unit.single else None, shape, start[group], device)
             for w, shape, group in zip(weights, shapes, groups, strict=True)
         ]
-        self.m = [torch.zeros_like(s) for s in self.logits]
-        self.v = [torch.zeros_like(s) for s in self.logits]
+        elementwise = unit.single and not unit.keep
+        sizes = [w.numel() for w in weights]
+        if self.on_cpu and elementwise and out is None:
+            self.held = runs(sizes, self.groups)
+        else:
+            self.held = [Held(i, [size]) for i, size in enumerate(sizes)]
         if out is None:
             out = [torch.empty_like(w, dtype=dtype) for w in weights]
-        self.out = list(out)
-        elementwise = unit.single and not unit.keep
+        # Of each role the layers' tensors, and the same memory as steps on a CPU go over it.
+        self.weights, self._weights = join(weights, self.held)
+        self.out, self._out = join(out, self.held)
+        self.logits, self._logits = join(logits, self.held)
+        self.m, self._m = join([torch.zeros_like(s) for s in logits], self.held)
+        self.v, self._v = join([torch.zeros_like(s) for s in logits], self.held)
         # On the CPU q is z itself where weights are trained, which need it for their own gradient.
         stored = store_factor and (unit.single if self.on_cpu else elementwise and not trained)
-        self.q = [torch.empty_like(o) for o in self.out] if stored else []
-        self.pulls = [torch.empty_like(s) for s in self.logits] if self.on_cpu else []
+        self.q, self._q = join([torch.empty_like(o) for o in out] if stored else [], self.held)
+        self._pulls = [torch.empty_like(s) for s in self._logits] if self.on_cpu else []
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
         count, sets = len(self.weights), max(groups) + 1
         self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
@@ -318,7 +185,7 @@ class GateBank:
         # On the CPU directly: calling an operator costs as much there as a tenth of its work.
         run = sample_gates_ref_ if self.on_cpu else _sample
         run(
-            self.out, self.q, self.log_gain, self.step, self.control, self.weights, self.logits,
+            self._out, self._q, self.log_gain, self.step, self.control, self._weights, self._logits,
             self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
             self.fast, self.trained,
         )  # fmt: skip
@@ -330,16 +197,17 @@ class GateBank:
 
         Where weights are trained, `out` becomes dR/dweight.
         """
-        self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
-        if len({g.data_ptr() for g in self.grads}) < len(self.grads):
-            self.grads = [g.clone() for g in self.grads]  # autograd may hand out one tensor twice
+        found = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
+        if len({g.data_ptr() for g in found}) < len(found):
+            found = [g.clone() for g in found]  # autograd may hand out one tensor twice
+        self.grads, self._grads = join(found, self.held)
         *tables, hints = self.plan
         offsets = self._offsets_of(self.grads)
         self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
         run = gates_backward_ref_ if self.on_cpu else _backward
         run(
-            self.grads, self.ds, self.pulls, self.partials, offsets, self.weights, self.logits,
-            self.out, self.q, self.log_gain, self.seeds, self.step, tables,
+            self._grads, self.ds, self._pulls, self.partials, offsets, self._weights, self._logits,
+            self._out, self._q, self.log_gain, self.seeds, self.step, tables,
             self.layers, list(map(float, self.gate)), list(self.unit),
             _hints(hints, self.grads), self.fast, self.trained,
         )  # fmt: skip
@@ -356,17 +224,18 @@ class GateBank:
     def take_(self, ds: Sequence[Tensor], dgains: Sequence[Tensor]) -> None:
         """Takes dR/dlogits and dR/dlog_gain of every layer from such a step, in place of `backward_`."""
         self.partials.zero_()
-        self.grads = self.ds = [_laid_out_as(d, s) for d, s in zip(ds, self.logits, strict=True)]
+        self.ds = [_laid_out_as(d, s) for d, s in zip(ds, self.logits, strict=True)]
+        self.grads = self._grads = self.ds
         self._ds_offsets = self._offsets_of(self.ds)
         nothing = self.partials.new_zeros(())
         for i, (s, d) in enumerate(zip(self.logits, self.ds, strict=True)):
             density = density_ref(self.gate, s)
             pull = density_slope_ref(self.gate, s, density)
             if not self.unit.single:
-                sizes = _sizes(self.weights[i].shape, self.unit, s.device)
+                sizes = sizes_of(self.weights[i].shape, self.unit, s.device)
                 density, pull = density * sizes, pull.mul_(sizes)
-            if self.pulls:
-                self.pulls[i].copy_(pull)
+            if self._pulls:
+                self._pulls[i].copy_(pull)
             dgain = dgains[i] if dgains else nothing
             sums = [d.square().sum(), density.sum(), pull.square().sum(), dgain]
             self.partials[self._first_chunks[i]] = torch.stack(sums)
@@ -375,10 +244,10 @@ class GateBank:
     def step_(self, rule: Rule | None = None) -> None:
         """Ends a step: lambda, logits and gains move on."""
         *tables, hints = self.plan
-        ds = self.grads if self.unit.single else self.ds
+        ds = self._grads if self.unit.single else self.ds
         run = balanced_step_ref_ if self.on_cpu else _step
         run(
-            self.logits, self.m, self.v, self.log_gain, self.step, self.control, ds, self.pulls,
+            self._logits, self._m, self._v, self.log_gain, self.step, self.control, ds, self._pulls,
             self._ds_offsets, self.partials, self.targets, self.lr, tables, list(map(float, self.gate)),
             list(self.unit), list(rule or self.rule), _hints(hints, ds), self.fast,
         )  # fmt: skip

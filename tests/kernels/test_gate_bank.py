@@ -11,6 +11,7 @@ from torch import Tensor
 from sparsecore.kernels import GateBank, GateSpec, Rule, Unit, philox
 from sparsecore.kernels import reference as ref
 from sparsecore.kernels.gates import bank as gate_bank
+from sparsecore.kernels.gates import bank_ref, joined
 from sparsecore.kernels.gates.segments import COLUMNS, FLAT_BLOCK
 
 pytestmark = pytest.mark.gpu  # on the GPU where there is one, interpreted otherwise
@@ -46,11 +47,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
         return uniform_(out, seed, step, layer, exact=True)
 
     monkeypatch.setattr(philox, "uniform_", exact)
-    monkeypatch.setattr(gate_bank, "uniform_", exact)
+    monkeypatch.setattr(bank_ref, "uniform_", exact)
 
 
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     if not GPU:
+        monkeypatch.setattr(joined, "JOINED", 0)  # layers lie apart, as on a GPU
         monkeypatch.setattr(gate_bank, "sample_gates_ref_", gate_bank.launch_sample_gates)
         monkeypatch.setattr(gate_bank, "gates_backward_ref_", gate_bank.launch_gates_backward)
         monkeypatch.setattr(gate_bank, "balanced_step_ref_", gate_bank.launch_bank_step)
@@ -142,6 +144,39 @@ def test_three_steps_of_two_searches(
             agree(mine, right)
             assert torch.equal(mine, twice), name  # deterministic
     assert found["step"][-1].tolist() == [3, 3]
+
+
+@pytest.mark.parametrize("mode", ["recomputed", "stored", "trained"])
+def test_layers_side_by_side_step_as_layers_apart(
+    mode: str, launched: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a CPU small layers share memory, in steps alone: sums differ by their order."""
+    options = {"store_factor": mode != "recomputed", "trained": mode == "trained"}
+    together = bank_on("cpu", GATES["concrete"], Unit(), RULES["band"], **options)
+    assert [held.first for held in together.held] == [0, 3]
+    monkeypatch.setattr(joined, "JOINED", 0)
+    apart = bank_on("cpu", GATES["concrete"], Unit(), RULES["band"], **options)
+    assert [held.first for held in apart.held] == [*range(6)]
+    for mine, right in zip(together.weights, apart.weights, strict=True):
+        assert mine.stride() == right.stride() and torch.equal(mine, right)
+    found, right = three_steps(together), three_steps(apart)
+    for name, values in found.items():
+        torch.testing.assert_close(values, right[name], rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "JOINED", 10)
+    sizes, groups = [4, 6, 1, 30, 2, 2, 2, 9], [0, 0, 0, 0, 0, 0, 1, 1]
+    held = joined.runs(sizes, groups)
+    assert [h.sizes for h in held] == [[4, 6], [1], [30], [2, 2], [2], [9]]
+    assert [h.first for h in held] == [0, 2, 3, 4, 6, 7]
+    tensors = [randn(size, seed=i) for i, size in enumerate(sizes)]
+    views, memories = joined.join(tensors, held)
+    assert all(torch.equal(a, b) for a, b in zip(views, tensors, strict=True))
+    assert views[3] is tensors[3]  # alone: not copied
+    memories[0].zero_()
+    assert not views[0].any() and not views[1].any() and views[2].all()
+    assert list(joined.held_in(memories, sizes)) == held
 
 
 @pytest.mark.parametrize("unit", [Unit(8, 16), Unit(8, 8), Unit(1, 0), Unit(1, 4, 2)], ids=str)
@@ -239,7 +274,8 @@ def test_many_launches_agree_with_many_chunks(
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_operators_pass_opcheck() -> None:
+def test_operators_pass_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joined, "JOINED", 0)
     bank = bank_on("cpu", GATES["concrete"], Unit(), RULES["gradbalance"], store_factor=True)
     *tables, hints = bank.plan
     gate, unit = [float(v) for v in bank.gate], list(bank.unit)
@@ -253,13 +289,13 @@ def test_operators_pass_opcheck() -> None:
     grads = [torch.ones_like(o) for o in bank.out]
     offsets = torch.zeros(6, dtype=torch.int64)
     backward = (
-        grads, bank.ds, bank.pulls, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
+        grads, bank.ds, bank._pulls, bank.partials, offsets, bank.weights, bank.logits, bank.out, bank.q,
         bank.log_gain, bank.seeds, bank.step, tables, bank.layers, gate, unit, list(hints), True,
         False,
     )  # fmt: skip
     torch.library.opcheck(gate_bank._backward, backward, test_utils=tests)
     step = (
-        bank.logits, bank.m, bank.v, bank.log_gain, bank.step, bank.control, grads, bank.pulls, offsets,
+        bank.logits, bank.m, bank.v, bank.log_gain, bank.step, bank.control, grads, bank._pulls, offsets,
         bank.partials, bank.targets, bank.lr, tables, gate, unit, list(bank.rule), list(hints),
         True,
     )  # fmt: skip
