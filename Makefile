@@ -55,10 +55,10 @@ gpu:
 	grep -E "^== |^FAILED|^(FAILED|ERROR) |passed|failed|error:" $(OUT)/gpu.log; ls $(OUT); exit $$status
 
 # Hours on a GPU, cell by cell: run it again to go on.
-# pace=60 is a tenth of ltr's epochs, as 5 is where a training has 12.
+# pace=56 is a twelfth of ltr's epochs, as 4.5 is where a training has 12.
 compare-gpu:
 	$(PY) -m sparsecore $(COMPARE) --model resnet-20 --model-option shortcut=3x3 --model-option bn_init=uniform \
-	  --rewind-epochs 9 --epochs 151 --sparsities 0.9,0.98,0.99262 --methods joint,joint:pace=60,cts,ltr,ltr+reinit,snip \
+	  --rewind-epochs 9 --epochs 151 --sparsities 0.9,0.98,0.99262 --methods joint,joint:pace=56,cts,ltr,ltr+reinit,snip \
 	  --out $(OUT)/compare-resnet20
 
 .venv/.python:

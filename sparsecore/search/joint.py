@@ -33,9 +33,9 @@ class JointSearch(AbstractGateSearch):
     Its batches should be augmented as those of training are, since the weights learn from them too.
 
     Args:
-        epochs: None: pace * ln(1 / density), at least 4.  Magnitude pruning by a fifth per round trains 4.5
-            times for each factor of e, 54 epochs if a training has 12: `pace` = 5 costs a tenth of that.
-        ramp: None: of a search as long as `pace` makes it 1.35 * pace epochs, time enough for weights to show
+        epochs: None: pace * ln(1 / density), rounded up, at least 4.  Magnitude pruning by a fifth per round
+            trains 4.5 times for each factor of e: `pace` = 4.5 takes an epoch for each of its trainings.
+        ramp: None: of a search as long as `pace` makes it 1.5 * pace epochs, time enough for weights to show
             what they are worth, but at least a quarter and at most 70 %: the rest is for settling.
         gate: None: Concrete, nearly without noise, under which the weights learn better, but with more
             the fewer of them are left: tau = 100 sqrt(density), 10 at most (bench/results/search-log.md).
@@ -50,7 +50,7 @@ class JointSearch(AbstractGateSearch):
     """
 
     epochs: int | None = None
-    pace: float = 5.0
+    pace: float = 4.5
     objective: Objective = task
     control: AbstractController = field(default_factory=banded)
     gate: AbstractGate | None = None
@@ -76,12 +76,12 @@ class JointSearch(AbstractGateSearch):
     def epochs_for(self, sparsity: float) -> int:
         if self.epochs is not None:
             return self.epochs
-        return round(self._paced(sparsity))
+        return math.ceil(self._paced(sparsity))
 
     def ramp_for(self, sparsity: float) -> float:
         if self.ramp is not None:
             return self.ramp
-        return min(0.7, max(0.25, 1.35 * self.pace / self._paced(sparsity)))
+        return min(0.7, max(0.25, 1.5 * self.pace / self._paced(sparsity)))
 
     def _paced(self, sparsity: float) -> float:
         """Epochs of a search, by `pace`."""
