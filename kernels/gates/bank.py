@@ -103,6 +103,7 @@ class GateBank:
 
     Args:
         weights: float32, [n, k] or [n, k, r, s] each, on one device; contiguous or channels_last.
+            On a CPU small ones are copied: the bank's own `weights` are those that steps read.
         start: the logits' first value, one number a group.
         seeds, layers: one number a weight: with the step, the address of its noise.
         groups: for each weight the search it belongs to (several run side by side); ascending from 0.

@@ -45,13 +45,14 @@ def join(tensors: Sequence[Tensor], held: Sequence[Held]) -> tuple[list[Tensor],
     views, memories = [], []
     for first, sizes in held:
         mine = tensors[first : first + len(sizes)]
-        memory = mine[0] if len(mine) == 1 else torch.cat([memory_of(t) for t in mine])
-        parts = mine if len(mine) == 1 else [
-            part.as_strided(t.shape, t.stride(), part.storage_offset())
-            for part, t in zip(memory.split(sizes), mine, strict=True)
-        ]  # fmt: skip
-        views += parts
+        if len(mine) == 1:
+            views += mine
+            memories += mine
+            continue
+        memory = torch.cat([memory_of(t) for t in mine])
         memories.append(memory)
+        for t, part in zip(mine, memory.split(sizes), strict=True):
+            views.append(part.as_strided(t.shape, t.stride(), part.storage_offset()))
     return views, memories
 
 
