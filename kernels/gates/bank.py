@@ -158,6 +158,11 @@ class GateBank:
         # On the CPU q is z itself where weights are trained, which need it for their own gradient.
         stored = store_factor and (unit.single if self.on_cpu else elementwise and not trained)
         self.q, self._q = join([torch.empty_like(o) for o in out] if stored else [], self.held)
+        self.joined = len(self.held) < len(weights)
+        # Where layers lie side by side their gradients are copied there; elsewhere they stay where they come.
+        self.grads, self._grads = join(
+            [torch.empty_like(o) for o in out] if self.joined else [], self.held
+        )
         self._pulls = [torch.empty_like(s) for s in self._logits] if self.on_cpu else []
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
         count, sets = len(self.weights), max(groups) + 1
@@ -198,10 +203,15 @@ class GateBank:
 
         Where weights are trained, `out` becomes dR/dweight.
         """
-        found = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
-        if len({g.data_ptr() for g in found}) < len(found):
-            found = [g.clone() for g in found]  # autograd may hand out one tensor twice
-        self.grads, self._grads = join(found, self.held)
+        if self.joined:
+            torch._foreach_copy_(self.grads, list(grads))
+        else:
+            self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
+            if len({g.data_ptr() for g in self.grads}) < len(self.grads):
+                self.grads = [
+                    g.clone() for g in self.grads
+                ]  # autograd may hand out one tensor twice
+            self._grads = self.grads
         *tables, hints = self.plan
         offsets = self._offsets_of(self.grads)
         self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)

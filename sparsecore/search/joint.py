@@ -133,6 +133,7 @@ class JointStep(FusedStep):
             self.weights, search.recipe, capturable=self.device.type == "cuda"
         )
         self._make_state()
+        self._take_gradients()
 
     def _make_state(self) -> None:
         """The optimiser's state exists from the start, so that a checkpoint or a graph finds it in its place."""
@@ -149,6 +150,11 @@ class JointStep(FusedStep):
         for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
 
+    def _take_gradients(self) -> None:
+        """The bank leaves dR/dweight where the gated weight was: in float32 always the same memory."""
+        for p, grad in zip(self.weights, self.bank.out, strict=False):
+            p.grad = grad.to(p.dtype)
+
     def gradients(self, loss: Tensor) -> Sequence[Tensor]:
         """dR/dw_eff in the bank's order; those of all other parameters go where their optimiser looks."""
         found = torch.autograd.grad(
@@ -161,9 +167,8 @@ class JointStep(FusedStep):
 
     def descend(self, batch: Batch) -> Tensor:
         loss = super().descend(batch)
-        # The bank has left dR/dweight where the gated weight was.
-        for p, grad in zip(self.weights, self.bank.out, strict=False):
-            p.grad = grad.detach().to(p.dtype)
+        if self.search.dtype != torch.float32:
+            self._take_gradients()
         grads = [p.grad for p in self.weights if p.grad is not None]
         torch._foreach_div_(grads, self.search.objective.scale)
         if self.clip_norm is not None:
