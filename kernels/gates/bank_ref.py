@@ -31,9 +31,7 @@ def sample_gates_ref_(
     for i, held in enumerate(held_in(weights, plan[0][:, NUMEL].tolist())):
         weight, s = weights[i], logits[i]
         spare = covers.single and out[i].dtype == torch.float32  # to be written soon anyway
-        noise = out[i] if spare else torch.empty_like(s)
-        for layer, part in enumerate(held.split(noise), held.first):
-            uniform_(part, seeds[layer : layer + 1], step[1:], layers[layer])
+        noise = _draw_(out[i] if spare else torch.empty_like(s), held, seeds, step, layers)
         z = project_ref(sample_ref(spec, s, noise), covers)
         if q and trained:
             q[i].copy_(z)
@@ -79,9 +77,7 @@ def gates_backward_ref_(
             if q:
                 z = q[i]
             else:
-                noise = torch.empty_like(s)
-                for layer, part in enumerate(held.split(noise), held.first):
-                    uniform_(part, seeds[layer : layer + 1], step[1:], layers[layer])
+                noise = _draw_(torch.empty_like(s), held, seeds, step, layers)
                 z = project_ref(sample_ref(spec, s, noise), covers)
             if trained and covers.single and out[i].dtype == torch.float32:
                 torch.mul(flat, z, out=out[i])
@@ -152,6 +148,13 @@ def balanced_step_ref_(
             lr=gain_lr, **adam, amsgrad=False, maximize=False,
         )  # fmt: skip
     step[0] = t
+
+
+def _draw_(noise: Tensor, held: Held, seeds: Tensor, step: Tensor, layers: list[int]) -> Tensor:
+    """The present step's u of each gate, every layer at its own address."""
+    for layer, part in enumerate(held.split(noise), held.first):
+        uniform_(part, seeds[layer : layer + 1], step[1:], layers[layer])
+    return noise
 
 
 def _scale_(t: Tensor, held: Held, gains: Tensor) -> None:
