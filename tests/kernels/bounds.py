@@ -17,9 +17,9 @@ K u sum |p_k|, is about 100 times as much for K = 12,608: it would hide a wrong 
 
 **One element**: |e| <= 16 sqrt(v).  Sums walk at random (mean squares along a Brownian bridge have a
 tail e^(-x pi^2 / 2)), so this is passed with probability e^(-16 pi / sqrt 2) = 4e-16, and with e^(-20) if every
-|d| were u.  **A window** of 16 x 16 elements, which the smallest tile fills: ||e||^2 <= sum v + 256 max v, its mean
-square and one element at its own limit.  Rounding averages out over a window and a systematic error does
-not: one of 2 sqrt(K/6) u relative to y is seen, 5e-6 at K = 12,608.
+|d| were u.  **A window** of M = 16 x 16 elements, which the smallest tile fills: sum e^2 / v <= M + 256, its mean
+and one element at its own limit.  Rounding averages out over a window and a systematic error does not: one
+of about 2.5 sqrt(K/6) u relative to y is seen, 7e-6 at K = 12,608.
 
 Beside what is random there is what is `sure`: rounding of the result to its dtype (u |y|), underflow (what
 falls below the least normal number may be flushed to 0, at every term), and tensor cores' sums of 16-bit
@@ -186,21 +186,22 @@ def require(name: str, found: Tensor, expected: Expected) -> None:
     if not found.numel():
         return
     sure = sure + torch.finfo(found.dtype).eps / 2 * exact.abs() + _least(found.dtype)
-    error = (found.double() - exact).abs()
-    _within(f"{name}, an element", error, sure + LIMIT * variance.sqrt())
-    total, v, known = (_windows(t, filters) for t in (error**2, variance, sure**2))
-    limit = known.sum(1).sqrt() + (v.sum(1) + LIMIT**2 * v.amax(1)).sqrt()
-    _within(f"{name}, a window", total.sum(1).sqrt(), limit)
+    beyond = ((found.double() - exact).abs() - sure).clamp_min(0)
+    score = torch.where(beyond == 0, 0, beyond / variance.sqrt())  # in roots of the mean square
+    _at_most(f"{name}, an element", score, torch.full_like(score, LIMIT))
+    size = _windows(torch.ones_like(score), filters).sum(1)
+    total = _windows(score**2, filters).sum(1)
+    _at_most(f"{name}, a window", (total / size).sqrt(), (1 + LIMIT**2 / size).sqrt())
 
 
-def _within(what: str, error: Tensor, limit: Tensor) -> None:
-    if not bool((error <= limit).all()):  # NaN is not
-        worst = torch.nan_to_num(error / limit, nan=torch.inf).argmax()
-        got, most = error.flatten()[worst].item(), limit.flatten()[worst].item()
-        count = int((~(error <= limit)).sum())
+def _at_most(what: str, score: Tensor, limit: Tensor) -> None:
+    wrong = ~(score <= limit)  # NaN is
+    if bool(wrong.any()):
+        worst = int(torch.nan_to_num(score / limit, nan=torch.inf).argmax())
         raise AssertionError(
-            f"{what}: expected an error of at most {most:.3e}, got {got:.3e} "
-            f"({count} of {error.numel()} are beyond, the worst is number {int(worst)})"
+            f"{what}: expected an error of at most {limit.flatten()[worst]:.2f} roots of its mean square, "
+            f"got {score.flatten()[worst]:.2f} ({int(wrong.sum())} of {len(wrong.flatten())} are beyond, "
+            f"the worst is number {worst})"
         )
 
 
