@@ -67,7 +67,7 @@ class OpCase:
     """Forward, dX and dW of one layer: linear, or a convolution of stride 1 on square images.
 
     Args:
-        format: of `kernels.FORMATS`, whose units the mask has.
+        format: as block:64x64, whose units the mask has.
         others: also packages whose kernels take long to tune themselves.
     """
 
@@ -86,11 +86,6 @@ class OpCase:
         kind = f"{self.taps}x{self.taps} " if self.side else ""
         which = f"{self.part[:-1]}/{kind}{self.k}->{self.n}, {self.format}"
         return f"{which}/T={self.tokens}/sparsity={self.sparsity:g}"
-
-    @property
-    def granularity(self) -> str:
-        kind, _, option = self.format.partition(":")
-        return f"vector:{option}" if kind == "panel" else self.format
 
     @property
     def weight_shape(self) -> tuple[int, ...]:
@@ -250,7 +245,7 @@ _TELLING: tuple[Case, ...] = (
     _square(2048),
     *_linear(*_VIT, 12608, ("block:64x64",), (0.9,)),
     _vit(_PLANS),
-    *_linear(*_WIDE, 8192, ("block:128x128", "panel:64"), (0.9,)),
+    *_linear(*_WIDE, 8192, ("block:128x128",), (0.9,)),
     _conv(256, 256, 14, 256), _conv(512, 512, 7, 1024),
     _resnet(64),
     *_linear(*_WIDE, 8192, ("block:64x64", "block:32x32"), (0.95,)),
@@ -264,7 +259,7 @@ _BEHIND: tuple[Case, ...] = (
     *(case
       for sparsity in (0.9, 0.95, 0.8, 0.99)
       for shape, tokens in ((_WIDE, 2048), (_WIDE, 8192), (_VIT, 12608))
-      for case in _linear(*shape, tokens, (*_BLOCKS, "panel:64", "panel:32"), (sparsity,))),
+      for case in _linear(*shape, tokens, _BLOCKS, (sparsity,))),
     _resnet(32),
     _resnet(64, (DENSE, MASKED, "plan auto"), ", plan auto"),
 )  # fmt: skip
@@ -290,7 +285,6 @@ QUICK: tuple[Case, ...] = (
         granularity="block:16x16", graph=True, seconds=0.0, backend="aot_eager",
     ),
     OpCase("ops", 32, 64, 16, "block:16x16", 0.75, others=True),
-    OpCase("ops", 32, 64, 16, "panel:16", 0.75),
     OpCase("convs", 32, 32, 32, "block:16x16", 0.75, taps=1, side=4),
 )  # fmt: skip
 PARTS = ("mlp", "lenet", "models", "ops", "convs")

@@ -58,7 +58,7 @@ def problem_of(case: OpCase, device: torch.device) -> Problem:
         made = torch.randn(shape, generator=generator, device=device)
         return made.contiguous(memory_format=torch.channels_last) if case.side else made
 
-    mask = random_mask(case.weight_shape, case.granularity, case.sparsity).to(device)
+    mask = random_mask(case.weight_shape, case.format, case.sparsity).to(device)
     pad = case.taps // 2
     layer = Layer(case.weight_shape, (1, 1, pad, pad, 1, 1) if case.side else ())
     weight = randn(case.weight_shape) * (case.k * case.taps**2) ** -0.5 * mask

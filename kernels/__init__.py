@@ -8,7 +8,6 @@ from .gated.layers import Choice, choice, forget, gated_conv2d, gated_linear
 from .gates.balance import Rule
 from .gates.bank import GateBank
 from .gates.weight import gated_weight
-from .panels.plan import PanelPlan
 from .philox import uniform_
 from .reference import (
     BERNOULLI,
@@ -38,7 +37,6 @@ from .sparse.layers import (
     plan_of,
     sparse_layer,
 )
-from .sparse.semi import fits as fits_2_4
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [
@@ -54,7 +52,6 @@ __all__ = [
     "GateBank",
     "GateSpec",
     "Layer",
-    "PanelPlan",
     "Plan",
     "Rule",
     "Unit",
@@ -68,7 +65,6 @@ __all__ = [
     "density_ref",
     "density_slope_ref",
     "dsd",
-    "fits_2_4",
     "forget",
     "gated_conv2d",
     "gated_linear",

@@ -128,17 +128,13 @@ def predicted(
     if kind == "state":
         moved = 1e3 * facts.nnz * (8 + size) / machine.bandwidth
         return Times(*[time(n * k, 1.0) + moved] * 3)
-    if kind == "semi":
-        moved = 1e3 * (facts.nnz * (8 + size) + 2 * size * n * k) / machine.bandwidth
-        return Times(time(n * k, 1.5) + moved, time(n * k, 1.0), time(n * k, 1.0))
     if kind == "csr":
         return Times(time(facts.nnz, _BAGS), time(facts.nnz, _BAGS), time(facts.nnz, _SAMPLED))
     if kind == "compact":
         share = facts.live_rows * facts.live_columns / (n * layer.shape[1])
         moved = 2 * size * tokens * (facts.live_rows + facts.live_columns)
         return Times(*[time(share * n * k, 1.0, moved)] * 3)
-    sides = [int(side) for side in option.split("x")]
-    h, w = sides if len(sides) == 2 else (sides[0], 1)
+    h, w = (int(side) for side in option.split("x"))
     kept = stored(mask, h, w)
     # Every stored block reads its part of the activations again, from the level-2 cache.
     again = size * tokens * kept * (1 / h + 1 / max(w, 64)) / _CACHE_RATE

@@ -80,7 +80,7 @@ PlanName = Annotated[
     str,
     typer.Option(
         "--plan",
-        help="auto (the fastest), mask, state, csr, compact, block, block:HxW, panel, panel:V or semi.",
+        help="auto (the fastest), mask, state, csr, compact, block or block:HxW.",
     ),
 ]
 PlanCache = Annotated[

@@ -28,7 +28,6 @@ from .patterns import Dense, Masked
 _WORTH = 0.95  # another format must take less than this share of the floor's time
 _HOPELESS = 1.6  # what should take this many times the best prediction is not measured
 SIDES = ((128, 128), (64, 64), (32, 32), (16, 16))
-PANELS = (128, 64, 32, 16)
 # Several formats in a layer must save that much over the best one: activations that one wants turned and another
 # does not are copied in between, and each product measures without that.
 _MIXED = 0.9
@@ -167,9 +166,6 @@ def candidates(mask: Tensor, layer: Layer, dtype: torch.dtype) -> list[str]:
         names.append("compact")
     if mask.is_cuda:
         names += [f"block:{h}x{w}" for h, w in SIDES if stored(mask, h, w) * _FILL <= facts.nnz]
-        names += [f"panel:{v}" for v in PANELS if stored(mask, v, 1) * _FILL <= facts.nnz]
-        if kernels.fits_2_4(mask):
-            names.append("semi")
     known = [name for name in names if name.partition(":")[0] in kernels.FORMATS]
     return [n for n in known if kernels.obstacle(n, mask.device, layer, dtype) is None]
 
@@ -205,8 +201,8 @@ def choose(mask: Tensor, layer: Layer, x: Tensor, *, grad: bool = True, cache: C
 
 
 def _sides(name: str) -> tuple[int, int]:
-    sides = [int(side) for side in name.partition(":")[2].split("x")]
-    return (sides[0], sides[1]) if len(sides) == 2 else (sides[0], 1)
+    h, w = name.partition(":")[2].split("x")
+    return int(h), int(w)
 
 
 def _weigh(
@@ -241,6 +237,13 @@ def _weigh(
     return Choice(formats, reason, measured, guesses, update)
 
 
+def _gradient(layer: Layer, x: Tensor) -> Tensor:
+    """dy in the memory format of x, as a model hands it down."""
+    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    last = layer.conv and x.is_contiguous(memory_format=torch.channels_last)
+    return dy.contiguous(memory_format=torch.channels_last) if last else dy
+
+
 Products = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
 
 
@@ -249,7 +252,7 @@ def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) 
     plan = kernels.plan_of(mask, name, dtype=x.dtype, slide=layer.slide, groups=layer.groups)
     format, storage = plan.product("forward")
     values = weight[mask].float()
-    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    dy = _gradient(layer, x)
     if not format.feature_major or layer.conv:
         return (
             lambda: format.forward(x, values, None, layer, storage),
@@ -269,7 +272,7 @@ def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Te
     """The same of a dense weight ("dense") or of weight times mask ("mask")."""
     # What such a layer computes with, both ways.
     pattern = Masked(mask) if name == "mask" else Dense()
-    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
+    dy = _gradient(layer, x)
 
     def forward() -> Tensor:
         if layer.conv:

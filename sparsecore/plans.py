@@ -18,7 +18,7 @@ from .costs import rounds, seconds, stored
 from .kernels import Layer
 from .nn import SparseLayer
 from .patterns import Masked, Planned
-from .planner import PANELS, SIDES, Cache, Choice, cache_of, choose, where
+from .planner import SIDES, Cache, Choice, cache_of, choose, where
 
 # Kept shares above which a layer stays a mask unless it is measured: indices would cost what they save.
 _MOSTLY = 0.6
@@ -65,8 +65,8 @@ def plan_(
 
     Args:
         plan: "auto" measures each layer; "mask" is a mask over dense weights; a format ("state", "csr",
-            "compact", "block:64x64", "panel:64") is used for all, "block" and "panel" with the sides that
-            store least.  A named format never falls back.
+            "compact", "block:64x64") is used for all, "block" with the sides that store least.  A named
+            format never falls back.
         example: the model's inputs of a training step, on its device and in its precision: "auto" then
             measures now.  Without them it does at each layer's first use.
         cache: file of remembered choices; see `planner.cache_of`.
@@ -104,10 +104,10 @@ def plan_(
 
 def check_plan(plan: str) -> None:
     """Errors: ValueError for what is no plan at all."""
-    if plan not in ("auto", "mask", "block", "panel") and not kernels.is_format(plan):
+    if plan not in ("auto", "mask", "block") and not kernels.is_format(plan):
         raise ValueError(
-            f"plan: expected auto, mask, {', '.join(kernels.FORMATS)} (with sides as block:64x64 or "
-            f"panel:64), got {plan!r}"
+            f"plan: expected auto, mask, {', '.join(kernels.FORMATS)} (with sides as block:64x64), "
+            f"got {plan!r}"
         )
 
 
@@ -157,10 +157,9 @@ def _named(plan: str, layer: SparseLayer) -> str | None:
         return None
     mask = _mask(layer)
     assert mask is not None
-    if plan in ("block", "panel"):
-        sides = SIDES if plan == "block" else [(v, 1) for v in PANELS]
-        h, w = min(sides, key=lambda side: stored(mask, *side))
-        plan = f"block:{h}x{w}" if plan == "block" else f"panel:{h}"
+    if plan == "block":
+        h, w = min(SIDES, key=lambda side: stored(mask, *side))
+        plan = f"block:{h}x{w}"
     of = Layer(tuple(layer.weight_shape), *layer._slide().values())
     reason = kernels.obstacle(plan, mask.device, of, layer.raw_weight.dtype)
     if reason is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from . import safefile
 from .convert import plain_state, require_sparse_layers
-from .granularity import NM, Block, Granularity, Weight, parse_granularity
+from .granularity import NM, Granularity, Weight, parse_granularity
 from .patterns import Dense
 from .plans import check_plan, plan_
 from .sparsities import masks_from_scores, top_k
@@ -116,7 +116,7 @@ class Ticket:
             example: the model's inputs of a training step, for plan="auto" to measure with at once.
             weights: False keeps the model's own weights under the masks.
             plan: how layers compute, as `plan_` takes it; "mask": a mask over dense weights, "auto": the
-                fastest way.  "block" and "panel" take the ticket's own sides where it has some.
+                fastest way.  "block" takes the ticket's own sides where it has some.
 
         Errors: TicketError for a ticket of another model, ValueError for an unknown plan; other errors of
         `plan_` leave it masked.
@@ -148,11 +148,9 @@ class Ticket:
         return plan_(model, self._sided(plan), *example)
 
     def _sided(self, plan: str) -> str:
-        """ "block" and "panel" with the sides that the masks were searched with."""
-        granularity = self.granularity
-        if isinstance(granularity, Block) and plan == ("panel" if granularity.w == 1 else "block"):
-            return f"{plan}:{str(granularity).partition(':')[2]}"
-        return plan
+        """ "block" with the sides that the masks were searched with."""
+        sides = str(self.granularity)
+        return sides if plan == "block" and sides.startswith("block:") else plan
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with bit-packed masks.  Errors: TicketError if it cannot."""

@@ -15,9 +15,8 @@ ALLOWED = {
 FAMILIES: dict[str, set[str]] = {
     "gates": set(),
     "blocks": {"gates"},
-    "panels": set(),
     "gated": {"gates", "blocks"},
-    "sparse": {"blocks", "panels"},
+    "sparse": {"blocks"},
 }
 FILES = [p for d in ("kernels", "models", "sparsecore") for p in sorted((ROOT / d).rglob("*.py"))]
 

@@ -101,7 +101,7 @@ def test_convolutional_models_train_alike(plan: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("plan", ["block:16x16", "panel:16", "block", "panel"])
+@pytest.mark.parametrize("plan", ["block:16x16", "block"])
 def test_formats_of_kernels_train_alike(plan: str) -> None:
     models = [sc.plan_(masked().to(DEVICE), name) for name in ("mask", plan)]
     for model in models:
@@ -327,14 +327,13 @@ def test_structured_searches_feed_plans(method: str, granularity: str) -> None:
     assert str(found.granularity) == granularity
     expected = found.apply_(sc.sparsify_(mlp(hidden=64)))
     x = randn(5, 12)
-    plans = {"block:16x16": "block", "vector:16": "panel"}
-    for plan in ("auto", plans.get(granularity, "state")):
+    for plan in ("auto", "block" if granularity == "block:16x16" else "state"):
         model = found.apply_(sc.sparsify_(mlp(hidden=64)), plan=plan)
         model, x = model.to(DEVICE), x.to(DEVICE)
         torch.testing.assert_close(model(x).cpu(), expected(x.cpu()), rtol=1e-3, atol=1e-4)
         formats = {row.choice.formats for row in sc.report(model)}
-        if plan in ("block", "panel"):
-            assert formats == {(f"{plan}:{granularity.partition(':')[2]}",) * 3}
+        if plan == "block":
+            assert formats == {(granularity,) * 3}
 
 
 @pytest.mark.parametrize("plan", PLANS)

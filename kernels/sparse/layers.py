@@ -6,9 +6,7 @@ and dW may each have a format of their own; what a format keeps of a mask is pre
 state    dense compute on a weight that holds the kept values, for any mask and device;
 csr      compressed rows and columns, on the CPU;
 compact  dense compute on live rows and columns only;
-block    whole blocks that hold anything, on a GPU ("block:64x64");
-panel    panels of rows that share their columns, on a GPU ("panel:64");
-semi     2:4 through torch, forward only.
+block    whole blocks that hold anything, on a GPU ("block:64x64").
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,10 +18,8 @@ from torch import Tensor, nn
 
 from ..blocks.format import BLOCK
 from ..formats import Format, Layer, Storage, check_mask, wide
-from ..panels.format import PANEL
 from .compact import COMPACT
 from .csr import CSR
-from .semi import SEMI
 from .state import STATE
 
 FORMATS: dict[str, Format] = {
@@ -31,8 +27,6 @@ FORMATS: dict[str, Format] = {
     "csr": CSR,
     "compact": COMPACT,
     "block": BLOCK,
-    "panel": PANEL,
-    "semi": SEMI,
 }
 PRODUCTS = ("forward", "dx", "dw")
 FLOOR = "state"  # what can do everything
@@ -137,17 +131,16 @@ def is_format(name: str) -> bool:
 def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
     """ "block:64x32" as ("block", {"sides": (64, 32)})."""
     kind, colon, option = name.partition(":")
-    if kind not in FORMATS or bool(colon) != (kind in ("block", "panel")):
+    if kind not in FORMATS or bool(colon) != (kind == "block"):
         raise ValueError(
-            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64 or panel:64), got {name!r}"
+            f"format: expected {', '.join(FORMATS)} (with sides as block:64x64), got {name!r}"
         )
     if not colon:
         return kind, {}
     try:
         return kind, {"sides": tuple(int(side) for side in option.split("x"))}
     except ValueError:
-        example = {"block": "block:64x64", "panel": "panel:64"}[kind]
-        raise ValueError(f"format {kind}: expected sides as {example}, got {name!r}") from None
+        raise ValueError(f"format block: expected sides as block:64x64, got {name!r}") from None
 
 
 # --- Products ---------------------------------------------------------------------------------------
@@ -411,7 +404,7 @@ def sparse_layer(
     """x @ W.T + bias or conv2d(x, W, bias), W holding `values` in row-major order of the plan's mask.
 
     Computes in x's dtype, under autocast in autocast's, with float32 sums; differentiable to any order
-    in x, values and bias.  A linear layer's result may be strided (1, T) ("csr", "panel").
+    in x, values and bias.  A linear layer's result may be strided (1, T) ("csr").
 
     Errors: ValueError for shapes or devices that are not the plan's.
     """

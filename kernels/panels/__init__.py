@@ -1,1 +1,0 @@
-"""Products with panels: groups of rows that keep the same columns (K7)."""
