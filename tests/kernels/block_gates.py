@@ -1,8 +1,10 @@
 """Layers with gates of blocks and channels, by the kernels and composed in PyTorch, for the tests of both."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from bounds import Expected, gated
 from helpers import DEVICE, randn
 from torch import Tensor
 from torch.nn import functional as F
@@ -67,6 +69,16 @@ def noise(case: Case) -> Tensor:
     return philox.uniform_(u, one(11), one(5), LAYER, exact=True)
 
 
+def layer(case: Case, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if x.ndim == 2:
+        return F.linear(x, weight, bias)
+    return F.conv2d(x, weight, bias, case.axes[:2], case.axes[2:4], case.axes[4:])
+
+
+def expected(case: Case, given: Inputs, dy: Tensor) -> dict[str, Expected]:
+    return gated(partial(layer, case), *given, dy, case.gate, case.unit, noise(case))
+
+
 def composed(case: Case, given: Inputs, dy: Tensor, u: Tensor) -> list[Tensor]:
     """y and the gradients by autograd, in x's dtype around the gates' and weights' own."""
     leaves = [tensor.detach().requires_grad_() for tensor in given]
@@ -77,11 +89,7 @@ def composed(case: Case, given: Inputs, dy: Tensor, u: Tensor) -> list[Tensor]:
     else:
         z = sample_ref(case.gate, logits, u.to(logits))
     product = (apply_ref(weight, z, case.unit) * gain).to(x.dtype)
-    if x.ndim == 2:
-        y = F.linear(x, product, bias.to(x.dtype))
-    else:
-        axes = case.axes
-        y = F.conv2d(x, product, bias.to(x.dtype), axes[:2], axes[2:4], axes[4:])
+    y = layer(case, x, product, bias.to(x.dtype))
     return [y.detach(), *torch.autograd.grad(y, leaves, dy.to(y.dtype))]
 
 

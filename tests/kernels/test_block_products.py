@@ -1,9 +1,11 @@
 """Products with the stored blocks of decided masks: the kernels against float64."""
 
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from bounds import Expected, products, require
 from helpers import DEVICE, rand, randn
 from torch import Tensor
 from torch.nn import functional as F
@@ -70,15 +72,14 @@ def inputs(case: Case, dtype: torch.dtype) -> Inputs:
     return Inputs(plan.to(DEVICE), mask.to(DEVICE), *(t.to(DEVICE, dtype) for t in tensors))
 
 
-def composed(case: Case, given: Inputs, dtype: torch.dtype) -> list[Tensor]:
-    """y and the gradients by PyTorch on the dense weight, in a dtype."""
-    x, values, bias, dy = (t.detach().to(dtype) for t in given[2:])
-    weight = torch.zeros(case.weight, dtype=dtype, device=DEVICE)
-    weight = weight.masked_scatter(given.mask, values).requires_grad_()
-    x.requires_grad_()
-    y = product(case, x, weight, bias)
-    dx, dweight = torch.autograd.grad(y, (x, weight), dy)
-    return [y.detach(), dx, dweight[given.mask], stored_blocks(dweight, given.plan)]
+def expected(case: Case, given: Inputs) -> list[Expected]:
+    """y and the gradients by PyTorch on the dense weight, in float64."""
+    plan, mask, x, values, bias, dy = given
+    weight = torch.zeros(case.weight, device=DEVICE).double().masked_scatter(mask, values.double())
+    y, dx, dweight, _ = products(partial(product, case), x, weight, bias, dy)
+    dvalues = Expected(*(t[mask] for t in dweight[:3]))
+    dpacked = Expected(*(stored_blocks(t, plan) for t in dweight[:3]))
+    return [y, dx, dvalues, dpacked]
 
 
 def launched(case: Case, given: Inputs) -> list[Tensor]:
@@ -93,18 +94,11 @@ def launched(case: Case, given: Inputs) -> list[Tensor]:
 
 
 def check(case: Case, dtype: torch.dtype) -> list[Tensor]:
-    """Each result's error against float64 is at most twice PyTorch's own in the same dtype."""
     given = inputs(case, dtype)
-    exact, plain = composed(case, given, torch.float64), composed(case, given, dtype)
     ours = launched(case, given)
-    for name, value, torchs, truth in zip(NAMES, ours, plain, exact, strict=True):
-        assert value.shape == truth.shape and value.dtype == dtype, name
-        assert torch.isfinite(value).all(), name
-        if value.numel():
-            error = (value.double() - truth).abs().max().item()
-            torchs_error = (torchs.double() - truth).abs().max().item()
-            limit = 2 * torchs_error + 1e-6 * truth.abs().max().item()
-            assert error <= limit, f"{name}: {error:.2e} > {limit:.2e}"
+    for name, value, right in zip(NAMES, ours, expected(case, given), strict=True):
+        assert value.dtype == dtype, name
+        require(name, value, right)
     return ours
 
 
@@ -188,11 +182,10 @@ def test_empty_rows_and_columns_between_full_ones() -> None:
     plan = BlockPlan.from_mask(mask, case.block)
     values = randn(plan.nnz, seed=4).to(DEVICE)
     given = inputs(case, torch.float32)._replace(plan=plan, mask=mask, values=values)
-    for value, truth in zip(
-        launched(case, given), composed(case, given, torch.float64), strict=True
-    ):
-        torch.testing.assert_close(value.double(), truth, rtol=1e-4, atol=1e-4)
-    y, dx, *_ = launched(case, given)
+    found = launched(case, given)
+    for name, value, right in zip(NAMES, found, expected(case, given), strict=True):
+        require(name, value, right)
+    y, dx, *_ = found
     assert torch.equal(y[:, 16:48], given.bias[16:48].expand(20, 32))
     assert not dx[:, 32:64].any()
 
@@ -238,8 +231,8 @@ def test_same_bits_every_time_and_in_any_layout(case: Case) -> None:
         others.append((bigger[:, :, 3:-1, 1:-2], more.contiguous(memory_format=last)[1:-1]))
     for x, dy in others:
         again = launched(case, given._replace(x=x, dy=dy))
-        for name, value, expected in zip(NAMES, again, first, strict=True):
-            assert torch.equal(value, expected), name
+        for name, value, want in zip(NAMES, again, first, strict=True):
+            assert torch.equal(value, want), name
             if value.ndim == 4:
                 assert value.is_contiguous(memory_format=torch.channels_last)
 
@@ -251,16 +244,16 @@ def test_same_bits_every_time_and_in_any_layout(case: Case) -> None:
 def test_splits_over_tokens_add_up(case: Case, packed: bool) -> None:
     given = inputs(case, torch.float32)
     plan, _, x, *_, dy = given
-    want = launched(case, given)[2 + packed]
+    want = expected(case, given)[2 + packed]
     problem = problem_of(x.shape, case.weight, Unit(*case.block), case.axes, packed=True)
     last = torch.channels_last
     if x.ndim == 4:
         x = x.contiguous(memory_format=last)
         dy = dy.contiguous(memory_format=last).permute(0, 2, 3, 1).flatten(0, 2)
     for splits in (2, 3):
-        out = torch.empty_like(want)
+        out = torch.empty_like(want.exact, dtype=torch.float32)
         block_values.launch_dvalues(out, x, dy, plan, problem, splits=splits)
-        torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-5)
+        require(NAMES[2 + packed], out, want)
 
 
 @pytest.mark.gpu
@@ -371,5 +364,4 @@ def test_values_of_another_dtype() -> None:
     assert packed.dtype == torch.float16
     assert torch.equal(packed, pack(values, given.plan, torch.float16))
     dvalues = block_grad_values(given.dy, given.x, given.plan, [], torch.float32)
-    exact = composed(LINEAR[1], given, torch.float64)[2]
-    torch.testing.assert_close(dvalues.double(), exact, rtol=1e-5, atol=1e-5)
+    require("dvalues", dvalues, expected(LINEAR[1], given)[2])
