@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from triton import knobs
 
 
@@ -140,12 +141,27 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def conv_grad_input(dy: Tensor, weight: Tensor, layer: Layer, shape: Sequence[int]) -> Tensor:
+    """dX of a dense convolution, for an x of this shape: a convolution transposed.
+
+    The library's gradient decides by x whether it computes channels last.  A stand-in for x that takes no
+    memory has no format, so that it would turn dy around, and back again; transposed, dy itself decides.
+    """
+    stride, padding, dilation = layer.pairs
+    over = [
+        (shape[i + 2] + 2 * padding[i] - dilation[i] * (layer.shape[i + 2] - 1) - 1) % stride[i]
+        for i in (0, 1)
+    ]
+    return F.conv_transpose2d(dy, weight, None, stride, padding, over, layer.groups, dilation)
+
+
 def conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, layer: Layer, wanted: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The library's gradients of a dense convolution in x, weight and bias, where wanted.
 
-    Of what only shapes are needed, a view of one element will do.
+    x says whether it computes channels last.  Of a weight that only gives its shape, a view of one element
+    will do.
     """
     return torch.ops.aten.convolution_backward(
         dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted

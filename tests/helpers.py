@@ -1,10 +1,11 @@
 """Small things that several tests need."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sparsecore as sc
 from sparsecore.granularity import NM, Block, Channel, Granularity, Weight
@@ -116,3 +117,28 @@ def trained_mlp(epochs: int = 5) -> nn.Module:
 def accuracy(model: nn.Module) -> float:
     blobs = Blobs()
     return (model(blobs.x).argmax(1) == blobs.y).float().mean().item()
+
+
+class ChannelsLast(TorchDispatchMode):
+    """Fails where a convolution takes or gives an image that is not channels last, or one is copied to be so.
+
+    shapes: of the images that may not be copied to another layout.
+    """
+
+    def __init__(self, *shapes: Sequence[int]) -> None:
+        super().__init__()
+        self.shapes = [torch.Size(shape) for shape in shapes]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name, images = func.overloadpacket.__name__, []
+        if name == "convolution":
+            images = [args[0], result]
+        elif name == "convolution_backward":
+            images = [*args[:2], result[0]]  # dy and x, and dx if it was wanted
+        for image in images:
+            assert image is None or image.is_contiguous(memory_format=torch.channels_last), name
+        if name in ("clone", "copy_", "_to_copy") and result.shape in self.shapes:
+            source = args[1] if name == "copy_" else args[0]
+            assert source.shape != result.shape or source.stride() == result.stride(), name
+        return result

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_input
 
+from ..formats import Layer, conv_grad_input
 from ..gates.weight import gated_weight
 from ..reference import GateSpec
 from ..units import Unit
@@ -25,7 +25,7 @@ class _EpilogueGated(torch.autograd.Function):
         address = {"gate": gate, "seed": seed, "step": step, "layer": layer}
         w = gated_weight(weight, logits, log_gain, unit=Unit(), dtype=x.dtype, **address)
         bias = None if bias is None else bias.to(x.dtype)
-        y = F.linear(x, w, bias) if slide is None else F.conv2d(x, w, bias, *_conv(slide))
+        y = F.linear(x, w, bias) if slide is None else F.conv2d(x, w, bias, *slide)
         return y, w
 
     @staticmethod
@@ -47,14 +47,13 @@ class _EpilogueGated(torch.autograd.Function):
             if slide is None:
                 dx = dy @ w
             else:
-                stride, padding, dilation = _conv(slide)
-                dx = conv2d_input(x.shape, w, dy, stride, padding, dilation)
+                dx = conv_grad_input(dy, w, Layer(tuple(w.shape), _flat(slide)), x.shape)
         ds = dw = dgain = None
         if need_s or need_w or need_gain:
             flat = x.flatten(0, -2) if slide is None else x
             dy_flat = dy.flatten(0, -2) if slide is None else dy
             gain = None if log_gain is None else log_gain.exp()
-            conv = (1, 1, 0, 0, 1, 1) if slide is None else tuple(v for pair in slide for v in pair)
+            conv = (1, 1, 0, 0, 1, 1) if slide is None else _flat(slide)
             needs = [False, True, need_w, need_gain]
             _, ds, dw, dgain = _backward_op(
                 dy_flat, flat, weight, logits, gain, seed, step, layer, tuple(gate), conv, needs
@@ -67,8 +66,8 @@ class _EpilogueGated(torch.autograd.Function):
         return dx, dw if need_w else None, ds, db, dgain, *[None] * 5
 
 
-def _conv(slide):
-    return slide[0], slide[1], slide[2]
+def _flat(slide) -> tuple[int, ...]:
+    return tuple(v for pair in slide for v in pair)
 
 
 def epilogue_gated(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import Format, Layer, Storage, conv_backward, kept_index
+from ..formats import Format, Layer, Storage, conv_backward, conv_grad_input, kept_index
 
 
 def _obstacle(device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
@@ -34,19 +34,33 @@ def _small(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -
     return weight
 
 
+def _live(x: Tensor, index: Tensor) -> Tensor:
+    """These channels or features of x; images stay channels last, which `index_select` would undo."""
+    if x.ndim == 4 and not x.is_contiguous():
+        return x.movedim(1, -1).index_select(-1, index).movedim(-1, 1)
+    return x.index_select(1, index)
+
+
+def _empty(small: Tensor, shape: Sequence[int]) -> Tensor:
+    """An unset result in the memory format of its live part."""
+    last = small.ndim == 4 and not small.is_contiguous()
+    format = torch.channels_last if last else torch.contiguous_format
+    return torch.empty(shape, dtype=small.dtype, device=small.device, memory_format=format)
+
+
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
     rows, columns, _ = storage.tensors
     weight = _small(values, layer, storage, x.dtype)
-    live = x.index_select(1, columns)
+    live = _live(x, columns)
     small = F.conv2d(live, weight, None, *layer.pairs) if layer.conv else F.linear(live, weight)
-    shape = layer.output(x.shape)
+    y = _empty(small, layer.output(x.shape))
     if bias is None:
-        y = x.new_zeros(shape)
+        y.zero_()
     else:
         wide = bias.to(x.dtype).view(-1, *[1] * (x.ndim - 2))
-        y = x.new_empty(shape).copy_(wide)
+        y.copy_(wide)
         small += wide[rows]
     return y.index_copy_(1, rows, small)
 
@@ -55,18 +69,17 @@ def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
     rows, columns, _ = storage.tensors
-    weight, live = _small(values, layer, storage, dy.dtype), dy.index_select(1, rows)
+    weight, live = _small(values, layer, storage, dy.dtype), _live(dy, rows)
     if layer.conv:
-        x = dy.new_empty(1).expand(shape[0], len(columns), *shape[2:])
-        small = conv_backward(live, x, weight, layer, [True, False, False])[0]
+        small = conv_grad_input(live, weight, layer, shape)
     else:
         small = live @ weight
-    return dy.new_zeros(list(shape)).index_copy_(1, columns, small)
+    return _empty(small, shape).zero_().index_copy_(1, columns, small)
 
 
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
     rows, columns, places = storage.tensors
-    left, right = dy.index_select(1, rows), x.index_select(1, columns)
+    left, right = _live(dy, rows), _live(x, columns)
     if layer.conv:
         weight = x.new_empty(1).expand(len(rows), len(columns), *layer.shape[2:])
         dw = conv_backward(left, right, weight, layer, [False, True, False])[1]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..formats import Format, Layer, Storage, conv_backward, kept_index
+from ..formats import Format, Layer, Storage, conv_backward, conv_grad_input, kept_index
 from ..moves import launch_gather, launch_scatter
 
 _SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
@@ -103,8 +103,7 @@ def _grad_input(
 ) -> Tensor:
     weight = dense_weight(values, layer, storage, dy.dtype)
     if layer.conv:
-        x = dy.new_empty(1).expand(list(shape))  # only its shape is looked at
-        return conv_backward(dy, x, weight, layer, [True, False, False])[0]
+        return conv_grad_input(dy, weight, layer, shape)
     return dy @ weight
 
 

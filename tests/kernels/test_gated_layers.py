@@ -1,8 +1,11 @@
 """One function over three strategies: they agree, an explicit one never falls back, a choice says why."""
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
-from helpers import DEVICE, randn, seeded
+from helpers import DEVICE, ChannelsLast, randn, seeded
 from torch import Tensor, nn
 
 import sparsecore as sc
@@ -26,7 +29,7 @@ pytestmark = pytest.mark.gpu  # on the GPU where there is one, in PyTorch's refe
 
 HARD = GateSpec(ref.HARD_CONCRETE, 2 / 3, -0.1, 1.1)
 CASES = {
-    "weight": (Unit(), ["materialise", "epilogue", "fused"]),
+    "weight": (Unit(), ["materialise", "epilogue", "fused"]),  # the last for linear layers
     "block": (Unit(16, 32), ["materialise", "block"]),
     "channel": (Unit(1, 0), ["materialise", "block"]),
     "2:4": (Unit(1, 4, 2), ["materialise"]),
@@ -44,6 +47,26 @@ def inputs(weight: tuple[int, ...], x: tuple[int, ...], unit: Unit) -> list[Tens
     return [t.to(DEVICE).requires_grad_() for t in tensors]
 
 
+def elsewhere(*shape: int) -> Any:
+    """A tensor that says it lies on a GPU."""
+    said = {"is_cuda": True, "device": DEVICE, "dtype": torch.float32, "requires_grad": False}
+    return SimpleNamespace(shape=shape, **said)
+
+
+def measuring(monkeypatch: pytest.MonkeyPatch, times: dict[str, float]) -> list[str]:
+    """Made-up times; the strategies that were measured."""
+    measured: list[str] = []
+
+    def time(call: object, impl: str, *_: object) -> float:
+        measured.append(impl)
+        return times[impl]
+
+    monkeypatch.setattr(gated_layers, "_time", time)
+    monkeypatch.setattr(gated_layers, "_measured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return measured
+
+
 @pytest.mark.parametrize("shape", ["linear", "conv"])
 @pytest.mark.parametrize("case", CASES)
 def test_strategies_agree(case: str, shape: str) -> None:
@@ -51,6 +74,8 @@ def test_strategies_agree(case: str, shape: str) -> None:
     weight, given = ((48, 64), (5, 3, 64)) if shape == "linear" else ((48, 64, 3, 3), (2, 64, 5, 5))
     found = []
     for impl in (*impls, "auto"):
+        if impl == "fused" and shape == "conv":
+            continue
         x, w, s, b, gain = tensors = inputs(weight, given, unit)
         options = address() | {"unit": unit, "impl": impl, "log_gain": gain}
         if shape == "linear":
@@ -63,6 +88,21 @@ def test_strategies_agree(case: str, shape: str) -> None:
         for a, b in zip(found[0], other, strict=True):
             scale = float(a.abs().max())
             torch.testing.assert_close(b, a, rtol=1e-4, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("impl", ["materialise", "epilogue"])
+def test_images_stay_channels_last(impl: str) -> None:
+    x, w, s, b, _ = inputs((48, 64, 3, 3), (2, 64, 5, 5), Unit())
+    with torch.no_grad():
+        x, w, s, dy = (
+            t.contiguous(memory_format=torch.channels_last)
+            for t in (x, w, s, torch.ones_like(x[:, :48]))
+        )
+    x.requires_grad_()
+    with ChannelsLast(x.shape, dy.shape):
+        y = gated_conv2d(x, w, s.requires_grad_(), b, padding=1, impl=impl, **address())
+        (dx,) = torch.autograd.grad(y, x, dy)
+    assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_an_explicit_strategy_never_falls_back() -> None:
@@ -78,8 +118,51 @@ def test_an_explicit_strategy_never_falls_back() -> None:
         gated_linear(x, w, s, b, unit=Unit(1, 4, 2), impl="fused", **address())
     x, w, s, b, _ = inputs((8, 4, 3, 3), (2, 8, 5, 5), Unit())
     with pytest.raises(ValueError, match="it takes one group, got 2"):
-        gated_conv2d(x, w, s, b, groups=2, impl="fused", **address())
+        gated_conv2d(x, w, s, b, groups=2, impl="epilogue", **address())
     assert gated_conv2d(x, w, s, b, groups=2, **address()).shape == (2, 8, 3, 3)
+
+
+def test_fused_is_for_linear_layers_of_few_rows() -> None:
+    _, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
+    assert gated_linear(randn(2, 64, 64).to(DEVICE), w, s, b, impl="fused", **address()).shape == (2, 64, 48)  # fmt: skip
+    message = (
+        r"impl='fused': it takes a linear layer and at most 128 rows of x, got {}; use another"
+    )
+    with pytest.raises(ValueError, match=message.format(129)):
+        gated_linear(randn(43, 3, 64).to(DEVICE), w, s, b, impl="fused", **address())
+    x, w, s, b, _ = inputs((48, 64, 1, 1), (2, 64, 5, 5), Unit())
+    with pytest.raises(ValueError, match=message.format("a convolution")):
+        gated_conv2d(x, w, s, b, impl="fused", **address())
+
+
+@pytest.mark.parametrize("rows", [128, 129])
+def test_auto_never_considers_fused_beyond(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = measuring(monkeypatch, dict.fromkeys(("materialise", "epilogue", "fused"), 1.0))
+    _, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
+    choice(elsewhere(rows, 64), w, s, b, **address())
+    assert measured == ["materialise", "epilogue"] + ["fused"] * (rows == 128)
+
+
+def test_fused_reads_a_copy_of_weights_that_do_not_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[torch.dtype] = []
+    fused = gated_layers.fused_gated_linear
+
+    def spy(x: Tensor, weight: Tensor, *rest: Tensor, **options) -> Tensor:
+        read.append(weight.dtype)
+        return fused(x, weight, *rest, **options)
+
+    monkeypatch.setattr(gated_layers, "fused_gated_linear", spy)
+    layer = sc.sparsify_(seeded(lambda: nn.Linear(64, 32))).to(DEVICE)
+    layer.pattern = pattern = Gated(
+        layer.raw_weight.shape, HardConcrete(), density=0.5, impl="fused", device=DEVICE
+    )
+    pattern.dense = layer.raw_weight.detach().to(torch.bfloat16)
+    x = randn(4, 64).to(DEVICE)
+    for trains, autocast in ((False, True), (True, True), (False, False)):
+        layer.raw_weight.requires_grad_(trains)
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+            layer(x)
+    assert read == [torch.bfloat16, torch.float32, torch.float32]
 
 
 def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,18 +193,10 @@ def test_a_choice_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_another_strategy_must_be_worth_it(
     times: tuple[float, ...], expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The rule itself, with made-up times and a tensor that says it lies on a GPU."""
-
-    class Elsewhere:
-        is_cuda, device, shape, dtype, requires_grad = True, DEVICE, (3, 64), torch.float32, False
-
-    made_up = dict(zip(("materialise", "epilogue", "fused"), times, strict=True))
-    monkeypatch.setattr(gated_layers, "_time", lambda call, impl, *_: made_up[impl])
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    """The rule itself, with made-up times."""
+    measuring(monkeypatch, dict(zip(("materialise", "epilogue", "fused"), times, strict=True)))
     _, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
-    forget()
-    told = choice(Elsewhere(), w, s, b, **address())  # type: ignore[arg-type]
-    forget()
+    told = choice(elsewhere(3, 64), w, s, b, **address())
     assert told.impl == expected and "materialise 1.000 ms" in told.reason
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DEVICE, rand, randn
+from helpers import DEVICE, ChannelsLast, rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +17,7 @@ from sparsecore.kernels.sparse import csr
 from sparsecore.kernels.sparse import layers as sparse_layers
 
 CPU = ["state", "csr", "compact"]
-KERNELS = ["block:16x16", "block:32x16", "panel:16"]
+KERNELS = ["block:16x16", "block:32x16"]
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 MIXED = ("csr", "state", "compact")
 LINEAR = ((7, 13), (), 1, (5, 13))
@@ -124,9 +124,29 @@ def test_convolutions(format, case: str) -> None:
         compare(format, rand(*shape) < density, x, slide, groups)
 
 
+@pytest.mark.parametrize("wanted", ["dx", "dw", "both"])
+@pytest.mark.parametrize("format", ["state", "compact"])
+def test_images_stay_channels_last(format: str, wanted: str) -> None:
+    """The library decides by what it is given; an image in another layout is copied before it and behind it."""
+    mask = rand(6, 5, 3, 3) < 0.4
+    mask[1] = mask[:, 2] = False
+    for whole in (False, True):
+        plan = kernels.plan_of(mask | whole, format, slide=(2, 1, 1, 0, 1, 2))
+        x, bias = randn(2, 5, 9, 8), randn(6)
+        dy = randn(*plan.layer.output(x.shape), seed=3)
+        x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
+        x.requires_grad_(wanted != "dw")
+        values = randn(plan.nnz).requires_grad_(wanted != "dx")
+        with ChannelsLast(x.shape, dy.shape):
+            y = kernels.sparse_layer(x, values, bias, plan)
+            y.backward(dy)
+        for image in (y, y if x.grad is None else x.grad):
+            assert image.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", [*KERNELS, ("block:16x16", "panel:16", "state")])
+@pytest.mark.parametrize("format", [*KERNELS, ("block:16x16", "block:32x16", "state")])
 def test_formats_of_kernels(format, dtype: torch.dtype) -> None:
     """Whatever the mask: unstructured ones fill their blocks up with zeros."""
     for density in (0.0, 0.03, 1.0):
@@ -276,7 +296,7 @@ def test_a_linear_layer_has_one_group() -> None:
         kernels.plan_of(rand(6, 5) < 0.5, groups=2)
 
 
-@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16", "panel:16"])
+@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16"])
 def test_one_vector_and_dtypes_that_no_product_takes(format: str) -> None:
     device = DEVICE if ":" in format else "cpu"
     mask = (rand(30, 40) < 0.3).to(device)
@@ -300,7 +320,7 @@ def test_no_inputs_leave_the_bias() -> None:
     assert torch.equal(y, torch.ones(3, 4))
 
 
-@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16", "panel:16"])
+@pytest.mark.parametrize("format", ["state", "csr", "compact", "block:16x16"])
 def test_a_plan_made_in_inference_mode_trains(format: str) -> None:
     device = DEVICE if ":" in format or format == "state" else "cpu"
     mask, x = (rand(30, 40) < 0.3).to(device), randn(3, 40).to(device)
@@ -310,27 +330,6 @@ def test_a_plan_made_in_inference_mode_trains(format: str) -> None:
     values = randn(plan.nnz).to(device).requires_grad_()
     kernels.sparse_layer(x, values, None, plan).sum().backward()
     assert values.grad is not None
-
-
-def test_two_of_four() -> None:
-    mask = torch.tensor([[1, 1, 0, 0, 0, 1, 0, 1], [0, 0, 0, 0, 1, 0, 1, 0]], dtype=torch.bool)
-    assert (
-        kernels.fits_2_4(mask) and not kernels.fits_2_4(mask[:, 1:]) and not kernels.fits_2_4(~mask)
-    )
-    assert not kernels.fits_2_4(mask[..., None, None])
-    with pytest.raises(ValueError, match=r"compute capability|at most 2|multiples of"):
-        kernels.plan_of(~mask, "semi", dtype=torch.float16)
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch's 2:4 products need a GPU")
-@pytest.mark.gpu
-def test_two_of_four_on_a_gpu() -> None:
-    mask = (torch.arange(64 * 128).view(64, 128) % 4 < 2).cuda()
-    x, outputs = randn(48, 128).cuda().bfloat16(), []
-    for format in ("state", "semi"):
-        plan = kernels.plan_of(mask, format, dtype=torch.bfloat16)
-        outputs.append(kernels.sparse_layer(x, randn(plan.nnz).cuda(), None, plan))
-    torch.testing.assert_close(outputs[0], outputs[1], rtol=0.02, atol=0.02)
 
 
 def test_nan_reaches_what_depends_on_it_and_nothing_else() -> None:
