@@ -1,5 +1,6 @@
 """Concrete Ticket Search: train one gate logit per unit on frozen weights (arXiv 2512.07142)."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,11 +8,13 @@ from pathlib import Path
 from torch import nn
 
 from ..batches import EpochBatches
+from ..convert import require_dense_parameters
 from ..gates import Concrete
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..tickets import Ticket
 from .gated import AbstractGateSearch
+from .several import in_turn, worth_stacking
 from .steps import LayerwiseStep, Members, SearchStep
 
 
@@ -55,13 +58,14 @@ class ConcreteSearch(AbstractGateSearch):
         """Several searches at once, sparsities[i] with the gates' noise from seeds[i]: for small models.
 
         Each ticket is what a search of its own would find, to rounding; the networks are computed
-        side by side (`torch.vmap`) on the same batches, so that their launches are one model's.
+        side by side (`torch.vmap`) on the same batches, so that their launches are one model's.  On a GPU
+        that is slower where gates are in convolutions: there the searches run in turn, with a warning.
 
         Args:
             seeds: by default `self.seed` for all.
 
-        Errors: as `__call__`; ValueError for lengths that differ, channels_last, or an objective that
-        needs more than class scores.
+        Errors: as `__call__`; ValueError for lengths that differ and, side by side, channels_last or an
+        objective that needs more than class scores.
         """
         seeds = [self.seed] * len(sparsities) if seeds is None else seeds
         if len(seeds) != len(sparsities) or not sparsities:
@@ -70,7 +74,15 @@ class ConcreteSearch(AbstractGateSearch):
                 f"and {len(sparsities)}"
             )
         members = list(zip(sparsities, seeds, strict=True))
-        return self._find(model, batches, members, progress, checkpoint, None)
+        layers = require_dense_parameters(model)
+        device = next(model.parameters()).device
+        if len(members) == 1 or worth_stacking(device, layers.values()):
+            return self._find(model, batches, members, progress, checkpoint, None)
+        warnings.warn(
+            f"many: {len(members)} searches run in turn, since convolutions side by side are slower on a GPU",
+            stacklevel=2,
+        )
+        return in_turn(self, model, batches, members, progress=progress, checkpoint=checkpoint)
 
     def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
         layerwise = self.layerwise
