@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from smoke import SMOKE
 
 # Tests run side by side: threads of their own would wait for each other's.
 torch.set_num_threads(1)
@@ -16,6 +17,19 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    starts = [f"tests/{start}" for family in SMOKE.values() for start in family]
+
+    def place(item: pytest.Item) -> int:
+        places = (i for i, start in enumerate(starts) if item.nodeid.startswith(start))
+        return next(places, len(starts)) if item.get_closest_marker("gpu") else len(starts)
+
+    for item in items:
+        if place(item) < len(starts):
+            item.add_marker("smoke")
+    items.sort(key=place)
 
 
 @pytest.fixture(autouse=True)

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Blobs, mlp, rand, seeded
+from helpers import DEVICE, Blobs, convolutional, mlp, rand, seeded
 from torch import Tensor, nn
 
 import sparsecore as sc
-from sparsecore.training import History, Recipe, TrainingError, evaluate, train
+from sparsecore.training import History, Recipe, Step, TrainingError, evaluate, train
 
 RECIPE = Recipe(optimizer="adam", lr=1e-2, batch=64, epochs=4, milestones=(0.5,))
 
@@ -181,6 +181,57 @@ def test_an_interrupted_run_resumes_to_the_same_numbers(extra: dict, tmp_path: P
     assert states_equal(whole, again)
 
 
+class Layouts:
+    """After each step: what an optimiser holds for a parameter lies in memory as the parameter does.
+
+    Fused optimisers insist on it (on a GPU; on a CPU they would mix the entries up or copy).
+    """
+
+    def __init__(self, remask_at: int = -1) -> None:
+        self.remask_at, self.images = remask_at, 0
+
+    def __call__(self, step: Step) -> None:
+        if step.index == self.remask_at:
+            layers = sc.sparse_layers(step.model)
+            masks = {n: rand(*m.weight_shape, seed=i) < 0.6 for i, (n, m) in enumerate(layers.items())}
+            sc.remask_(step.model, masks, step.optimizer)
+        for p, slots in step.optimizer.state.items():
+            for value in slots.values():
+                if isinstance(value, Tensor) and value.shape == p.shape:
+                    assert value.stride() == p.stride()
+                    self.images += p.ndim == 4 and not p.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+@pytest.mark.parametrize("plan", ["dense", "mask", "state", "compact"])
+def test_a_channels_last_run_goes_on_from_its_checkpoint(
+    plan: str, optimizer: str, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        model = sc.sparsify_(convolutional().to(DEVICE, memory_format=torch.channels_last))
+        if plan != "dense":
+            for i, layer in enumerate(sc.sparse_layers(model).values()):
+                layer.set_mask_((rand(*layer.weight_shape, seed=i) < 0.5).to(DEVICE))
+                assert layer.weight.stride() == layer.raw_weight.stride()
+            sc.plan_(model, plan)
+        return model
+
+    recipe = Recipe(optimizer=optimizer, lr=0.01, batch=64, epochs=4, ema=0.9)
+    remask_at = -1 if plan == "dense" else 9
+    whole, resumed = build(), build()
+    run(whole, recipe, after_step=Layouts(remask_at))
+    run(resumed, recipe, stop_epoch=2, after_step=Layouts(), checkpoint=tmp_path / "c")
+    resumed, seen = build(), Layouts(remask_at)
+    run(resumed, recipe, after_step=seen, checkpoint=tmp_path / "c")
+    assert seen.images or plan in ("state", "compact")  # whose parameters are vectors
+    if DEVICE == "cpu":
+        assert states_equal(whole, resumed)
+    for name, layer in sc.sparse_layers(resumed).items():
+        assert layer.unplan_().raw_weight.stride() == build().get_submodule(name).weight.stride()
+
+
+
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "c"
     run(mlp(), checkpoint=checkpoint)
@@ -303,3 +354,21 @@ def test_a_checkpoint_that_went_too_far_is_refused(options: dict, tmp_path: Path
     run(mlp(), stop_epoch=3, snapshots=(1,), checkpoint=tmp_path / "c")
     with pytest.raises(ValueError, match=r"is at epoch 3 and holds no state of epoch [23]: remove"):
         run(mlp(), checkpoint=tmp_path / "c", **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_run_in_channels_last_goes_on(optimizer: str, tmp_path: Path) -> None:
+    """A fused optimiser refuses momentum that does not lie as its weight does."""
+    recipe, blobs = Recipe(optimizer=optimizer, lr=0.01, batch=64, epochs=2), Blobs()
+    blobs.x, blobs.y = blobs.x.to(DEVICE), blobs.y.to(DEVICE)
+    options = {"checkpoint": tmp_path / "c"}
+    whole, parts, resumed = (
+        convolutional().to(DEVICE, memory_format=torch.channels_last) for _ in range(3)
+    )
+    train(whole, blobs, blobs, recipe)
+    train(parts, blobs, blobs, recipe, stop_epoch=1, **options)
+    train(resumed, blobs, blobs, recipe, **options)
+    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert a.stride() == b.stride()
+        torch.testing.assert_close(a, b)
