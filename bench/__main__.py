@@ -1,4 +1,4 @@
-"""Measures and shows: `python -m bench run | table | plot | tickets | static`, or `python bench ...`."""
+"""Measures and shows: `python -m bench run | table | plot | tickets | static | gpu | compare`; `python bench` too."""
 
 import argparse
 import sys
@@ -9,14 +9,16 @@ if __package__ in (None, ""):  # the folder is run as a script: its own files ar
 
 import torch
 
-from bench import report, static
-from bench.rows import RESULTS, Rows, path_of
+from bench import report, static, supervise
+from bench.rows import RESULTS, Rows, commit, path_of
 from bench.search_suite import PARTS, search_suite
+from bench.stages import Setting
 from bench.step_suite import step_suite
 from bench.ticket_suite import parts_on, ticket_suite
 from bench.tickets import LENGTHS, PAPER, QUICK, tickets
 
 QUICK_RESULTS = Path("build") / "bench"
+SLICES = {"gpu": "bench.evidence", "compare": "bench.comparison"}
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -46,14 +48,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     found.add_argument(
         "--amp", choices=("bf16", "none"), default="bf16", help="of training on a GPU"
     )
-    for made in (run, found):
+    found.add_argument("--keep", type=Path, help="folder of tickets; --out by default")
+    slices = (
+        command("gpu", "all that needs a GPU, in slices: run it again to go on"),
+        command("compare", "methods on ResNet-20, in slices: run it again to go on"),
+    )
+    for made in slices:
+        made.add_argument("--budget", type=float, default=540.0, metavar="SECONDS")
+        made.add_argument("--cache", type=Path, help="folder of an archive of compiled kernels")
+        made.add_argument("--data-dir", type=Path, help="where the data lie")
+    for made in (run, found, *slices):
         made.add_argument("--out", type=Path, help="folder; bench/results, build/bench if quick")
         made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         made.add_argument("--quick", action="store_true", help="tiny, to try every path out")
     check = command("static", "compile every kernel and read what it costs")
     check.add_argument("--check", action="store_true", help="compare with the committed rows")
     arguments = parser.parse_args(argv)
-    if arguments.command in ("run", "tickets"):
+    if "device" in arguments:
         if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
             parser.error(f"--device {arguments.device}: expected a usable GPU, found none")
     if arguments.command == "run":
@@ -85,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         made = report.plot(arguments.results, arguments.suite, arguments.out)
         sys.stdout.writelines(f"picture  {path}\n" for path in made)
         return int(not made)
+    if arguments.command in SLICES:
+        return in_slices(arguments)
     device = torch.device(arguments.device)
     quick = arguments.quick
     folder = arguments.out or (QUICK_RESULTS if quick else RESULTS)
@@ -92,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         plan = (QUICK if quick else PAPER).on(device, amp=arguments.amp)
         return tickets(
             plan, folder, device, lengths=arguments.lengths, seeds=arguments.seeds,
-            data_dir=arguments.data_dir,
+            data_dir=arguments.data_dir, keep=arguments.keep,
         )  # fmt: skip
     suite = f"{arguments.suite}-quick" if quick else arguments.suite
     rows = Rows(path_of(folder, device, suite), suite, device)
@@ -104,6 +117,26 @@ def main(argv: list[str] | None = None) -> int:
         failed = search_suite(rows, device, quick=quick, parts=arguments.parts)
     print(f"rows  {rows.path}")
     return int(failed > 0)
+
+
+def in_slices(arguments: argparse.Namespace) -> int:
+    """Returns 0 when all is done and passed, 1 if anything failed, 3 if anything is left, 2 for bad input."""
+    setting = Setting(
+        (arguments.out or Path("build") / arguments.command).absolute(), arguments.device, arguments.quick,
+        str(arguments.data_dir.absolute()) if arguments.data_dir else None,
+    )  # fmt: skip
+    try:
+        if not (what := commit()):
+            raise ValueError("no repository says which commit this is: name it by BENCH_COMMIT")
+        code = supervise.run(
+            SLICES[arguments.command], setting, budget=arguments.budget, commit=what,
+            cache=arguments.cache and arguments.cache.absolute(),
+        )  # fmt: skip
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print((setting.out / "summary.md").read_text())
+    return code
 
 
 if __name__ == "__main__":

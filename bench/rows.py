@@ -23,21 +23,26 @@ Row = dict[str, str]
 def environment(device: torch.device) -> Row:
     """Where and with what a number was measured.
 
-    BENCH_COMMIT names the commit where there is no repository, as in a copy of the files.
+    BENCH_COMMIT names the commit of a copy of the files, which may lie in another repository.
     """
     name, driver = f"{platform.machine()} {torch.get_num_threads()} threads", ""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
         driver = _said_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    head = _said_by("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
     return {
         "device": name,
         "driver": driver,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "commit": head or os.environ.get("BENCH_COMMIT", ""),
+        "commit": commit(),
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
     }
+
+
+def commit() -> str:
+    """What is measured; empty where nothing says."""
+    head = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
+    return os.environ.get("BENCH_COMMIT") or _said_by(*head)
 
 
 def _said_by(*command: str) -> str:
@@ -76,12 +81,14 @@ class Rows:
         path.parent.mkdir(parents=True, exist_ok=True)
         if not fresh and path.exists():
             text = path.read_text()
-            whole = text[: text.rfind("\n") + 1]
-            self.rows = [r for r in csv.DictReader(whole.splitlines()) if None not in r.values()]
-        with path.open("w", newline="") as file:
+            lines = text[: text.rfind("\n") + 1].splitlines()
+            self.rows = [r for r in csv.DictReader(lines) if None not in r.values()]
+        whole = path.with_name(path.name + ".new")
+        with whole.open("w", newline="") as file:
             writer = csv.DictWriter(file, FIELDS, restval="", lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
+        whole.replace(path)  # a kill meanwhile leaves the rows that were there
 
     def add(
         self, case: str, provider: str, mode: str, metric: str, unit: str, median: str,

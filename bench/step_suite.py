@@ -5,13 +5,14 @@ import torch
 from .cases import QUICK_STEP_CASES, STEP_CASES, StepBench, StepCase
 from .measure import large_allocations, times
 from .rows import Rows
-from .search_suite import run_all
+from .search_suite import Work, run_all
 
 
 def step_suite(rows: Rows, device: torch.device, *, quick: bool = False) -> int:
     """Measures every case; returns how many failed."""
     cases = QUICK_STEP_CASES if quick else STEP_CASES
-    return run_all([(c.name, lambda c=c: step(c, rows, device)) for c in cases], device)
+    work = [Work("step", c.name, lambda rows, c=c: step(c, rows, device)) for c in cases]
+    return run_all(work, rows, device)
 
 
 def step(case: StepCase, rows: Rows, device: torch.device) -> None:

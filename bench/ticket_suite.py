@@ -1,14 +1,13 @@
 """The ticket suite: what training a decided ticket costs, against what a user would run instead."""
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .rows import Rows
-from .search_suite import run_all
+from .search_suite import Work, run_all
 from .ticket_cases import CPU, GPU, PARTS, QUICK, OpCase
 from .ticket_ops import op_case
 from .ticket_training import train_case
@@ -22,20 +21,26 @@ def parts_on(device: torch.device, *, quick: bool) -> tuple[str, ...]:
     return tuple(part for part in PARTS if any(case.part == part for case in cases))
 
 
+def ticket_work(device: torch.device, cache: Path, *, quick: bool = False) -> list[Work]:
+    """Every case of the suite.
+
+    Args:
+        cache: where "plan auto" remembers: a new file, so that a run measures for itself.
+    """
+    work = []
+    for case in QUICK if quick else GPU if device.type == "cuda" else CPU:
+        if isinstance(case, OpCase):
+            run = lambda rows, c=case: op_case(c, rows, device, quick=quick)  # noqa: E731
+        else:
+            run = lambda rows, c=case: train_case(c, rows, device, cache, quick=quick)  # noqa: E731
+        work.append(Work(case.part, case.name, run))
+    return work
+
+
 def ticket_suite(
     rows: Rows, device: torch.device, *, quick: bool = False, parts: Sequence[str] = PARTS
 ) -> int:
     """Measures every case of the named parts; returns how many failed."""
-    cases = QUICK if quick else GPU if device.type == "cuda" else CPU
-    work: list[tuple[str, Callable[[], Any]]] = []
     with tempfile.TemporaryDirectory() as folder:
-        cache = Path(folder) / "plans.json"
-        for case in cases:
-            if case.part not in parts:
-                continue
-            if isinstance(case, OpCase):
-                step = lambda c=case: op_case(c, rows, device, quick=quick)  # noqa: E731
-            else:
-                step = lambda c=case: train_case(c, rows, device, cache, quick=quick)  # noqa: E731
-            work.append((case.name, step))
-        return run_all(work, device)
+        work = ticket_work(device, Path(folder) / "plans.json", quick=quick)
+        return run_all([one for one in work if one.part in parts], rows, device)

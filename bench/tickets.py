@@ -93,16 +93,24 @@ def tickets(
     lengths: Sequence[str] = LENGTHS,
     seeds: int = 1,
     data_dir: str | None = None,
+    keep: Path | None = None,
 ) -> int:
-    """Searches and trains for every seed and length; returns the exit status (2: no data)."""
+    """Searches and trains for every seed and length; returns the exit status (2: no data).
+
+    Args:
+        folder: of the rows.
+        keep: folder of tickets and checkpoints; the rows' by default.
+    """
     try:
         dataset = load(plan.setup.data, data_dir)
     except DataError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 2
     rows = Rows(path_of(folder, device, plan.suite), plan.suite, device, fresh=False)
+    keep = keep or folder
+    keep.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
-        run = _Run(plan, dataset, seed, rows, folder, device)
+        run = _Run(plan, dataset, seed, rows, keep, device)
         for length in lengths:
             run.length(length)
         run.clear()

@@ -1,0 +1,102 @@
+"""Triton's cache of compiled kernels as one small archive: what one machine has compiled another loads.
+
+Of a kernel's folder a reload needs the machine code, its metadata and the group that lists both (which is what
+TRITON_STORE_BINARY_ONLY leaves too), and of a launcher its shared object.  Groups name their files by
+absolute paths, so an archive holds bare names and `restore` puts them where they lie then.
+"""
+
+import io
+import json
+import lzma
+import os
+import sys
+import tarfile
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+from pathlib import Path
+
+LIMIT = 16 << 20  # bytes of an archive
+KEPT = (".cubin", ".json", ".so")
+GROUP = "__grp__"
+
+Entry = tuple[str, tuple[float, dict[str, bytes]]]  # its key; when it was made, and its files
+
+
+def pack(folder: Path, archive: Path, limit: int = LIMIT) -> int:
+    """Writes the archive, atomically, and returns its bytes; the newest kernels stay where not all fit."""
+    entries = sorted(_entries(folder), key=lambda entry: entry[1][0], reverse=True)
+    while len(packed := _packed(entries)) > limit:
+        # Kernels are alike: a share of the bytes takes about that share of the archive.
+        sizes = [sum(map(len, files.values())) for _, (_, files) in entries]
+        room = 0.95 * limit / len(packed) * sum(sizes)
+        count = sum(size <= room for size in accumulate(sizes))
+        entries = entries[: min(count, len(entries) - 1)]
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    temporary = archive.with_name(f"{archive.name}.{os.getpid()}")
+    temporary.write_bytes(packed)
+    temporary.replace(archive)
+    return len(packed)
+
+
+def restore(archive: Path, folder: Path) -> int:
+    """Lays the archive's kernels into a cache folder; returns how many.  No archive or a damaged one: none."""
+    folder = folder.absolute()
+    found: dict[str, tuple[float, dict[str, bytes]]] = {}
+    try:
+        with tarfile.open(archive, "r:xz") as tar:
+            for member in tar:
+                key, _, name = member.name.partition("/")
+                data = tar.extractfile(member)
+                if data is None or not key.isalnum() or Path(name).name != name:
+                    raise ValueError(f"{member.name}: expected KEY/FILE")
+                found.setdefault(key, (member.mtime, {}))[1][name] = data.read()
+    except FileNotFoundError:
+        return 0
+    except (ValueError, EOFError, OSError, tarfile.TarError, lzma.LZMAError) as error:
+        print(f"kernel cache left out: {archive}: {error}", file=sys.stderr)
+        return 0
+    for key, (made, files) in found.items():
+        (folder / key).mkdir(parents=True, exist_ok=True)
+        for name, data in files.items():
+            path = folder / key / name
+            if name.startswith(GROUP):
+                data = _group({child: str(path.with_name(child)) for child in json.loads(data)})
+            path.write_bytes(data)
+            os.utime(path, (made, made))
+    return len(found)
+
+
+def newest(folder: Path) -> float:
+    """When the cache got its newest entry; 0 for an empty one."""
+    return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+
+
+def _entries(folder: Path) -> Iterator[Entry]:
+    for path in folder.iterdir():
+        kept = [p for p in path.iterdir() if p.suffix in KEPT] if path.is_dir() else []
+        if not any(p.name.startswith(GROUP) or p.suffix == ".so" for p in kept):
+            continue  # half a kernel: the group is what Triton writes last
+        files = {}
+        for file in kept:
+            files[file.name] = file.read_bytes()
+            if file.name.startswith(GROUP):
+                children = json.loads(files[file.name])["child_paths"]
+                names = [name for name in children if Path(name).suffix in KEPT]
+                files[file.name] = json.dumps(names).encode()
+        yield path.name, (max(p.stat().st_mtime for p in kept), files)
+
+
+def _group(children: dict[str, str]) -> bytes:
+    return json.dumps({"child_paths": children}).encode()
+
+
+def _packed(entries: Sequence[Entry]) -> bytes:
+    """The fastest preset: kernels are so alike that the others gain little and take several times as long."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:xz", preset=1) as tar:
+        for key, (made, files) in entries:
+            for name, data in files.items():
+                member = tarfile.TarInfo(f"{key}/{name}")
+                member.size, member.mtime = len(data), int(made)
+                tar.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
