@@ -193,7 +193,9 @@ class Layouts:
     def __call__(self, step: Step) -> None:
         if step.index == self.remask_at:
             layers = sc.sparse_layers(step.model)
-            masks = {n: rand(*m.weight_shape, seed=i) < 0.6 for i, (n, m) in enumerate(layers.items())}
+            masks = {
+                n: rand(*m.weight_shape, seed=i) < 0.6 for i, (n, m) in enumerate(layers.items())
+            }
             sc.remask_(step.model, masks, step.optimizer)
         for p, slots in step.optimizer.state.items():
             for value in slots.values():
@@ -229,7 +231,6 @@ def test_a_channels_last_run_goes_on_from_its_checkpoint(
         assert states_equal(whole, resumed)
     for name, layer in sc.sparse_layers(resumed).items():
         assert layer.unplan_().raw_weight.stride() == build().get_submodule(name).weight.stride()
-
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -354,21 +355,3 @@ def test_a_checkpoint_that_went_too_far_is_refused(options: dict, tmp_path: Path
     run(mlp(), stop_epoch=3, snapshots=(1,), checkpoint=tmp_path / "c")
     with pytest.raises(ValueError, match=r"is at epoch 3 and holds no state of epoch [23]: remove"):
         run(mlp(), checkpoint=tmp_path / "c", **options)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_run_in_channels_last_goes_on(optimizer: str, tmp_path: Path) -> None:
-    """A fused optimiser refuses momentum that does not lie as its weight does."""
-    recipe, blobs = Recipe(optimizer=optimizer, lr=0.01, batch=64, epochs=2), Blobs()
-    blobs.x, blobs.y = blobs.x.to(DEVICE), blobs.y.to(DEVICE)
-    options = {"checkpoint": tmp_path / "c"}
-    whole, parts, resumed = (
-        convolutional().to(DEVICE, memory_format=torch.channels_last) for _ in range(3)
-    )
-    train(whole, blobs, blobs, recipe)
-    train(parts, blobs, blobs, recipe, stop_epoch=1, **options)
-    train(resumed, blobs, blobs, recipe, **options)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert a.stride() == b.stride()
-        torch.testing.assert_close(a, b)

@@ -46,7 +46,7 @@ from sparsecore.kernels.reference import (
     sample_ref,
     slope_ref,
 )
-from sparsecore.kernels.units import Unit, apply_ref, gather_ref
+from sparsecore.kernels.units import Unit, allowed_ref, apply_ref, gather_ref
 
 WINDOW = 16
 LIMIT = 16.0  # of one element's error, in roots of its mean square
@@ -159,6 +159,8 @@ def gated(
 ) -> dict[str, Expected]:  # fmt: skip
     """y and all gradients of layer(x, gain * weight * z, bias), one gate z for each unit."""
     (z, z_error), (slope, slope_error) = gates(gate, logits, noise)
+    allowed = allowed_ref(z, unit)
+    z, z_error, slope, slope_error = (t * allowed for t in (z, z_error, slope, slope_error))
     wide, factor = weight.detach().double(), gain.detach().double()
     z_weight, spread = apply_ref(wide, z, unit), apply_ref(torch.ones_like(wide), z, unit)
     spread_error = apply_ref(torch.ones_like(wide), z_error, unit)
