@@ -44,6 +44,12 @@ class SparseLayer(nn.Module):
         planned = isinstance(pattern, Planned)
         return torch.Size(pattern.layer.shape) if planned else self.raw_weight.shape
 
+    @property
+    def _channels_last(self) -> bool:
+        """Whether the dense weight lies so."""
+        pattern, raw = self.pattern, self.raw_weight
+        return pattern.channels_last if isinstance(pattern, Planned) else kernels.is_channels_last(raw)
+
     def _sampling(self, x: Tensor) -> Gated | None:
         """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""
         pattern = self.pattern
@@ -61,7 +67,7 @@ class SparseLayer(nn.Module):
             raise ValueError(
                 f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
             )
-        pattern = Masked(mask.to(self.raw_weight.device).clone())
+        pattern = self._masked(mask)
         self.unplan_()
         self.pattern = pattern.train(self.training)
         with torch.no_grad():
@@ -83,6 +89,7 @@ class SparseLayer(nn.Module):
             **self._slide(),
             choose=choose,
             dtype=self.raw_weight.dtype,
+            channels_last=self._channels_last,
         )
         values = pattern.kept(self.weight.detach())
         if not values.isfinite().all():
@@ -117,10 +124,16 @@ class SparseLayer(nn.Module):
             pattern = old.on(mask.to(weight.device))
             self._become(pattern, pattern.kept(weight))
         else:
-            masked = Masked(mask.to(weight.device).clone())
+            masked = self._masked(mask)
             masked.choice = old.choice
             self._become(masked, weight.where(masked.mask, 0))
         return before
+
+    def _masked(self, mask: Tensor) -> Masked:
+        """A pattern whose mask lies in memory as the weight does: their product then does too."""
+        planned = isinstance(self.pattern, Planned)
+        weight = self.weight.detach() if planned else self.raw_weight
+        return Masked(kernels.laid_out_as(mask.to(weight.device), weight).clone())
 
     def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
         """Another pattern and what the same Parameter object then holds."""
@@ -206,7 +219,7 @@ class SparseLayer(nn.Module):
                 return
             state_dict = self._planned_state(state_dict, prefix)
         elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
-            self.pattern = Masked(mask.to(self.raw_weight.device).clone())
+            self.pattern = self._masked(mask)
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if isinstance(self.pattern, Masked):
             with torch.no_grad():
@@ -256,6 +269,7 @@ class SparseLinear(SparseLayer, nn.Linear):
             gated.logits,
             self.bias,
             log_gain=gated.log_gain,
+            copy=gated.dense,
             impl=gated.impl,
             **gated.address(),
         )

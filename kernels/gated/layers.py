@@ -2,12 +2,13 @@
 
 materialise  the gated weight is written once (K1), the vendor's library multiplies, K2 takes its gradient;
 epilogue     so forward, but K2 is the end of the product that makes the gradient, which is never written;
-fused        each weight tile is sampled inside the product: for few tokens;
+fused        each weight tile is sampled inside the product: linear layers of few tokens;
 block        one gate a block or channel, and closed ones are skipped forward and backward.
 
 All draw the same mask.  "auto" measures what applies, once for each shape, and `choice` says why.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from ..reference import CONCRETE, GateSpec
 from ..units import Unit
 from .blocks import block_gated_conv2d, block_gated_linear
 from .epilogue import epilogue_gated
-from .fused import fused_gated_conv2d, fused_gated_linear
+from .fused import TOKENS, fused_gated_linear, in_compute_dtype
 
 IMPLS = ("materialise", "epilogue", "fused", "block")
 _WORTH = 0.95  # another strategy must take less than this share of materialise's time
@@ -52,6 +53,7 @@ def gated_linear(
     step: Int64[Tensor, "1"],
     layer: int,
     log_gain: Float[Tensor, ""] | None = None,
+    copy: Float[Tensor, "n k"] | None = None,
     impl: str = "auto",
 ) -> Float[Tensor, "*batch n"]:
     """x @ (exp(log_gain) * weight * z).T + bias, z ~ gate(logits) at the address (seed, step, layer).
@@ -61,11 +63,13 @@ def gated_linear(
 
     Args:
         logits: float32, `unit_shape(weight.shape, unit)`.
+        copy: of the weight, in a lower precision.  "fused" reads it in the weight's place if it has the dtype
+            that is computed in and the weight does not train: fewer bytes, for one more rounding.
         impl: "auto" chooses by measurement (`choice` tells what and why); a name never falls back.
 
     Errors: ValueError for an unknown impl, one that cannot do this, or shapes that do not fit.
     """
-    call = _Call(gate, unit, seed, step, layer, log_gain)
+    call = _Call(gate, unit, seed, step, layer, log_gain, copy=copy)
     return _apply(call, impl, x, weight, logits, bias)
 
 
@@ -103,6 +107,7 @@ class _Call(NamedTuple):
     layer: int
     log_gain: Tensor | None
     slide: dict[str, Any] | None = None  # a convolution's
+    copy: Tensor | None = None  # of a weight that does not train
 
     def run(
         self, impl: str, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
@@ -123,10 +128,10 @@ class _Call(NamedTuple):
             return epilogue_gated(x, weight, logits, bias, self.log_gain, slide=slide, **address)
         gain = None if self.log_gain is None else self.log_gain.exp()
         if impl == "fused":
-            if self.slide is None:
-                return fused_gated_linear(x, weight, logits, bias, gain=gain, **address)
-            slide = {name: value for name, value in self.slide.items() if name != "groups"}
-            return fused_gated_conv2d(x, weight, logits, bias, gain=gain, **slide, **address)
+            x, copy = in_compute_dtype(x), self.copy
+            if copy is not None and copy.dtype == x.dtype and not weight.requires_grad:
+                weight = copy
+            return fused_gated_linear(x, weight, logits, bias, gain=gain, **address)
         address["unit"] = self.unit
         if self.slide is None:
             return block_gated_linear(x, weight, logits, bias, gain=gain, **address)
@@ -140,7 +145,7 @@ def _apply(
         impl = _choose(call, x, weight, logits, bias).impl
     elif impl not in IMPLS:
         raise ValueError(f"impl: expected auto, {', '.join(IMPLS)}, got {impl!r}")
-    elif (obstacle := _obstacle(call, impl)) is not None:
+    elif (obstacle := _obstacle(call, impl, x)) is not None:
         raise ValueError(f"impl={impl!r}: {obstacle}; use another one, or 'auto'")
     return call.run(impl, x, weight, logits, bias)
 
@@ -150,13 +155,17 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return first, second
 
 
-def _obstacle(call: _Call, impl: str) -> str | None:
+def _obstacle(call: _Call, impl: str, x: Tensor) -> str | None:
     """Why a strategy cannot do this at all."""
     unit = call.unit
     if impl != "materialise" and call.slide is not None and call.slide["groups"] != 1:
         return f"it takes one group, got {call.slide['groups']}"
     if impl in ("epilogue", "fused") and (unit.keep or not unit.single):
         return f"it takes one free gate for each weight, got {unit}"
+    rows = math.prod(x.shape[:-1])
+    if impl == "fused" and (call.slide is not None or rows > TOKENS):
+        got = rows if call.slide is None else "a convolution"
+        return f"it takes a linear layer and at most {TOKENS} rows of x, got {got}"
     if impl == "block" and not (unit.w == 0 or (unit.h in SIDES and unit.w in SIDES)):
         return f"it takes blocks with sides among {SIDES} or channels, got {unit}"
     return None
@@ -172,6 +181,7 @@ def choice(
     call = _Call(
         options["gate"], options.get("unit", Unit()), options["seed"], options["step"],
         options["layer"], options.get("log_gain"), slide if weight.ndim == 4 else None,
+        options.get("copy"),
     )  # fmt: skip
     return _choose(call, x, weight, logits, bias)
 
@@ -179,7 +189,7 @@ def choice(
 def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None) -> Choice:
     if not x.is_cuda:
         return Choice("materialise", "the other strategies' kernels need a GPU", {})
-    others = [impl for impl in IMPLS[1:] if _obstacle(call, impl) is None]
+    others = [impl for impl in IMPLS[1:] if _obstacle(call, impl, x) is None]
     if call.gate.kind == CONCRETE and "block" in others:
         others.remove("block")  # its gates never close: there is nothing to skip
     if not others:
@@ -188,6 +198,7 @@ def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor
     key = (
         x.device, tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype, weight.requires_grad,
         x.requires_grad, call.gate, call.unit, slide, torch.is_autocast_enabled("cuda"),
+        None if call.copy is None else call.copy.dtype,
     )  # fmt: skip
     if key in _measured:
         return _measured[key]

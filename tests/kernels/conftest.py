@@ -4,6 +4,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
+
+from sparsecore.kernels import philox
 
 
 @pytest.fixture
@@ -22,3 +25,14 @@ def poisoned_scratch(poisoned: None) -> Iterator[None]:
     assert torch.empty(8, device=device).isnan().all()
     with torch.backends.cudnn.flags(allow_tf32=False):
         yield
+
+
+@pytest.fixture
+def kernels_noise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's operation with the kernels' noise."""
+    uniform_ = philox.uniform_
+
+    def exact(out: Tensor, seed: Tensor, step: Tensor, layer: int, **_) -> Tensor:
+        return uniform_(out, seed, step, layer, exact=True)
+
+    monkeypatch.setattr("sparsecore.kernels.philox.uniform_", exact)

@@ -1,30 +1,26 @@
-"""Problems of products with gates sampled inside, their truth in float64, and what the kernels make of them."""
+"""Problems of gated layers, their truth in float64, and what the kernels of `fused` and `epilogue` make of them."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
+from bounds import Expected, gated, require
 from helpers import DEVICE, randn
 from torch import Tensor
 from torch.nn import functional as F
 
 from sparsecore.kernels import philox
-from sparsecore.kernels.gated.fused import (
-    Gated,
-    _launch_dlogits,
-    _launch_dx,
-    _launch_forward,
-    _normal,
-)
-from sparsecore.kernels.gated.fused_launch import Tiles
+from sparsecore.kernels.gated.dlogits import launch_dlogits
+from sparsecore.kernels.gated.fused_launch import launch_backward, launch_forward
+from sparsecore.kernels.gated.tile import Gated, Tiles
 from sparsecore.kernels.reference import (
     BERNOULLI,
     CONCRETE,
     GAUSSIAN,
     HARD_CONCRETE,
     GateSpec,
-    sample_ref,
-    slope_ref,
 )
+from sparsecore.kernels.units import Unit
 
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
 
@@ -48,13 +44,22 @@ class Case(NamedTuple):
     layout: str = "contiguous"
 
 
-CASES = {
+LINEAR = {
     "one": Case((1, 1), (1, 1)),
-    "quads": Case((65, 64), (63, 64)),
+    "quads": Case((64, 64), (63, 64)),
     "odd": Case((17, 65), (130, 65)),
-    "long": Case((150, 36), (33, 36)),
+    "full": Case((128, 36), (33, 36)),
+    "one-output": Case((15, 130), (1, 130)),
+    "one-input": Case((16, 1), (37, 1)),
+    "parts": Case((1, 768), (96, 768)),
+    "parts-of-outputs": Case((1, 40), (768, 40)),
+    "63": Case((63, 63), (63, 63)),
     "transposed": Case((33, 20), (17, 20), layout="transposed"),
     "every-second": Case((33, 20), (17, 20), layout="every-second"),
+}
+
+
+CONV = {
     "3x3": Case((2, 19, 9, 8), (17, 19, 3, 3), (1, 1, 1, 1, 1, 1)),
     "3x3-channels-last": Case((2, 16, 5, 6), (18, 16, 3, 3), (1, 1, 1, 1, 1, 1), "channels_last"),
     "all-of-it": Case((2, 5, 9, 8), (7, 5, 3, 2), (2, 3, 1, 0, 2, 1), "channels_last"),
@@ -66,9 +71,12 @@ CASES = {
 
 
 if DEVICE == "cuda":  # real sizes
-    CASES |= {
+    LINEAR |= {
         "4096": Case((64, 4096), (4096, 4096)),
-        "vit-b": Case((512, 768), (3072, 768)),
+        "4096-full": Case((128, 4096), (4096, 4096)),
+        "vit-b": Case((100, 768), (3072, 768)),
+    }
+    CONV |= {
         "resnet-50": Case((8, 256, 14, 14), (256, 256, 3, 3), (1, 1, 1, 1, 1, 1), "channels_last"),
     }
 
@@ -78,6 +86,7 @@ class Problem(NamedTuple):
     bias: Tensor
     dy: Tensor
     g: Gated
+    conv: tuple[int, ...] = PLAIN
 
 
 def one(value: int) -> Tensor:
@@ -112,33 +121,23 @@ def problem(
     logits = lay(randn(*case.w, seed=3).to(DEVICE) + shift, case.layout)
     bias = randn(case.w[0], seed=4).to(DEVICE)
     gain = torch.tensor(1.3, device=DEVICE)
-    g = Gated(weight, logits, gain, one(5), one(2**33 + 6), 7, gate, case.conv)
-    y = product_of(x, weight.to(dtype), bias.to(dtype), g)
-    return Problem(x, bias, dense(randn(*y.shape, seed=5).to(DEVICE, dtype)), g)
+    g = Gated(weight, logits, gain, one(5), one(2**33 + 6), 7, gate)
+    y = product_of(x, weight.to(dtype), bias.to(dtype), case.conv)
+    return Problem(x, bias, dense(randn(*y.shape, seed=5).to(DEVICE, dtype)), g, case.conv)
 
 
-def product_of(x: Tensor, weight: Tensor, bias: Tensor, g: Gated) -> Tensor:
+def product_of(x: Tensor, weight: Tensor, bias: Tensor, conv: tuple[int, ...]) -> Tensor:
     if x.ndim == 2:
         return F.linear(x, weight, bias)
-    return F.conv2d(x, weight, bias, g.conv[:2], g.conv[2:4], g.conv[4:])
+    return F.conv2d(x, weight, bias, conv[:2], conv[2:4], conv[4:])
 
 
-def by_autograd(p: Problem, dtype: torch.dtype, wide: torch.dtype) -> dict[str, Tensor]:
-    """Outputs and gradients by PyTorch: gates in `wide`, products in `dtype`, the kernels' noise."""
+def expected(p: Problem) -> dict[str, Expected]:
+    """Outputs and gradients in float64, with the kernels' noise."""
     g = p.g
-    u = philox.storage_noise(_normal(g).logits, g.seed, g.step, g.layer, exact=True)
-    logits = g.logits.to(wide)
-    z = sample_ref(g.gate, logits, u.to(wide)).requires_grad_()
-    x, dy = p.x.detach().to(dtype).requires_grad_(), p.dy.to(dtype)
-    weight = g.weight.detach().to(wide).requires_grad_()
-    gain = g.gain.detach().to(wide).requires_grad_()
-    bias = p.bias.detach().to(wide).requires_grad_()
-    product = (gain * weight * z).to(dtype)
-    y = product_of(x, product, bias.to(dtype), g)
-    dx, dz, dw, dgain, db = torch.autograd.grad(y, (x, z, weight, gain, bias), dy)
-    dlogits = dz * slope_ref(g.gate, z.detach(), logits)
-    found = {"y": y, "dx": dx, "dlogits": dlogits, "dweight": dw, "dgain": dgain, "dbias": db}
-    return {name: value.detach() for name, value in found.items()}
+    u = philox.storage_noise(g.normal.logits, g.seed, g.step, g.layer, exact=True)
+    layer = partial(product_of, conv=p.conv)
+    return gated(layer, p.x, g.weight, g.logits, p.bias, g.gain, p.dy, g.gate, Unit(), u)
 
 
 def poisoned(like: Tensor, guard: list[Tensor]) -> Tensor:
@@ -148,25 +147,34 @@ def poisoned(like: Tensor, guard: list[Tensor]) -> Tensor:
     return room[64:-64].as_strided(like.shape, torch.empty_like(like).stride())
 
 
-def by_kernels(p: Problem, tiles: dict[str, Tiles] | None = None) -> dict[str, Tensor]:
-    tiles, guard = tiles or {}, []
+def by_fused(p: Problem, tiles: Tiles | None = None) -> dict[str, Tensor]:
+    """Everything by the two kernels of `fused`."""
+    guard: list[Tensor] = []
     y, dx = poisoned(p.dy, guard), poisoned(dense(p.x), guard)
-    ds, dw = poisoned(p.g.logits, guard), poisoned(p.g.weight, guard)
-    dgain = poisoned(torch.empty((), device=DEVICE), guard)
-    _launch_forward(y, p.x, p.bias, p.g, tiles=tiles.get("fwd"))
-    _launch_dx(dx, p.dy, p.x, p.g, tiles=tiles.get("dx"))
-    _launch_dlogits(ds, dw, dgain, p.dy, p.x, p.g, tiles=tiles.get("dlogits"))
+    found = {"y": y, "dx": dx} | gates_of(p, guard)
+    launch_forward(y, p.x, p.bias, p.g, tiles=tiles)
+    gates = found["dlogits"], found["dweight"], found["dgain"]
+    launch_backward(dx, *gates, p.dy, p.x, p.g, tiles=tiles)
     assert all(bool(edge.isnan().all()) for edge in guard), "memory beyond an output was written"
-    return {"y": y, "dx": dx, "dlogits": ds, "dweight": dw, "dgain": dgain}
+    return found
+
+
+def by_dlogits(p: Problem, tiles: Tiles | None = None) -> dict[str, Tensor]:
+    """The gates' and weights' gradients by the kernel of `epilogue`."""
+    guard: list[Tensor] = []
+    found = gates_of(p, guard)
+    launch_dlogits(*found.values(), p.dy, p.x, p.g, conv=p.conv, tiles=tiles)
+    assert all(bool(edge.isnan().all()) for edge in guard), "memory beyond an output was written"
+    return found
+
+
+def gates_of(p: Problem, guard: list[Tensor]) -> dict[str, Tensor]:
+    """Where the gradients of gates, weights and gain go."""
+    like = {"dlogits": p.g.logits, "dweight": p.g.weight, "dgain": torch.empty((), device=DEVICE)}
+    return {name: poisoned(tensor, guard) for name, tensor in like.items()}
 
 
 def check(p: Problem, found: dict[str, Tensor]) -> None:
-    exact = by_autograd(p, torch.float64, torch.float64)
-    torchs = by_autograd(p, p.x.dtype, torch.float32)
+    right = expected(p)
     for name, value in found.items():
-        truth = exact[name]
-        scale = truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)
-        error = ((value.double() - truth).abs().max() / scale).item()
-        bound = 2 * ((torchs[name].double() - truth).abs().max() / scale).item() + 1e-6
-        assert value.shape == truth.shape
-        assert error <= bound, f"{name}: {error:.2e} > {bound:.2e}"  # also fails for NaN
+        require(name, value, right[name])
