@@ -19,7 +19,9 @@ RECIPE = Recipe(optimizer="adam", lr=1e-2, batch=64, epochs=4, milestones=(0.5,)
 
 
 def run(model: nn.Module, recipe: Recipe = RECIPE, **options) -> History:
-    return train(model, Blobs(), Blobs(), recipe, **options)
+    blobs, device = Blobs(), next(model.parameters()).device
+    blobs.x, blobs.y = blobs.x.to(device), blobs.y.to(device)
+    return train(model, blobs, blobs, recipe, **options)
 
 
 def states_equal(a: nn.Module, b: nn.Module) -> bool:
