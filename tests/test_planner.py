@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import mlp, rand, randn
+from helpers import ChannelsLast, mlp, rand, randn
 from torch import Tensor
 
 import sparsecore as sc
@@ -253,6 +253,17 @@ def test_the_whole_step_has_the_last_word(
         assert ("as a whole step" in row.choice.reason) == (expected != "csr")
     torch.testing.assert_close(model(x), y)
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", ["state", "compact", "mask", "dense"])
+def test_convolutions_are_measured_in_the_memory_format_of_x(name: str) -> None:
+    layer = Layer((6, 5, 3, 3), (1, 1, 1, 1, 1, 1))
+    mask, weight = rand(*layer.shape) < 0.4, randn(*layer.shape)
+    x = randn(2, 5, 9, 8).contiguous(memory_format=torch.channels_last)
+    make = planner._dense_products if name in ("mask", "dense") else planner._products
+    for step in make(name, mask, layer, weight, x):
+        with ChannelsLast(x.shape):
+            step()
 
 
 def test_a_step_is_timed_with_every_choice_in_place(cache: Path) -> None:
