@@ -7,6 +7,7 @@ from .formats import Layer, kept_index
 from .gated.layers import Choice, choice, forget, gated_conv2d, gated_linear
 from .gates.balance import Rule
 from .gates.bank import GateBank
+from .gates.segments import is_channels_last, laid_out_as
 from .gates.weight import gated_weight
 from .philox import uniform_
 from .reference import (
@@ -25,6 +26,7 @@ from .reference import (
     hard_concrete_slope_ref,
     sample_ref,
     slope_ref,
+    squares_ref,
 )
 from .sparse.layers import (
     FLOOR,
@@ -74,8 +76,10 @@ __all__ = [
     "gaussian_slope_ref",
     "hard_concrete_ref",
     "hard_concrete_slope_ref",
+    "is_channels_last",
     "is_format",
     "kept_index",
+    "laid_out_as",
     "obstacle",
     "pack",
     "plan_of",
@@ -84,6 +88,7 @@ __all__ = [
     "sdd",
     "slope_ref",
     "sparse_layer",
+    "squares_ref",
     "uniform_",
     "unit_shape",
     "unpack",

@@ -123,3 +123,16 @@ def gaussian_slope_ref(z: Tensor) -> Tensor:
 
 def _interior(z: Tensor) -> Tensor:
     return ((z > 0) & (z < 1)).to(z.dtype)
+
+
+def squares_ref(t: Tensor) -> Tensor:
+    """The sum of squares of a dense tensor, float32 [], right to 1e-6.
+
+    PyTorch's norms add float32 one after the other: over a million equal values they lose a thousandth.
+    Here rows of 256 are short enough for float32, and their sums are added in float64.
+    """
+    flat = t.detach().as_strided((t.numel(),), (1,), t.storage_offset())
+    whole = flat.numel() // 256 * 256
+    parts = (flat[:whole].view(-1, 256), flat[whole:].view(1, -1))
+    norms = [torch.linalg.vector_norm(p, dim=1, dtype=torch.float32).double() for p in parts]
+    return torch.cat(norms).square().sum().float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from . import safefile
 from .batches import EpochBatches
 from .convert import sparse_layers
+from .kernels import laid_out_as
 from .patterns import Planned
 
 
@@ -51,8 +52,13 @@ def unpack_optimizer(
     rest: dict[str, Any],
     model: nn.Module | None = None,
 ) -> None:
-    """Puts back what `pack_optimizer` gave."""
+    """Puts back what `pack_optimizer` gave.
+
+    A file's tensors lie row by row; what is as large as its parameter lies as that does again, which
+    fused optimisers insist on.
+    """
     planned = _planned(optimizer, model)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Any]] = {}
     entries: dict[str, Any] = dict(rest["numbers"])
     for name, value in tensors.items():
@@ -63,6 +69,8 @@ def unpack_optimizer(
         pattern = planned.get(int(index))
         if pattern is not None and isinstance(value, Tensor) and value.ndim:
             value = pattern.kept(value)
+        if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
+            value = laid_out_as(value, parameters[int(index)])
         state.setdefault(int(index), {})[slot] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
 

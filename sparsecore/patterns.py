@@ -201,6 +201,7 @@ class Planned(nn.Module):
         mask: bool [n, k, *taps].
         formats: one format, or three for forward, dX and dW; None: `choose` is asked at the first use.
         slide, groups: of a convolution, as `kernels.plan_of` takes them.
+        channels_last: whether the dense weight lies so, where it is asked for.
         choose: f(pattern, x) -> a choice with `formats` (None for the floor), which may measure.
 
     Errors: those of `kernels.plan_of`, for formats that cannot do this.
@@ -215,8 +216,10 @@ class Planned(nn.Module):
         groups: int = 1,
         choose: "Callable[[Planned, Tensor], Any] | None" = None,
         dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
     ) -> None:
         super().__init__()
+        self.channels_last = channels_last
         self.index = kernels.kept_index(mask)  # no buffer: averaging or casting it would break it
         self.layer = kernels.Layer(tuple(mask.shape), tuple(slide), groups)
         self.formats, self.choose = formats, choose
@@ -228,7 +231,10 @@ class Planned(nn.Module):
     def mask(self) -> Bool[Tensor, "n k *taps"]:
         mask = torch.zeros(math.prod(self.layer.shape), dtype=torch.bool, device=self.index.device)
         mask[self.index.long()] = True
-        return mask.view(self.layer.shape)
+        return self._laid_out(mask.view(self.layer.shape))
+
+    def _laid_out(self, dense: Tensor) -> Tensor:
+        return dense.contiguous(memory_format=torch.channels_last) if self.channels_last else dense
 
     def on(self, mask: Bool[Tensor, "n k *taps"]) -> "Planned":
         """The same formats for another mask of the same shape; nothing is measured anew."""
@@ -241,6 +247,7 @@ class Planned(nn.Module):
             groups=layer.groups,
             choose=self.choose,
             dtype=dtype,
+            channels_last=self.channels_last,
         )
 
     def kept(self, dense: Tensor) -> Float[Tensor, " nnz"]:
@@ -250,7 +257,7 @@ class Planned(nn.Module):
     def forward(self, values: Float[Tensor, " nnz"]) -> Float[Tensor, "n k *taps"]:
         """The dense weight, for code that takes it out of the layer."""
         flat = values.new_zeros(math.prod(self.layer.shape))
-        return flat.scatter(0, self.index.long(), values).view(self.layer.shape)
+        return self._laid_out(flat.scatter(0, self.index.long(), values).view(self.layer.shape))
 
     def multiply(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """What the layer computes."""

@@ -326,8 +326,10 @@ def remask_(
         slots = {} if optimizer is None else optimizer.state.get(layer.raw_weight, {})
         for slot, value in slots.items():
             if isinstance(value, Tensor) and value.shape == size:
-                dense = old(value) if isinstance(old, Planned) else value.where(stay, 0)
-                slots[slot] = new.kept(dense) if isinstance(new, Planned) else dense
+                if isinstance(new, Planned):
+                    slots[slot] = new.kept(old(value))
+                else:
+                    value.masked_fill_(~stay, 0)
     return model
 
 

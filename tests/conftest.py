@@ -16,6 +16,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
+from replay import recordings  # noqa: E402, F401  a fixture; imports kernels
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -24,6 +24,7 @@ from .segments import (
     Segments,
     is_channels_last,
     is_dense,
+    laid_out_as,
     offsets_of,
     plan,
 )
@@ -98,6 +99,11 @@ for _operator, _launch in (
     _operator.register_fake(lambda *args, **kwargs: None)
 
 
+def plain_on(device: torch.device) -> bool:
+    """Whether a bank's steps there are plain PyTorch."""
+    return device.type == "cpu"
+
+
 class GateBank:
     """Logits, Adam's moments, gains and lambda of all layers, and the gated weights they give.
 
@@ -134,7 +140,7 @@ class GateBank:
                 )
         device = weights[0].device
         self.gate, self.unit, self.rule, self.fast, self.trained = gate, unit, rule, fast, trained
-        self.on_cpu = device.type == "cpu"
+        self.plain = plain_on(device)
         self.layers, self.groups = list(layers), list(groups)
         shapes = [unit_shape(w.shape, unit) for w in weights]
         logits = [
@@ -143,7 +149,7 @@ class GateBank:
         ]
         elementwise = unit.single and not unit.keep
         sizes = [w.numel() for w in weights]
-        if self.on_cpu and elementwise and out is None:
+        if self.plain and elementwise and out is None:
             self.held = runs(sizes, self.groups)
         else:
             self.held = [Held(i, [size]) for i, size in enumerate(sizes)]
@@ -156,15 +162,16 @@ class GateBank:
         self.m, self._m = join([torch.zeros_like(s) for s in logits], self.held)
         self.v, self._v = join([torch.zeros_like(s) for s in logits], self.held)
         # On the CPU q is z itself where weights are trained, which need it for their own gradient.
-        stored = store_factor and (unit.single if self.on_cpu else elementwise and not trained)
+        stored = store_factor and (unit.single if self.plain else elementwise and not trained)
         self.q, self._q = join([torch.empty_like(o) for o in out] if stored else [], self.held)
         self.joined = len(self.held) < len(weights)
         # Where layers lie side by side their gradients are copied there; elsewhere they stay where they come.
         self.grads, self._grads = join(
             [torch.empty_like(o) for o in out] if self.joined else [], self.held
         )
-        self._pulls = [torch.empty_like(s) for s in self._logits] if self.on_cpu else []
+        self._pulls = [torch.empty_like(s) for s in self._logits] if self.plain else []
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
+        self._sizes = [None if unit.single else sizes_of(w.shape, unit, device) for w in weights]
         count, sets = len(self.weights), max(groups) + 1
         self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
         self.step = torch.zeros(2, dtype=torch.int64, device=device)
@@ -181,15 +188,19 @@ class GateBank:
         self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
         self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
         self._first_chunks = self.plan.table[:, FIRST_CHUNK].tolist()
-        self._offsets: dict[tuple[int, ...], Tensor] = {}
-        self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._offsets = torch.zeros(count, dtype=torch.int64, device=device)  # of gradients
+        self._cells = list(self._offsets.unbind())
+        own = (
+            torch.tensor(offsets_of(self.ds), dtype=torch.int64, device=device) if self.ds else None
+        )
+        self._ds_offsets = self._offsets if own is None else own
 
     @torch.no_grad()
     def sample_(self) -> list[Tensor]:
         """Begins a step: draws every layer's gated weight into `out`."""
         *tables, hints = self.plan
         # On the CPU directly: calling an operator costs as much there as a tenth of its work.
-        run = sample_gates_ref_ if self.on_cpu else _sample
+        run = sample_gates_ref_ if self.plain else _sample
         run(
             self._out, self._q, self.log_gain, self.step, self.control, self._weights, self._logits,
             self.seeds, tables, self.layers, list(map(float, self.gate)), list(self.unit), list(hints),
@@ -206,18 +217,17 @@ class GateBank:
         if self.joined:
             torch._foreach_copy_(self.grads, list(grads))
         else:
-            self.grads = [_laid_out_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
+            self.grads = [_as(grad, o) for grad, o in zip(grads, self.out, strict=True)]
             if len({g.data_ptr() for g in self.grads}) < len(self.grads):
                 self.grads = [
                     g.clone() for g in self.grads
                 ]  # autograd may hand out one tensor twice
             self._grads = self.grads
         *tables, hints = self.plan
-        offsets = self._offsets_of(self.grads)
-        self._ds_offsets = offsets if self.unit.single else self._offsets_of(self.ds)
-        run = gates_backward_ref_ if self.on_cpu else _backward
+        self._locate_(self.grads)
+        run = gates_backward_ref_ if self.plain else _backward
         run(
-            self._grads, self.ds, self._pulls, self.partials, offsets, self._weights, self._logits,
+            self._grads, self.ds, self._pulls, self.partials, self._offsets, self._weights, self._logits,
             self._out, self._q, self.log_gain, self.seeds, self.step, tables,
             self.layers, list(map(float, self.gate)), list(self.unit),
             _hints(hints, self.grads), self.fast, self.trained,
@@ -235,16 +245,19 @@ class GateBank:
     def take_(self, ds: Sequence[Tensor], dgains: Sequence[Tensor]) -> None:
         """Takes dR/dlogits and dR/dlog_gain of every layer from such a step, in place of `backward_`."""
         self.partials.zero_()
-        self.ds = [_laid_out_as(d, s) for d, s in zip(ds, self.logits, strict=True)]
-        self.grads = self._grads = self.ds
-        self._ds_offsets = self._offsets_of(self.ds)
+        if self.unit.single:
+            self.ds = self.grads = self._grads = [
+                _as(d, s) for d, s in zip(ds, self.logits, strict=True)
+            ]
+            self._locate_(self.grads)
+        else:
+            torch._foreach_copy_(self.ds, list(ds))
         nothing = self.partials.new_zeros(())
-        for i, (s, d) in enumerate(zip(self.logits, self.ds, strict=True)):
+        for i, (s, d, size) in enumerate(zip(self.logits, self.ds, self._sizes, strict=True)):
             density = density_ref(self.gate, s)
             pull = density_slope_ref(self.gate, s, density)
-            if not self.unit.single:
-                sizes = sizes_of(self.weights[i].shape, self.unit, s.device)
-                density, pull = density * sizes, pull.mul_(sizes)
+            if size is not None:
+                density, pull = density * size, pull.mul_(size)
             if self._pulls:
                 self._pulls[i].copy_(pull)
             dgain = dgains[i] if dgains else nothing
@@ -256,7 +269,7 @@ class GateBank:
         """Ends a step: lambda, logits and gains move on."""
         *tables, hints = self.plan
         ds = self._grads if self.unit.single else self.ds
-        run = balanced_step_ref_ if self.on_cpu else _step
+        run = balanced_step_ref_ if self.plain else _step
         run(
             self._logits, self._m, self._v, self.log_gain, self.step, self.control, ds, self._pulls,
             self._ds_offsets, self.partials, self.targets, self.lr, tables, list(map(float, self.gate)),
@@ -277,31 +290,15 @@ class GateBank:
             found |= {f"{role}/{i}": value for i, value in enumerate(values)}
         return found
 
-    def _offsets_of(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Their offsets from the first, on the device.  A graph's addresses are its own: while one is being
-        captured nothing can be copied, so its offsets are filled in by `captured`."""
-        offsets = tuple(offsets_of(tensors))
-        device = self.step.device
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            made = torch.empty(len(offsets), dtype=torch.int64, device=device)
-            self._pending.append((made, offsets))
-            return made
-        if offsets not in self._offsets:
-            if len(self._offsets) > 256:  # addresses that never come back
-                self._offsets.clear()
-            table = torch.tensor(offsets, dtype=torch.int64)
-            if device.type == "cuda":  # from pinned memory the host need not wait for the copy
-                table = table.pin_memory().to(device, non_blocking=True)
-            self._offsets[offsets] = table
-        return self._offsets[offsets]
+    def _locate_(self, tensors: Sequence[Tensor]) -> None:
+        """Tells kernels the tensors' offsets from the first.
 
-    def captured(self) -> list[Tensor]:
-        """After a capture and before the first replay; keep what it returns as long as the graph."""
-        for made, offsets in self._pending:
-            made.copy_(torch.tensor(offsets, dtype=torch.int64))
-        kept = [made for made, _ in self._pending]
-        self._pending.clear()
-        return kept
+        They travel as arguments of a launch: nothing is copied from the host, and a graph, whose gradients
+        have addresses of their own, writes them anew in each replay.
+        """
+        if not self.plain:
+            self._offsets.zero_()
+            torch._foreach_add_(self._cells, offsets_of(tensors))
 
 
 def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.device) -> Tensor:
@@ -310,13 +307,9 @@ def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.
     return torch.full(shape, value, device=device)
 
 
-def _laid_out_as(grad: Tensor, out: Tensor) -> Tensor:
+def _as(grad: Tensor, out: Tensor) -> Tensor:
     """`grad` in the memory order and dtype of `out`."""
-    grad = grad.detach().to(out.dtype)
-    strides = zip(grad.shape, grad.stride(), out.stride(), strict=True)
-    if any(mine != wanted for size, mine, wanted in strides if size > 1):
-        grad = torch.empty_like(out).copy_(grad)
-    return grad
+    return laid_out_as(grad.detach().to(out.dtype), out)
 
 
 def _hints(hints: Hints, tensors: Sequence[Tensor]) -> list[int]:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from ..philox import uniform_
-from ..reference import GateSpec, density_ref, density_slope_ref, sample_ref, slope_ref
+from ..reference import (
+    GateSpec,
+    density_ref,
+    density_slope_ref,
+    sample_ref,
+    slope_ref,
+    squares_ref,
+)
 from ..units import Unit, apply_ref, gather_ref, project_ref
 from .joined import Held, held_in
 from .segments import FIRST_CHUNK, GROUP, LAST_CHUNK, NUMEL, UNITS
@@ -98,8 +105,7 @@ def gates_backward_ref_(
         if not covers.single:
             sizes = sizes_of(weight.shape, covers, weight.device)
             density, pulls[i] = density * sizes, pulls[i].mul_(sizes)
-        norms = [torch.linalg.vector_norm(t, dtype=torch.float32) for t in (found, pulls[i])]
-        row = [norms[0].square(), density.sum(), norms[1].square()]
+        row = [squares_ref(found), density.sum(), squares_ref(pulls[i])]
         partials[firsts[held.first], :3] = torch.stack(row)
 
 

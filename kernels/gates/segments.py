@@ -65,6 +65,14 @@ def is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or is_channels_last(t)
 
 
+def laid_out_as(t: Tensor, like: Tensor) -> Tensor:
+    """`t` in the memory order of `like`, a dense tensor of its shape; copied only where that is another one."""
+    strides = zip(t.shape, t.stride(), like.stride(), strict=True)
+    if any(mine != wanted for size, mine, wanted in strides if size > 1):
+        t = torch.empty_like(like, dtype=t.dtype, device=t.device).copy_(t)
+    return t
+
+
 def tile_of(unit: Unit) -> tuple[int, int]:
     """(units, elements of each) of a program's tile, powers of 2."""
     wide = 256 if unit.w == 0 else 1

@@ -4,7 +4,7 @@ Sampling and its backward are the kernels of `gates`; nothing but the inputs is 
 which draws z again from (seed, step, layer).  On the CPU it is plain PyTorch.
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int64
@@ -17,7 +17,7 @@ from .launch import launch_backward, launch_sample
 from .segments import Geometry, Segments, is_channels_last, is_dense, plan
 
 
-@lru_cache(maxsize=1024)
+@cache  # for good: graphs remember where these tables lie
 def _plan(geometry: Geometry, unit: Unit, device: torch.device) -> Segments:
     return plan([geometry], unit, [[0] * 6], device)
 

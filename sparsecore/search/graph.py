@@ -5,11 +5,12 @@ gated weights, both networks, the backward, balance and Adam are all in the grap
 functions run one by one, with the same numbers.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
+from .. import capture
 from ..batches import Batch, DataEnded, EpochBatches, Numbered
 from ..data import Batches
 from .steps import FusedStep, SearchStep
@@ -27,8 +28,10 @@ class Feed:
         self.resident: Resident | None = None
         if isinstance(batches, Batches) and isinstance(batches.images, Tensor):
             self.resident = Resident(batches) if isinstance(step, FusedStep) else None
-        self.graph = graph and self.resident is not None and step.device.type == "cuda"
-        self.captured: dict[bool, _Graph] = {}  # by whether the teacher is remembered by now
+        self.graph = graph and self.resident is not None and capture.possible_on(step.device)
+        self.captured: dict[
+            bool, capture.Captured
+        ] = {}  # by whether the teacher is remembered by now
 
     def begin(self, epoch: int) -> None:
         """Epoch `epoch` from its first batch."""
@@ -67,15 +70,14 @@ class Feed:
         self.step(*resident.next_())
 
     def _replay(self, resident: "Resident") -> None:
-        assert isinstance(self.step, FusedStep)
         memory = self.step.net.memory
         known = memory is not None and memory.complete
         if known not in self.captured:
-            self.step.net.side = torch.cuda.Stream()
+            self.step.net.side = capture.side_stream(self.step.device)
             state = [*self.step.tensors().values(), self.step.total, resident.cursor]
             run = lambda: self._next(resident)  # noqa: E731
-            self.captured[known] = _Graph(run, state, self.step.bank.captured)
-        self.captured[known].replay()
+            self.captured[known] = capture.Captured(run, state, keep=memory)
+        self.captured[known]()
 
 
 class Resident:
@@ -117,27 +119,3 @@ class Resident:
         rows = self.order[start:]
         moves = None if self.moves is None else [m[start:] for m in self.moves]
         return self.batches.take(rows, moves), rows
-
-
-class _Graph:
-    """`run` as a graph.  It is run a few times before, so that everything it needs is compiled, chosen and
-    allocated; `state` is put back afterwards."""
-
-    def __init__(
-        self, run: Callable[[], None], state: list[Tensor], finish: Callable[[], list[Tensor]]
-    ) -> None:
-        before = [t.clone() for t in state]
-        aside = torch.cuda.Stream()
-        aside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(aside):
-            for _ in range(3):
-                run()
-        torch.cuda.current_stream().wait_stream(aside)
-        for t, value in zip(state, before, strict=True):
-            t.copy_(value)
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            run()
-        self.kept = finish()
-        self.replay = self.graph.replay

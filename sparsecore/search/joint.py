@@ -129,9 +129,7 @@ class JointStep(FusedStep):
         self.others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         self.weights = [*gated_weights, *self.others]
         self.clip_norm = search.recipe.clip_norm
-        self.optimizer = optimizer_for(
-            self.weights, search.recipe, capturable=self.device.type == "cuda"
-        )
+        self.optimizer = optimizer_for(self.weights, search.recipe, capturable=not self.bank.plain)
         self._make_state()
         self._take_gradients()
 
