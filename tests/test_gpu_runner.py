@@ -89,6 +89,25 @@ def test_all_stages_in_slices(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     capfd.readouterr()
 
 
+def test_rows_of_a_case_that_was_killed_are_taken_back(tmp_path: Path) -> None:
+    """It runs again, and would add them twice; half a line of the journal is none."""
+    (tmp_path / "cpu-x.csv").write_text("case\nbefore\nof it\nof i")
+    journal = Journal(tmp_path)
+    journal.add("run", commit=COMMIT, device="cpu", quick=True)
+    journal.add("begin", stage="x", case="it", file="cpu-x.csv", rows=1)
+    with journal.path.open("a") as file:
+        file.write('{"event": "pas')
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        setting = Setting(tmp_path, "cpu", quick=True)
+        assert supervise.run("bench.comparison", setting, budget=0.0, commit=COMMIT) == 3
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert (tmp_path / "cpu-x.csv").read_text() == "case\nbefore\n"
+    assert journal.running() is None
+    assert [e["event"] for e in journal.events()][:4] == ["run", "begin", "call", "cut"]
+
+
 # --- Tests ------------------------------------------------------------------------------------------
 
 BROKEN = """
