@@ -1,4 +1,4 @@
-"""Forward and backward of one gated linear layer: sampling first, inside the product, or block by block."""
+"""Forward and backward of one gated linear layer: sampling first, inside the products, or block by block."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from sparsecore.capture import Captured
 from sparsecore.kernels import (
     apply_ref,
     gated_weight,
@@ -15,7 +16,8 @@ from sparsecore.kernels import (
     unit_shape,
 )
 from sparsecore.kernels.gated.blocks import block_gated_linear
-from sparsecore.kernels.gated.fused import fused_gated_linear
+from sparsecore.kernels.gated.epilogue import epilogue_gated
+from sparsecore.kernels.gated.fused import TOKENS, fused_gated_linear
 
 from . import measure
 from .measure import Job, require_as_exact, timed
@@ -55,15 +57,18 @@ class GatedLayer:
             unit = self.case.unit
             return F.linear(x, gated_weight(self.weight, s, unit=unit, dtype=self.dtype, **at))
 
-        if self.case.unit.single:
-            return {
-                "materialise": materialise,
-                "fused": lambda x, s: fused_gated_linear(x, self.weight, s, **at),
-            }
-        return {
-            "materialise": materialise,
-            "block": lambda x, s: block_gated_linear(x, self.weight, s, unit=self.case.unit, **at),
-        }
+        ways: dict[str, Forward] = {"materialise": materialise}
+        if not self.case.unit.single:
+            unit = self.case.unit
+            ways["block"] = lambda x, s: block_gated_linear(x, self.weight, s, unit=unit, **at)
+            return ways
+        ways["epilogue"] = lambda x, s: epilogue_gated(x, self.weight, s, None, None, **at)
+        if self.case.tokens <= TOKENS:
+            ways["fused"] = lambda x, s: fused_gated_linear(x, self.weight, s, **at)
+            if self.dtype != torch.float32:
+                copy = self.weight.to(self.dtype)  # that a search in lower precision keeps
+                ways["fused, bf16 weights"] = lambda x, s: fused_gated_linear(x, copy, s, **at)
+        return ways
 
     def gradients(self, forward: Forward) -> tuple[Tensor, Tensor, Tensor]:
         """y, dx, dlogits."""
@@ -112,7 +117,7 @@ def strategy(case: StrategyCase, cases: SearchCases, rows: Rows, device: torch.d
         graph = mode == "graph"
         if not graph:
             measure.add_peaks(rows, case.name, mode, steps, device)
-        made = {name: measure.captured(step) if graph else step for name, step in steps.items()}
+        made = {name: Captured(step) if graph else step for name, step in steps.items()}
         jobs = {name: Job(step, cold=graph) for name, step in made.items()}
         found = timed(jobs, device, rounds=cases.rounds, budget=0.1)
         add_times(rows, case.name, mode, found, "materialise", "dense")
