@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparsecore.capture import Captured
 from sparsecore.control import GradBalance
 from sparsecore.kernels import CONCRETE, GateBank, GateSpec, Unit
 from sparsecore.kernels.gates.weight import storage_noise
@@ -186,8 +187,7 @@ def layer_step(case: LayerCase, cases: SearchCases, rows: Rows, device: torch.de
         for provider, make in build.items():
             step, held = peak_memory(make, device)
             if graph:
-                finish = step.bank.captured if isinstance(step, BankStep) else lambda: None
-                step = measure.captured(step, finish)
+                step = Captured(step)
             elif held is not None:
                 size = number(held / 2**20)
                 rows.add(case.name, provider, mode, "peak memory", "MiB", size)

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from sparsecore.capture import Captured
 from sparsecore.data import Batches, Dataset, Split
 from sparsecore.search.graph import Feed
 
@@ -47,9 +48,7 @@ def network(cases: SearchCases, rows: Rows, device: torch.device) -> None:
         for name, bench in plain.items():
             bench.prepare_plain(capturable=graph)
             step: Callable[[], Any] = bench.plain_step
-            jobs[name] = Job(
-                measure.captured(step, generators=[bench.plain_noise]) if graph else step
-            )
+            jobs[name] = Job(Captured(step, generators=[bench.plain_noise]) if graph else step)
         for name, (bench, source) in ours.items():
             jobs[name] = Job(endless(Feed(bench.step, source, graph)))
         label = f"network/{cases.networks[0].name}"

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparsecore.capture import Captured
 from sparsecore.control import GradBalance
 from sparsecore.kernels import GateBank, Unit, density_ref, density_slope_ref, sample_ref, slope_ref
 from sparsecore.kernels.gates.bank_ref import balanced_step_ref_
@@ -20,7 +21,9 @@ DENSITY = 0.05
 
 
 def ceilings(cases: SearchCases, rows: Rows, device: torch.device) -> float:
-    """Copy bandwidth and matrix rate; returns the first, in bytes a second."""
+    """Copy bandwidth and matrix rate, once for all rows; returns the first, in bytes a second."""
+    if (known := rows.find(case="ceiling/copy")) is not None:
+        return 1e9 * float(known["median"])
     source = torch.randint(-128, 128, (cases.copy,), dtype=torch.int8, device=device)
     target = torch.empty_like(source)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -60,7 +63,7 @@ def op(
     }
     mode = measure.modes(device)[-1]
     if mode == "graph":  # launches by themselves, without what calling them costs the host
-        steps = {n: measure.captured(step, bank.captured) for n, step in steps.items()}
+        steps = {n: Captured(step) for n, step in steps.items()}
     jobs = {
         n: Job(s, refresh if n.startswith("K2 ") else None, cold=True) for n, s in steps.items()
     }

@@ -6,6 +6,8 @@ from typing import Any, TypeVar
 
 import torch
 
+from sparsecore.capture import Captured
+
 from . import measure
 from .measure import Job, Spread, timed, times_within
 from .rows import Rows, add_times
@@ -129,8 +131,7 @@ def _captured(
     graphs: dict[Key, Callable[[], Any]] = {}
     for provider, sparsity in keys:
         try:
-            step = make(provider, tasks[sparsity])
-            graphs[provider, sparsity] = measure.captured(step, lambda step=step: step)
+            graphs[provider, sparsity] = Captured(make(provider, tasks[sparsity]))
         except Exception as error:
             say(f"left out: {provider} of {case.at(sparsity)} as a graph: {error}")
     return graphs

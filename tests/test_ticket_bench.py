@@ -8,6 +8,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from replay import Recording
 from torch import nn
 
 from bench import measure, report, ticket_steps, ticket_suite, ticket_training
@@ -30,6 +31,7 @@ from bench.ticket_ops import DW, FORWARD, check, ours, problem_of, torch_bsr
 from bench.ticket_steps import Reference, Task, make
 from bench.ticket_suite import parts_on
 from bench.ticket_training import train_case
+from sparsecore import capture
 from sparsecore.kernels.sparse import state
 
 HERE = torch.device("cpu")
@@ -108,16 +110,18 @@ def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected some of mlp, lenet, models, got ops" in capsys.readouterr().err
 
 
-def test_what_is_captured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The path of CUDA graphs, with the step itself in place of a graph; one of them cannot be captured."""
+def test_what_is_captured_on_a_gpu_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recordings: list[Recording]
+) -> None:
+    """The path of CUDA graphs, replayed as a graph would be; one of them cannot be captured."""
 
-    def captured(step, finish):
-        step()
-        if finish().kept and finish().model[0].__class__.__name__ == "SparseLinear":
+    def record(run, generators):
+        if run.kept and run.model[0].__class__.__name__ == "SparseLinear":
             raise RuntimeError("operation not permitted")
-        return step
+        return replayed(run, generators)
 
-    monkeypatch.setattr(measure, "captured", captured)
+    replayed = capture.record
+    monkeypatch.setattr(capture, "record", record)
     monkeypatch.setattr(measure, "modes", lambda device: ("eager", "graph"))
     case = next(c for c in QUICK if isinstance(c, TrainCase) and c.graph)
     case = replace(case, providers=(DENSE, MASKED, "plan state"))
@@ -126,6 +130,7 @@ def test_what_is_captured_on_a_gpu_runs(monkeypatch: pytest.MonkeyPatch, tmp_pat
     times = {(p, m) for _, p, m in found(rows.rows, "time")}
     eager = {(p, "eager") for p in case.providers}
     assert times == eager | {(DENSE, "graph"), (MASKED, "graph")}
+    assert [recording.touches for recording in recordings] == [[], []]
 
 
 # --- The gate ---------------------------------------------------------------------------------------

@@ -221,7 +221,7 @@ def test_a_channels_last_run_goes_on_from_its_checkpoint(
             sc.plan_(model, plan)
         return model
 
-    recipe = Recipe(optimizer=optimizer, lr=0.01, batch=64, epochs=4, ema=0.9)
+    recipe = Recipe(optimizer=optimizer, lr=0.01, batch=64, epochs=4)
     remask_at = -1 if plan == "dense" else 9
     whole, resumed = build(), build()
     run(whole, recipe, after_step=Layouts(remask_at))
