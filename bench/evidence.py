@@ -78,7 +78,7 @@ def _resume(setting: Setting) -> Commands:
 def _memory(setting: Setting) -> Commands:
     checker = shutil.which(MEMCHECK) if setting.device != "cpu" else None
     under = (checker, "--tool", "memcheck", "--error-exitcode", "9") if checker else ()
-    plans = () if setting.quick else ("mask", "state", "block:16x16", "auto")
+    plans = () if setting.quick else ("mask", "state", "compact", "block:16x16", "auto")
     work = [_check(what, setting=setting) for what in ("gates", *(f"step:{p}" for p in plans))]
     work = [Command(command.name, (*under, *command.argv)) for command in work]
     told = f"under {MEMCHECK}" if checker else f"without {MEMCHECK}, which is not here"

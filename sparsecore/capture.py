@@ -24,6 +24,7 @@ class Captured:
         state: what those calls change; put back afterwards.
         keep: what must live as long as the graph, beside what `run` itself refers to.
         generators: random generators that `run` draws from, beside the default one.
+        device: where `run` launches, the present one by default.
     """
 
     def __init__(
@@ -33,39 +34,44 @@ class Captured:
         *,
         keep: Any = None,
         generators: Sequence[torch.Generator] = (),
+        device: torch.device | None = None,
     ) -> None:
         self.kept = run, keep
         before = [t.clone() for t in state]
-        with aside():
+        with aside(device):
             for _ in range(3):
                 run()
         with torch.no_grad():
             for t, value in zip(state, before, strict=True):
                 t.copy_(value)
-        self.replay = record(run, generators)
+        self.replay = record(run, generators, device)
 
     def __call__(self) -> None:
         self.replay()
 
 
 @contextmanager
-def aside() -> Iterator[None]:
+def aside(device: torch.device | None) -> Iterator[None]:
     """On a stream of its own, as what is to be captured has to be tried out."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream().wait_stream(stream)
+    with torch.cuda.device(device):
+        stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
+        stream.wait_stream(main)
+        with torch.cuda.stream(stream):
+            yield
+        main.wait_stream(stream)
 
 
-def record(run: Callable[[], Any], generators: Sequence[torch.Generator]) -> Callable[[], Any]:
+def record(
+    run: Callable[[], Any], generators: Sequence[torch.Generator], device: torch.device | None
+) -> Callable[[], Any]:
     """The replay of what one call of `run` launches; nothing is computed yet."""
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    for generator in generators:
-        graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        run()
+    with torch.cuda.device(device):
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        for generator in generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph):
+            run()
     return graph.replay
 
 

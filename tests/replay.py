@@ -7,7 +7,7 @@ kernels count as one operation each, and run in the interpreter.
 
 import gc
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import wraps
 from typing import Any, ClassVar, NamedTuple
@@ -199,7 +199,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     """`capture.Captured` records as above, and banks go a GPU's way; all recordings that were made."""
     made: list[Recording] = []
 
-    def record(run: Callable[[], Any], generators: Sequence[torch.Generator] = ()) -> Recording:
+    def record(run: Callable[[], Any], *_: Any) -> Recording:
         made.append(Recording(run))
         return made[-1]
 
@@ -224,7 +224,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     for module in [m for m in sys.modules.values() if getattr(m, "uniform_", None) is draw]:
         monkeypatch.setattr(module, "uniform_", uniform_)
     monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "aside", nullcontext)
+    monkeypatch.setattr(capture, "aside", lambda device: nullcontext())
     monkeypatch.setattr(capture, "possible_on", lambda device: True)
     monkeypatch.setattr(gate_bank, "plain_on", lambda device: False)
     for name, launch in (

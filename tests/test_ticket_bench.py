@@ -115,10 +115,10 @@ def test_what_is_captured_on_a_gpu_runs(
 ) -> None:
     """The path of CUDA graphs, replayed as a graph would be; one of them cannot be captured."""
 
-    def record(run, generators):
+    def record(run, *rest):
         if run.kept and run.model[0].__class__.__name__ == "SparseLinear":
             raise RuntimeError("operation not permitted")
-        return replayed(run, generators)
+        return replayed(run, *rest)
 
     replayed = capture.record
     monkeypatch.setattr(capture, "record", record)
@@ -219,7 +219,7 @@ def test_cases_are_named_once_and_telling_ones_come_first() -> None:
     assert {c.k for c in ops if c.taps == 3} == {64, 128, 256, 512}
     for case in ops:
         assert torch.Size(case.shape(case.k)).numel() == case.tokens * case.k
-    assert GPU.index(ops[0]) < 5 and all(case.name.startswith("op/") for case in ops[:5])
+    assert GPU.index(ops[0]) < 5 and all(case.name.startswith("op/") for case in ops[:4])
     batches = {case.batch for case in CPU if case.part == "mlp"}
     assert batches == {128, 256, 512, 2048}
 

@@ -75,8 +75,9 @@ class Feed:
         if known not in self.captured:
             self.step.net.side = capture.side_stream(self.step.device)
             state = [*self.step.tensors().values(), self.step.total, resident.cursor]
-            run = lambda: self._next(resident)  # noqa: E731
-            self.captured[known] = capture.Captured(run, state, keep=memory)
+            self.captured[known] = capture.Captured(
+                lambda: self._next(resident), state, keep=memory, device=self.step.device
+            )
         self.captured[known]()
 
 
