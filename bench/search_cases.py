@@ -92,7 +92,7 @@ class SearchCases:
     """A suite: its cases, how long each may be measured, and the sizes of its ceilings."""
 
     layers: tuple[LayerCase, ...]
-    networks: tuple[StepCase, ...]
+    networks: tuple[tuple[StepCase, ...], ...]  # of a model each, timed together
     ops: tuple[OpCase, ...]
     strategies: tuple[StrategyCase, ...]
     copy: int  # bytes
@@ -112,9 +112,14 @@ FULL = SearchCases(
         conv(512, 512, 3, 7, 64), conv(64, 256, 1, 56, 64), conv(256, 1024, 1, 14, 64),
     ),
     networks=(
-        _RESNET,
-        StepCase("resnet-20", (3, 32, 32), 512, 0, torch.bfloat16, channels_last=True),
-        StepCase("resnet-20", (3, 32, 32), 512, 0, torch.bfloat16, members=4),
+        (
+            _RESNET,
+            StepCase("resnet-20", (3, 32, 32), 512, 0, torch.bfloat16, channels_last=True),
+        ),
+        (  # the models of which several searches run in one program on a GPU
+            StepCase("lenet-300-100", (1, 28, 28), 512, 0, torch.bfloat16),
+            StepCase("lenet-300-100", (1, 28, 28), 512, 0, torch.bfloat16, members=4),
+        ),
     ),
     ops=(
         *(OpCase("4096x4096", gate, stored, fast)
@@ -134,10 +139,11 @@ FULL = SearchCases(
 QUICK = SearchCases(
     layers=(LayerCase(32, 48, 64), LayerCase(32, 48, 128), conv(16, 8, 3, 4, 4)),
     networks=(
-        StepCase("resnet-20", (3, 8, 8), 16, 0),
-        # Few processors convolve in bfloat16 at any speed.
-        StepCase("lenet-300-100", (1, 8, 8), 16, 0, torch.bfloat16, channels_last=True),
-        StepCase("lenet-300-100", (1, 8, 8), 16, 0, members=2),
+        (StepCase("resnet-20", (3, 8, 8), 16, 0),),
+        (  # few processors convolve in bfloat16 at any speed
+            StepCase("lenet-300-100", (1, 8, 8), 16, 0, torch.bfloat16, channels_last=True),
+            StepCase("lenet-300-100", (1, 8, 8), 16, 0, members=2),
+        ),
     ),
     ops=(OpCase("64x64", "concrete"), OpCase("resnet-20", "hard-concrete", stored=True)),
     strategies=(

@@ -1,6 +1,6 @@
 """A whole search step of a network: as a user would write it, ours, ours as one CUDA graph, several at once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,18 @@ from .rows import Rows, add_times
 from .search_cases import SearchCases
 
 
-def network(cases: SearchCases, rows: Rows, device: torch.device) -> None:
-    """Times all providers of all cases together, so that they are compared under the same conditions.
+def network(
+    group: Sequence[StepCase], cases: SearchCases, rows: Rows, device: torch.device
+) -> None:
+    """Times all providers of a network's cases together, so that they are compared under the same conditions.
 
     A step of several searches counts as its time divided by their number.  fp32 is PyTorch's default on a
     GPU, for every provider: convolutions in TF32, matrix products in float32.  Errors: WrongResult.
     """
-    batches = synthetic(cases.networks[0], cases.samples, device)
+    batches = synthetic(group[0], cases.samples, device)
     benches: list[StepBench] = []
     wrong: list[WrongResult] = []
-    for case in cases.networks:
+    for case in group:
         bench = StepBench(case, device)
         try:
             bench.check()
@@ -39,9 +41,7 @@ def network(cases: SearchCases, rows: Rows, device: torch.device) -> None:
         name = _name(case)
         if case.members == 1:
             plain[f"eager autograd, {_dtype(case)}"] = bench
-        fits = case.shape == cases.networks[0].shape
-        source = batches if fits else synthetic(case, cases.samples, device)
-        ours[name] = (bench, source)
+        ours[name] = bench
     for mode in measure.modes(device):
         graph = mode == "graph"
         jobs: dict[str, Job] = {}
@@ -49,14 +49,14 @@ def network(cases: SearchCases, rows: Rows, device: torch.device) -> None:
             bench.prepare_plain(capturable=graph)
             step: Callable[[], Any] = bench.plain_step
             jobs[name] = Job(Captured(step, generators=[bench.plain_noise]) if graph else step)
-        for name, (bench, source) in ours.items():
-            jobs[name] = Job(endless(Feed(bench.step, source, graph)))
-        label = f"network/{cases.networks[0].name}"
+        for name, bench in ours.items():
+            jobs[name] = Job(endless(Feed(bench.step, batches, graph)))
+        label = f"network/{group[0].name}"
         if not graph:
             steps = {name: job.step for name, job in jobs.items()}
             measure.add_peaks(rows, label, mode, steps, device)
         found = timed(jobs, device, rounds=cases.rounds, budget=0.5)
-        members = {name: bench.case.members for name, (bench, _) in ours.items()}
+        members = {name: bench.case.members for name, bench in ours.items()}
         found = {
             name: type(spread)(*(seconds / members.get(name, 1) for seconds in spread))
             for name, spread in found.items()

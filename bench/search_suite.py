@@ -34,7 +34,9 @@ def search_work(device: torch.device, *, quick: bool = False) -> list[Work]:
     for layer in cases.layers:
         run = lambda rows, c=layer: layer_step(c, cases, rows, device)  # noqa: E731
         work.append(Work("layers", layer.name, run))
-    work.append(Work("networks", "networks", lambda rows: network(cases, rows, device)))
+    for net in cases.networks:
+        run = lambda rows, c=net: network(c, cases, rows, device)  # noqa: E731
+        work.append(Work("networks", f"network/{net[0].name}", run))
     for one in cases.ops:
         run = lambda rows, c=one: op(c, cases, rows, device, ceilings(cases, rows, device))  # noqa: E731
         work.append(Work("ops", f"{one.name}, {one.provider}", run))

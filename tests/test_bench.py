@@ -238,10 +238,8 @@ def test_what_is_captured_on_a_gpu_runs(
     rows = Rows(tmp_path / "r.csv", "search", CPU)
     layer_step(LayerCase(16, 16, 8), QUICK, rows, CPU)
     strategy(StrategyCase(16, 8), QUICK, rows, CPU)
-    few = search_cases.SearchCases(
-        (), (StepCase("lenet-300-100", (1, 8, 8), 8, 0),), (), (), 0, 0, 16, 2
-    )
-    network(few, rows, CPU)
+    few = search_cases.SearchCases((), (), (), (), 0, 0, 16, 2)
+    network([StepCase("lenet-300-100", (1, 8, 8), 8, 0)], few, rows, CPU)
     modes = {(row["case"].split("/")[0], row["mode"]) for row in rows.rows}
     assert modes == {(p, m) for p in ("layer", "strategy", "network") for m in ("eager", "graph")}
     assert recordings
