@@ -63,21 +63,19 @@ class Feed:
         elif self.graph:
             self._replay(resident)
         else:
-            self._next(resident)
+            self.step(*resident.next_())
         self.done += 1
 
-    def _next(self, resident: "Resident") -> None:
-        self.step(*resident.next_())
-
     def _replay(self, resident: "Resident") -> None:
-        memory = self.step.net.memory
+        step = self.step
+        memory = step.net.memory
         known = memory is not None and memory.complete
         if known not in self.captured:
-            self.step.net.side = capture.side_stream(self.step.device)
-            state = [*self.step.tensors().values(), self.step.total, resident.cursor]
-            self.captured[known] = capture.Captured(
-                lambda: self._next(resident), state, keep=memory, device=self.step.device
-            )
+            step.net.side = capture.side_stream(step.device)
+            state = [*step.tensors().values(), step.total, resident.cursor]
+            # A graph that held this object, which holds it, would stay until memory is looked through.
+            run = lambda: step(*resident.next_())  # noqa: E731
+            self.captured[known] = capture.Captured(run, state, keep=memory, device=step.device)
         self.captured[known]()
 
 
