@@ -152,7 +152,10 @@ def conv_grad_input(dy: Tensor, weight: Tensor, layer: Layer, shape: Sequence[in
         (shape[i + 2] + 2 * padding[i] - dilation[i] * (layer.shape[i + 2] - 1) - 1) % stride[i]
         for i in (0, 1)
     ]
-    return F.conv_transpose2d(dy, weight, None, stride, padding, over, layer.groups, dilation)
+    with torch.autocast(
+        dy.device.type, enabled=False
+    ):  # which leaves the library's gradient alone too
+        return F.conv_transpose2d(dy, weight, None, stride, padding, over, layer.groups, dilation)
 
 
 def conv_backward(

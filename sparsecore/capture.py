@@ -52,8 +52,8 @@ class Captured:
 
 @contextmanager
 def aside(device: torch.device | None) -> Iterator[None]:
-    """On a stream of its own, as what is to be captured has to be tried out."""
-    with torch.cuda.device(device):
+    """On a stream of its own, as what is to be captured has to be tried out; random numbers are drawn again."""
+    with torch.cuda.device(device), torch.random.fork_rng([torch.cuda.current_device()]):
         stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
@@ -70,7 +70,7 @@ def record(
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own is one device's
             run()
     return graph.replay
 

@@ -48,7 +48,9 @@ class SparseLayer(nn.Module):
     def _channels_last(self) -> bool:
         """Whether the dense weight lies so."""
         pattern, raw = self.pattern, self.raw_weight
-        return pattern.channels_last if isinstance(pattern, Planned) else kernels.is_channels_last(raw)
+        return (
+            pattern.channels_last if isinstance(pattern, Planned) else kernels.is_channels_last(raw)
+        )
 
     def _sampling(self, x: Tensor) -> Gated | None:
         """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""

@@ -128,8 +128,8 @@ class _EpilogueGated(torch.autograd.Function):
                 dx = conv_grad_input(dy, w, Layer(tuple(w.shape), _flat(slide)), x.shape)
         ds = dw = dgain = None
         if need_s or need_w or need_gain:
-            flat = x.flatten(0, -2) if slide is None else x
-            dy_flat = dy.flatten(0, -2) if slide is None else dy
+            flat = x.reshape(-1, x.shape[-1]) if slide is None else x
+            dy_flat = dy.reshape(-1, dy.shape[-1]) if slide is None else dy
             gain = None if log_gain is None else log_gain.exp()
             conv = (1, 1, 0, 0, 1, 1) if slide is None else _flat(slide)
             ds, dw, dgain = _dlogits_op(
@@ -139,8 +139,8 @@ class _EpilogueGated(torch.autograd.Function):
             dgain = dgain * gain if need_gain and gain is not None else None
         db = None
         if need_b:
-            channel = dy.ndim - 1 if slide is None else 1
-            db = dy.sum([i for i in range(dy.ndim) if i != channel], dtype=ctx.bias_dtype)
+            rows, over = (dy.reshape(-1, len(weight)), 0) if slide is None else (dy, (0, 2, 3))
+            db = rows.sum(over, dtype=ctx.bias_dtype)
         return dx, dw if need_w else None, ds, db, dgain, *[None] * 5
 
 

@@ -68,6 +68,8 @@ def in_turn(
                 meta = {"done": i + 1, "run": run, "seconds": perf_counter() - begun}
                 checkpoints.write(checkpoint, {}, meta)
             advance()
-    for path in (*beside, *([] if checkpoint is None else [checkpoint])):
+    if checkpoint is not None:  # it first: it tells of the others
+        checkpoint.unlink(missing_ok=True)
+    for path in beside:
         path.unlink(missing_ok=True)
     return tickets

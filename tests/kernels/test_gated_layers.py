@@ -112,6 +112,18 @@ def test_images_stay_channels_last(impl: str) -> None:
     assert dx.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("impl", ["materialise", "epilogue", "fused", "auto"])
+def test_one_token_without_a_batch_is_a_batch_of_one(impl: str) -> None:
+    tensors = inputs((48, 64), (1, 64), Unit())
+    x, w, s, b, log_gain = tensors
+    found = []
+    for given in (x, x[0]):
+        y = gated_linear(given, w, s, b, impl=impl, log_gain=log_gain, **address())
+        found.append([y.flatten(), *torch.autograd.grad(y.sum(), tensors)])
+    for one, batch in zip(*found, strict=True):
+        torch.testing.assert_close(one, batch)
+
+
 def test_an_explicit_strategy_never_falls_back() -> None:
     x, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
     with pytest.raises(ValueError, match=r"impl='block': it takes blocks with sides among"):

@@ -25,6 +25,7 @@ MIXED = ("csr", "state", "compact")
 LINEAR = ((7, 13), (), 1, (5, 13))
 CONVS = {
     "stride, dilation": ((6, 5, 3, 3), (2, 1, 1, 0, 1, 2), 1, (2, 5, 9, 8)),
+    "stride, even": ((6, 5, 3, 3), (2, 2, 1, 1, 1, 1), 1, (2, 5, 8, 8)),  # its last row is not seen
     "pointwise": ((6, 4, 1, 1), (1, 1, 0, 0, 1, 1), 1, (2, 4, 3, 3)),
     "pointwise, stride": ((6, 4, 1, 1), (2, 2, 0, 0, 1, 1), 1, (2, 4, 5, 5)),
     "groups": ((6, 2, 3, 3), (1, 1, 1, 1, 1, 1), 3, (2, 6, 5, 4)),
@@ -109,6 +110,22 @@ def test_convolutions(format, case: str) -> None:
         x = randn(*image)
         x = x.contiguous(memory_format=torch.channels_last) if last else x
         compare(format, rand(*shape) < density, x, slide, groups)
+
+
+@pytest.mark.parametrize("format", ["state", "compact"])
+def test_a_backward_within_autocast_keeps_its_precision(format: str) -> None:
+    """As the library's does, which autocast does not know."""
+    mask = rand(6, 5, 3, 3) < 0.4
+    plan = kernels.plan_of(mask, format, slide=(1, 1, 1, 1, 1, 1))
+    values, x = randn(plan.nnz), randn(2, 5, 8, 8)  # frozen values: dX alone
+    grads = []
+    for enabled in (False, True):
+        leaf = x.clone().requires_grad_()
+        y = kernels.sparse_layer(leaf, values, None, plan)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            y.backward(randn(*y.shape, seed=3))
+        grads.append(leaf.grad)
+    assert torch.equal(*grads)
 
 
 @pytest.mark.parametrize("wanted", ["dx", "dw", "both"])

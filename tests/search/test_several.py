@@ -61,6 +61,33 @@ class Dying(Blobs):
 
 @pytest.mark.usefixtures("no_stacks")
 @pytest.mark.filterwarnings("ignore:many")
+@pytest.mark.parametrize("removed", [0, 1, 2])
+def test_killed_as_it_tidies_up_it_goes_on(
+    removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, search, path = trained_mlp(1), ConcreteSearch(epochs=1), tmp_path / "checkpoint"
+    options = {"sparsities": SPARSITIES, "seeds": SEEDS, "checkpoint": path}
+    unlink, left = Path.unlink, [removed]
+
+    def dying(self: Path, missing_ok: bool = False) -> None:
+        if not self.name.endswith(".search"):  # those of single searches
+            if not left[0]:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        unlink(self, missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", dying)
+        with pytest.raises(KeyboardInterrupt):
+            search.many(model, Blobs(), **options)
+    expected = search.many(model, Blobs(), sparsities=SPARSITIES, seeds=SEEDS)
+    found = search.many(model, Blobs(), **options)
+    assert [t.hash for t in found] == [t.hash for t in expected]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("no_stacks")
+@pytest.mark.filterwarnings("ignore:many")
 @pytest.mark.parametrize("left", [3, 5, 6, 8, 9])
 def test_killed_between_and_inside_searches_they_go_on(left: int, tmp_path: Path) -> None:
     model, search, path = trained_mlp(1), ConcreteSearch(epochs=2), tmp_path / "checkpoint"
