@@ -32,11 +32,11 @@ OUT ?= build/gpu
 SLICE = --device cuda --budget $(BUDGET) $(if $(CACHE),--cache $(CACHE)) $(if $(DATA),--data-dir $(DATA))
 
 gpu:
-	BENCH_COMMIT=$(COMMIT) $(PY) -m bench gpu $(SLICE) --out $(OUT)
+	BENCH_COMMIT=$(or $(COMMIT),$(BENCH_COMMIT)) $(PY) -m bench gpu $(SLICE) --out $(OUT)
 
 # Methods on ResNet-20: hours, in the same slices.
 compare-gpu:
-	BENCH_COMMIT=$(COMMIT) $(PY) -m bench compare $(SLICE) --out $(OUT)/compare-resnet20
+	BENCH_COMMIT=$(or $(COMMIT),$(BENCH_COMMIT)) $(PY) -m bench compare $(SLICE) --out $(OUT)/compare-resnet20
 
 .venv/.python:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10) and 'Python >= 3.10 is needed')"

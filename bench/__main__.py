@@ -7,7 +7,11 @@ from pathlib import Path
 if __package__ in (None, ""):  # the folder is run as a script: its own files are no top-level names
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
-import torch
+try:
+    import torch
+except ModuleNotFoundError as error:
+    print(f"error: {sys.executable}: {error}; name a Python that has the packages", file=sys.stderr)
+    sys.exit(2)
 
 from bench import report, static, supervise
 from bench.rows import RESULTS, Rows, commit, path_of
@@ -65,8 +69,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     check.add_argument("--check", action="store_true", help="compare with the committed rows")
     arguments = parser.parse_args(argv)
     if "device" in arguments:
-        if torch.device(arguments.device).type == "cuda" and not torch.cuda.is_available():
-            parser.error(f"--device {arguments.device}: expected a usable GPU, found none")
+        if problem := unusable(arguments.device):
+            parser.exit(2, f"error: --device {arguments.device}: {problem}\n")
     if arguments.command == "run":
         known = PARTS
         if arguments.suite == "ticket":
@@ -81,6 +85,20 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if unknown := set(arguments.lengths) - set(LENGTHS):
             found.error(f"--lengths: expected some of {', '.join(LENGTHS)}, got {unknown}")
     return arguments
+
+
+def unusable(name: str) -> str:
+    """What is wrong with a device; empty if nothing is."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return "expected cpu or cuda, perhaps with an index"
+    if device.type not in ("cpu", "cuda"):
+        return "expected cpu or cuda"
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        return f"expected an index below {count}" if count else "expected a usable GPU, found none"
+    return ""
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -23,6 +23,7 @@ from sparsecore import checkpoints, cli
 from sparsecore.tickets import Ticket
 
 from .cases import StepCase
+from .processes import end_with_parent
 from .search_networks import synthetic
 from .ticket_cases import random_mask
 
@@ -43,7 +44,7 @@ def whole_run(*arguments: str) -> None:
 
 def started(command: list[str], began: Callable[[], bool]) -> subprocess.Popen[bytes]:
     """A process that is in the middle of its work.  Errors: RuntimeError if it ended before or never began."""
-    process, start = subprocess.Popen(command), monotonic()
+    process, start = subprocess.Popen(command, preexec_fn=end_with_parent), monotonic()
     while not began():
         if process.poll() is not None or monotonic() - start > 120:
             process.kill()
@@ -89,7 +90,7 @@ def training(folder: Path, device: str, quick: bool) -> None:
     checkpoint, metrics = folder / "broken.checkpoint", folder / "broken.jsonl"
     killed(command, checkpoint.exists)
     before = [json.loads(line) for line in metrics.read_text().splitlines() if line[-1] == "}"]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, preexec_fn=end_with_parent)
     whole, broken = (json.loads((folder / f"{n}.json").read_text()) for n in ("whole", "broken"))
     if not before or broken["epochs"][0] != before[0]:  # its seconds too
         raise AssertionError("the run that was killed began anew instead of at its checkpoint")

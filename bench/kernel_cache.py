@@ -5,15 +5,18 @@ TRITON_STORE_BINARY_ONLY leaves too), and of a launcher its shared object.  Grou
 absolute paths, so an archive holds bare names and `restore` puts them where they lie then.
 """
 
+import contextlib
 import io
 import json
 import lzma
 import os
 import sys
 import tarfile
+import tempfile
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path
+from time import monotonic
 
 LIMIT = 16 << 20  # bytes of an archive
 KEPT = (".cubin", ".json", ".so")
@@ -39,17 +42,9 @@ def pack(folder: Path, archive: Path, limit: int = LIMIT) -> int:
 
 
 def restore(archive: Path, folder: Path) -> int:
-    """Lays the archive's kernels into a cache folder; returns how many.  No archive or a damaged one: none."""
-    folder = folder.absolute()
-    found: dict[str, tuple[float, dict[str, bytes]]] = {}
+    """Lays the archive's kernels into a cache folder; returns how many.  No archive, or none of ours: none."""
     try:
-        with tarfile.open(archive, "r:xz") as tar:
-            for member in tar:
-                key, _, name = member.name.partition("/")
-                data = tar.extractfile(member)
-                if data is None or not key.isalnum() or Path(name).name != name:
-                    raise ValueError(f"{member.name}: expected KEY/FILE")
-                found.setdefault(key, (member.mtime, {}))[1][name] = data.read()
+        found = _unpacked(archive, folder.absolute())
     except FileNotFoundError:
         return 0
     except (ValueError, EOFError, OSError, tarfile.TarError, lzma.LZMAError) as error:
@@ -59,16 +54,72 @@ def restore(archive: Path, folder: Path) -> int:
         (folder / key).mkdir(parents=True, exist_ok=True)
         for name, data in files.items():
             path = folder / key / name
-            if name.startswith(GROUP):
-                data = _group({child: str(path.with_name(child)) for child in json.loads(data)})
             path.write_bytes(data)
             os.utime(path, (made, made))
     return len(found)
 
 
+def _unpacked(archive: Path, folder: Path) -> dict[str, tuple[float, dict[str, bytes]]]:
+    """All entries of an archive, as they lie in the folder.  Errors: ValueError for one that `pack` did not write."""
+    found: dict[str, tuple[float, dict[str, bytes]]] = {}
+    with tarfile.open(archive, "r:xz") as tar:
+        for member in tar:
+            key, _, name = member.name.partition("/")
+            file = tar.extractfile(member)
+            if file is None or not key.isalnum() or not _is_name(name):
+                raise ValueError(f"{member.name}: expected KEY/FILE")
+            data = file.read()
+            if name.startswith(GROUP):
+                children = json.loads(data)
+                if not isinstance(children, list) or not all(map(_is_name, children)):
+                    raise ValueError(f"{member.name}: expected names, got {children!r:.80}")
+                data = _group({child: str(folder / key / child) for child in children})
+            found.setdefault(key, (member.mtime, {}))[1][name] = data
+    return found
+
+
+def _is_name(name: object) -> bool:
+    """Of a file, without a folder."""
+    return isinstance(name, str) and Path(name).name == name != ""
+
+
 def newest(folder: Path) -> float:
     """When the cache got its newest entry; 0 for an empty one."""
     return max((path.stat().st_mtime for path in folder.iterdir()), default=0.0)
+
+
+class Kernels:
+    """The cache of compiled kernels of all processes, and the archive that it is kept in."""
+
+    def __init__(self, folder: Path, archive: Path) -> None:
+        self.folder, self.archive = folder, archive
+        restore(archive, folder)
+        self.packed, self.newest = monotonic(), newest(folder)
+        self.seconds = 1.0  # of the last time
+
+    def pack(self) -> None:
+        """Archives what has been compiled since."""
+        start = monotonic()
+        try:
+            made = newest(self.folder)
+            if made > self.newest:
+                pack(self.folder, self.archive)
+                self.newest, self.seconds = made, monotonic() - start
+        except (
+            OSError
+        ) as error:  # a full disk, or a compiler at work: costs the archive, not the run
+            print(f"kernels were not archived: {error}", file=sys.stderr)
+        self.packed = monotonic()
+
+
+@contextlib.contextmanager
+def kept_in(cache: Path | None) -> Iterator[Kernels | None]:
+    """Kernels in a folder of their own, kept in a folder's archive; None leaves Triton its own cache."""
+    if cache is None:
+        yield None
+        return
+    with tempfile.TemporaryDirectory(prefix="kernels", ignore_cleanup_errors=True) as folder:
+        yield Kernels(Path(folder), cache / "kernels.tar.xz")
 
 
 def _entries(folder: Path) -> Iterator[Entry]:

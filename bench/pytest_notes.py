@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from .processes import end_with_parent
 from .stages import add_line, lines_of
 
 
@@ -27,6 +28,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if given is None:
         plugin: Any = _Notes(Path(config.option.notes), config.option.notes_stage)
     else:
+        end_with_parent()
         plugin = _Process(given["noted"], config.option.test_seconds)
     config.pluginmanager.register(plugin)
 
@@ -48,27 +50,32 @@ class _Notes:
         add_line(self.path, {"stage": self.stage, "all": len(set(ids) | set(self.noted))})
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when in ("setup", "teardown") and report.passed:
-            return
-        seconds = round(report.duration, 2)
-        note = {
-            "stage": self.stage,
-            "test": report.nodeid,
-            "outcome": report.outcome,
-            "seconds": seconds,
-        }
+        if report.when == "call" or not report.passed:
+            self._add(report, seconds=round(report.duration, 2))
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """What is not collected (it does not import, say) is noted as one test: nobody knows of those in it."""
+        if not report.passed:
+            self.noted.append(report.nodeid)  # and counted
+            self._add(report)
+
+    def _add(self, report: pytest.TestReport | pytest.CollectReport, **more: float) -> None:
+        note = {"stage": self.stage, "test": report.nodeid, "outcome": report.outcome} | more
         if report.failed:
             note["reason"] = _reason(report)
         add_line(self.path, note)
 
 
-def _reason(report: pytest.TestReport) -> str:
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
     crash = getattr(report.longrepr, "reprcrash", None)
     if crash is None:  # the text of a process that ended
         said, where = report.longreprtext, ""
     else:
         said, where = crash.message, f" ({Path(crash.path).name}:{crash.lineno})"
     lines = [line for line in said.splitlines() if line.strip()]
+    lines = [
+        line for line in lines if line.startswith("E ")
+    ] or lines  # pytest's mark of what went wrong
     return "\n".join(lines[:5])[:600] + where
 
 

@@ -40,9 +40,15 @@ def environment(device: torch.device) -> Row:
 
 
 def commit() -> str:
-    """What is measured; empty where nothing says."""
-    head = ("git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD")
-    return os.environ.get("BENCH_COMMIT") or _said_by(*head)
+    """What is measured, `-dirty` where files differ from their commit; empty where nothing says."""
+    if named := os.environ.get("BENCH_COMMIT"):
+        return named
+    git = ("git", "-C", str(Path(__file__).parent))
+    head = _said_by(*git, "rev-parse", "--short", "HEAD")
+    # Rows that were just measured change nothing of what is measured next.
+    where = ("--", ":/", f":!{RESULTS.name}")
+    dirty = head and _said_by(*git, "status", "--porcelain", "--untracked-files=no", *where)
+    return f"{head}-dirty" if dirty else head
 
 
 def _said_by(*command: str) -> str:

@@ -2,11 +2,16 @@
 
 A stage has cases; a case passes or fails once, and what was cut short runs again.  `supervise` runs stages,
 `evidence` and `comparison` are modules that name some: each has `stages(setting)`.
+
+Events of the journal: `run` (of what), `call`, `turn` (a stage's seconds), and of a case `begin`, `passed`,
+`failed` (`again`: in the next call), `cut` (by the clock), `killed` (with the whole call, found by the next).
 """
 
+import fcntl
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,6 +53,9 @@ class Setting:
         return cls(**values | {"out": Path(values["out"])})
 
 
+WHOLE = "the stage itself"  # the case that fails when a stage cannot go on
+
+
 @dataclass(frozen=True)
 class Stage:
     """A part of a run.
@@ -62,6 +70,10 @@ class Stage:
     share: float
     limit: float
     note: Callable[[], str] = str
+
+    @property
+    def cases(self) -> list[str]:
+        return [WHOLE]
 
 
 @dataclass(frozen=True)
@@ -78,7 +90,7 @@ class Measured(Stage):
 
 @dataclass(frozen=True)
 class Command:
-    """A process of its own; exit code 0 passes."""
+    """A process of its own; exit code 0 passes, and 2 is bad input: it runs again in the next call."""
 
     name: str
     argv: tuple[str, ...]
@@ -86,7 +98,7 @@ class Command:
 
 @dataclass(frozen=True)
 class Commands(Stage):
-    """Processes, one after another; those that can go on where they were killed, do."""
+    """Processes, one after another; those without a limit go on where they were killed, in `Setting.runs`."""
 
     work: Sequence[Command] = ()
 
@@ -97,7 +109,7 @@ class Commands(Stage):
 
 @dataclass(frozen=True)
 class Tests(Stage):
-    """pytest with arguments; `limit` is for one test."""
+    """pytest with arguments, as one case that goes on; `limit` is for one test."""
 
     arguments: tuple[str, ...] = ()
 
@@ -137,12 +149,27 @@ class Journal:
     def add(self, event: str, **values: Any) -> None:
         add_line(self.path, {"event": event} | values)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the folder is ours; the system ends that with the process.  Errors: ValueError if it is another's."""
+        with self.path.open("ab") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(
+                    f"another call is at work in {self.path.parent}: wait for it or name another OUT"
+                ) from None
+            yield
+
     def ended(self, stage: str) -> dict[str, Event]:
-        """How a stage's cases ended."""
-        found = (e for e in self.events() if e["event"] in ENDS and e["stage"] == stage)
+        """How a stage's cases ended; those that failed to run `again` have in their call alone."""
+        events = self.events()
+        call = max((i for i, e in enumerate(events) if e["event"] == "call"), default=0)
+        last = [e for i, e in enumerate(events) if i > call or "again" not in e]
+        found = (e for e in last if e["event"] in ENDS and e["stage"] == stage)
         return {event["case"]: event for event in found}
 
     def running(self) -> Event | None:
-        """The case that began last, unless it has ended or was cut."""
-        told = [e for e in self.events() if e["event"] in ("begin", "cut", *ENDS)]
+        """The case that began last, unless it has ended, was cut or killed."""
+        told = [e for e in self.events() if e["event"] in ("begin", "cut", "killed", *ENDS)]
         return told[-1] if told and told[-1]["event"] == "begin" else None

@@ -3,11 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from .stages import Commands, Journal, Measured, Stage, Tests, lines_of
+from .stages import WHOLE, Journal, Stage, Tests, lines_of
 
-Outcome = tuple[
-    int, dict[str, str], int | None
-]  # passed; failed, with reasons; left, None: not counted yet
+# Passed; failed, with reasons; skipped; left, None: not counted yet.
+Outcome = tuple[int, dict[str, str], int, int | None]
 
 
 def write(out: Path, stages: Sequence[Stage], journal: Journal) -> int:
@@ -15,7 +14,7 @@ def write(out: Path, stages: Sequence[Stage], journal: Journal) -> int:
     events = journal.events()
     about = next(e for e in events if e["event"] == "run")
     calls = [e for e in events if e["event"] == "call"]
-    head = ["stage", "passed", "failed", "not reached", "seconds"]
+    head = ["stage", "passed", "failed", "skipped", "not reached", "seconds"]
     text = [
         f"# Commit {about['commit']} on {about['device']}{', quick' if about['quick'] else ''}, call {len(calls)}",
         "", _row(head), _row(["---"] * len(head)),
@@ -23,11 +22,11 @@ def write(out: Path, stages: Sequence[Stage], journal: Journal) -> int:
     failed: list[str] = []
     left: list[str] = []
     for stage in stages:
-        passed, problems, rest = _outcome(out, stage, journal)
+        passed, problems, skipped, rest = _outcome(out, stage, journal)
         turns = [e for e in events if e["event"] == "turn" and e["stage"] == stage.name]
         seconds = sum(e["seconds"] for e in turns)
-        shown = "all" if rest is None else str(rest)
-        text.append(_row([stage.name, str(passed), str(len(problems)), shown, f"{seconds:.0f}"]))
+        counts = (passed, len(problems), skipped, "all" if rest is None else rest)
+        text.append(_row([stage.name, *map(str, counts), f"{seconds:.0f}"]))
         failed += [f"- {stage.name}: **{name}**: {_quoted(why)}" for name, why in problems.items()]
         if rest != 0:
             left.append(f"- {stage.name}: {_left(stage, journal)}")
@@ -51,41 +50,31 @@ _MEANING = {
 
 
 def _outcome(out: Path, stage: Stage, journal: Journal) -> Outcome:
-    broken = _broken(stage, journal)
-    if isinstance(stage, Tests):
-        return _tests(out, stage, journal, broken)
-    assert isinstance(stage, Measured | Commands)
-    ended = {case: e for case, e in journal.ended(stage.name).items() if case in stage.cases}
+    known = {*stage.cases, WHOLE}
+    ended = {case: e for case, e in journal.ended(stage.name).items() if case in known}
     failed = {case: e["reason"] for case, e in ended.items() if e["event"] == "failed"}
-    return len(ended) - len(failed), failed | broken, len(set(stage.cases)) - len(ended)
+    if isinstance(stage, Tests):
+        return _tests(out, stage, failed, ended=WHOLE in ended.keys() - failed.keys())
+    return len(ended) - len(failed), failed, 0, len(set(stage.cases) - ended.keys())
 
 
-def _tests(out: Path, stage: Tests, journal: Journal, broken: dict[str, str]) -> Outcome:
+def _tests(out: Path, stage: Tests, problems: dict[str, str], *, ended: bool) -> Outcome:
     notes = [note for note in lines_of(out / "tests.jsonl") if note["stage"] == stage.name]
     failed: dict[str, str] = {}
     for note in notes:  # the first reason: a process that ends then gives a second
         if note.get("outcome") == "failed":
             failed.setdefault(note["test"], note["reason"])
     seen = {note["test"] for note in notes if "test" in note}
+    skipped = {note["test"] for note in notes if note.get("outcome") == "skipped"} - failed.keys()
     every = max((note["all"] for note in notes if "all" in note), default=None)
-    left = None if every is None else every - len(seen)
-    if any(e["event"] == "tested" and e["stage"] == stage.name for e in journal.events()):
-        left = 0
-    return len(seen) - len(failed), failed | broken, left
-
-
-def _broken(stage: Stage, journal: Journal) -> dict[str, str]:
-    """What kept a stage from going on, in the last call."""
-    events = journal.events()
-    last = max(i for i, e in enumerate(events) if e["event"] == "call")
-    found = [e for e in events[last:] if e["event"] == "broken" and e["stage"] == stage.name]
-    return {"the stage itself": found[-1]["reason"]} if found else {}
+    left = 0 if ended else None if every is None else every - len(seen)
+    passed = len(seen) - len(failed) - len(skipped)
+    return passed, failed | problems, len(skipped), left
 
 
 def _left(stage: Stage, journal: Journal) -> str:
     if isinstance(stage, Tests):
         return "tests"
-    assert isinstance(stage, Measured | Commands)
     ended = journal.ended(stage.name)
     names = [case for case in stage.cases if case not in ended]
     return f"{len(names)} of {len(stage.cases)}, from {names[0]} on"

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 from time import sleep
@@ -49,8 +50,7 @@ def test_all_stages_in_slices(tmp_path: Path, capfd: pytest.CaptureFixture[str])
         "hangs": "took longer than 2 s",
     }
     for stage in every:
-        cases = getattr(stage, "cases", [])
-        assert set(cases) == journal.ended(stage.name).keys()
+        assert set(stage.cases) == journal.ended(stage.name).keys()
     again = [e for e in journal.events()[before:] if e["event"] == "begin"]
     assert (again[0]["stage"], again[0]["case"]) == ("training steps", running["case"])
     tests = lines_of(out / "tests.jsonl")
@@ -72,7 +72,7 @@ def test_all_stages_in_slices(tmp_path: Path, capfd: pytest.CaptureFixture[str])
     assert f"Commit {COMMIT} on cpu, quick, call 2" in summary and "Exit code 1" in summary
     for told in (
         "**crashes**: was ended by SIGSEGV",
-        "| injected | 1 | 3 | 0 |",
+        "| injected | 1 | 3 | 0 | 0 |",
         "without compute-",
     ):
         assert told in summary
@@ -105,7 +105,7 @@ def test_rows_of_a_case_that_was_killed_are_taken_back(tmp_path: Path) -> None:
         signal.signal(signal.SIGTERM, handler)
     assert (tmp_path / "cpu-x.csv").read_text() == "case\nbefore\n"
     assert journal.running() is None
-    assert [e["event"] for e in journal.events()][:4] == ["run", "begin", "call", "cut"]
+    assert [e["event"] for e in journal.events()][:4] == ["run", "begin", "call", "killed"]
 
 
 # --- Tests ------------------------------------------------------------------------------------------
@@ -222,6 +222,29 @@ def test_the_archive_is_whole_and_small(tmp_path: Path) -> None:
     assert kernel_cache.restore(tmp_path / "none", tmp_path / "third") == 0
 
 
+@pytest.mark.parametrize(
+    "group", ["not JSON", '{"child_paths": {}}', "[1]", '["../k.cubin"]', '[""]']
+)
+def test_an_archive_of_others_is_left_out(
+    group: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "group").write_text(group)
+    with tarfile.open(tmp_path / "k.tar.xz", "w:xz") as tar:
+        tar.add(tmp_path / "group", "KEY/__grp__k.json")
+    assert kernel_cache.restore(tmp_path / "k.tar.xz", tmp_path / "cache") == 0
+    assert "kernel cache left out" in capsys.readouterr().err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_what_cannot_be_archived_costs_the_archive_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels = kernel_cache.Kernels(tmp_path, tmp_path / "k.tar.xz")
+    tmp_path.rename(tmp_path.with_name("moved"))
+    kernels.pack()
+    assert "kernels were not archived" in capsys.readouterr().err
+
+
 # --- The command line -------------------------------------------------------------------------------
 
 
@@ -238,6 +261,54 @@ def test_make_hands_everything_over(tmp_path: Path) -> None:
         command = ["make", target, *given]
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
         assert told in done.stdout and "Error 3" in done.stderr
+        # Without COMMIT the environment's name stays.
+        env = ENV | {"BENCH_COMMIT": "def"}
+        done = subprocess.run(
+            command[:-1], capture_output=True, text=True, cwd=ROOT, env=env, check=False
+        )
+        assert told.replace("abc", "def") in done.stdout
+
+
+def test_a_commit_that_files_differ_from_is_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Apart from rows: a suite's would make the next one's dirty."""
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    tracked = [tmp_path / "kernels" / "k.py", tmp_path / "bench" / "results" / "rows.csv"]
+    for path in tracked:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(rows, "__file__", str(tmp_path / "bench" / "rows.py"))
+    monkeypatch.delenv("BENCH_COMMIT", raising=False)
+    clean = rows.commit()
+    tracked[1].write_text("a row")
+    (tmp_path / "untracked").touch()
+    assert clean and rows.commit() == clean
+    tracked[0].write_text("changed")
+    assert rows.commit() == f"{clean}-dirty"
+    monkeypatch.setenv("BENCH_COMMIT", clean)
+    assert rows.commit() == clean
+
+
+@pytest.mark.parametrize("device", ["foo", "meta", "cuda:99"])
+def test_a_device_that_is_not_there_is_one_line(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["gpu", "--device", device])
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: --device {device}: expected")
+
+
+def test_a_python_without_torch_is_one_line() -> None:
+    script = "import runpy, sys; sys.modules['torch'] = None; runpy.run_module('bench', run_name='__main__')"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and "name a Python that has the packages" in line
 
 
 def test_a_run_names_its_commit(
@@ -256,7 +327,7 @@ def test_the_comparison_in_slices(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     handler = signal.getsignal(signal.SIGTERM)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(supervise, "_age", lambda: 0.0)
+    monkeypatch.setattr(supervise, "age", lambda: 0.0)
     try:
         assert supervise.run("bench.comparison", setting, budget=1.0, commit=COMMIT) == 3
         summary = (tmp_path / "summary.md").read_text()
