@@ -70,7 +70,6 @@ TEST_TAKES_ALL_DOWN = """
 import os, time
 from pathlib import Path
 
-def test_before(): pass
 def test_kills():
     Path(__file__).with_name("pid").write_text(str(os.getpid()))
     supervisor = Path(f"/proc/{os.getppid()}/stat").read_text().split()[3]
@@ -98,12 +97,11 @@ def test_what_takes_the_whole_call_down_twice_fails(
     else:
         heavy = shell("heavy", TAKES_ALL_DOWN, float("inf") if "on" in kind.split() else 60.0)
     calls.stages = [heavy, WELL]
-    # A test ended in the first call, which is progress, and nobody knows of which kill it is the fault.
-    for _ in range(2 + (kind == "tests")):
+    for _ in range(2):
         assert calls()[0] == -signal.SIGKILL
         if kind == "tests":
             require_dead((tmp_path / "pid").read_text())
-    assert calls() == (1, [] if kind == "tests" else ["well"])
+    assert calls() == (1, ["well"])
     assert "twice the whole call was killed while it ran" in calls.summary
     assert calls() == (1, [])
 
