@@ -1,4 +1,4 @@
-"""Measures and shows: `python -m bench run | table | plot | tickets | static | gpu | compare`; `python bench` too."""
+"""Measures and shows: `python -m bench run | table | plot | tickets | static | host | gpu | compare`, or `python bench`."""
 
 import argparse
 import sys
@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     print(f"error: {sys.executable}: {error}; name a Python that has the packages", file=sys.stderr)
     sys.exit(2)
 
-from bench import report, static, supervise
+from bench import host, report, static, supervise
 from bench.rows import RESULTS, Rows, commit, path_of
 from bench.search_suite import PARTS, search_suite
 from bench.stages import Setting
@@ -65,6 +65,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         made.add_argument("--out", type=Path, help="folder; bench/results, build/bench if quick")
         made.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
         made.add_argument("--quick", action="store_true", help="tiny, to try every path out")
+    idle = command("host", "what launching costs the host, without a GPU")
+    idle.add_argument("--out", type=Path, help="folder; bench/results, build/bench if quick")
+    idle.add_argument("--quick", action="store_true", help="tiny, to try every path out")
     check = command("static", "compile every kernel and read what it costs")
     check.add_argument("--check", action="store_true", help="compare with the committed rows")
     arguments = parser.parse_args(argv)
@@ -106,6 +109,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parse(argv)
     if arguments.command == "static":
         return static.main(["--check"] if arguments.check else [])
+    if arguments.command == "host":
+        folder = arguments.out or (QUICK_RESULTS if arguments.quick else RESULTS)
+        return host.main(folder, quick=arguments.quick)
     if arguments.command == "table":
         suites = [arguments.suite] if arguments.suite else report.SUITES
         report.table(arguments.results, suites, markdown=arguments.markdown, only=arguments.cases)

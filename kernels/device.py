@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 PROGRAMS = 264  # two waves of the largest GPU, at one program a multiprocessor
+GPU = "cuda"  # the type of device that kernels are launched on
 Launch = TypeVar("Launch", bound=Callable)
 
 
@@ -22,13 +23,18 @@ def token_splits(tokens: int, tiles: int, block: int, splits: int | None = None)
     return -(-tokens // span), span
 
 
+def on_gpu(tensor: Tensor) -> bool:
+    """Whether kernels take a tensor as it is, outside of Triton's interpreter."""
+    return tensor.device.type == GPU
+
+
 def on_its_device(launch: Launch) -> Launch:
     """Runs a launcher on the device of the first tensor that it is given."""
 
     @wraps(launch)
     def guarded(*args, **kwargs):
         given = next(t for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-        if not given.is_cuda:
+        if not on_gpu(given):
             return launch(*args, **kwargs)
         with torch.cuda.device(given.device):
             return launch(*args, **kwargs)

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import on_its_device
+from .device import on_gpu, on_its_device
 from .formats import check_device
 from .static import StaticCase, static_case
 
@@ -87,7 +87,7 @@ def pack_values(
             f"expected values [{len(slot)}] of the plan's kept weights, got {tuple(values.shape)}"
         )
     check_device(values, source)
-    if values.is_cuda:
+    if on_gpu(values):
         return Packed.apply(values, source, slot, shape, dtype)
     out = values.new_zeros(len(source), dtype=dtype)
     out[slot] = values.to(dtype)

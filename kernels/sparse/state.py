@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..device import on_gpu
 from ..formats import Format, Layer, Storage, conv_backward, conv_grad_input, kept_index
 from ..moves import launch_gather, launch_scatter
 
@@ -26,7 +27,7 @@ _SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a t
 
 
 def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
-    if dense.is_cuda:
+    if on_gpu(dense):
         launch_scatter(dense, values.contiguous(), index)
     else:
         # `data`: scratch has no version that autograd should watch.
@@ -34,7 +35,7 @@ def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
 
 
 def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
-    if dense.is_cuda:
+    if on_gpu(dense):
         launch_gather(dense, index, out)
     elif dense.dtype == out.dtype:
         torch.index_select(dense, 0, index, out=out)

@@ -1,0 +1,154 @@
+"""`python -m bench host`: what launching a layer's training step one by one costs the host, without a GPU.
+
+Kernels are compiled for sm_90 and launched on tensors of the CPU through a driver that does nothing, so all
+Python and C++ between a layer's call and the driver is timed, autograd included: forward, dX, dW and dbias of
+one layer.  What a GPU adds is not in it: the driver's own call, its allocator, and autograd's second thread.  What
+the vendor's products compute is, so layers are small.  What is read is the thread's own clock, of steps back to
+back, and of several medians the least is written.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from time import thread_time
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import triton
+from torch import Tensor, nn
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+
+import sparsecore as sc
+from sparsecore import kernels
+from sparsecore.kernels import device as kernel_device
+
+from .measure import Spread, spread_of
+from .rows import Rows, number, path_of
+
+PLANS = ("state", "block:64x64")
+SUITE = "host"
+
+
+class _Launcher:
+    """Takes a kernel's arguments and launches nothing."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        pass
+
+    def __call__(self, *args: Any) -> None:
+        pass
+
+
+class _Driver:
+    """Triton's driver of a GPU that is not there."""
+
+    launcher_cls = _Launcher
+    utils = SimpleNamespace(
+        load_binary=lambda name, binary, shared, device: (None, 0, 0, 0, 1024),
+        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        unload_module=lambda module: None,
+    )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+
+@contextmanager
+def nothing_launched() -> Iterator[None]:
+    """Kernels take tensors of the CPU, and are not run."""
+    before, block = triton.runtime.driver._active, kernels.FORMATS["block"]
+    triton.runtime.driver.set_active(_Driver())  # pyright: ignore[reportArgumentType]
+    cuda = {
+        "_exchange_device": lambda index: 0,
+        "_maybe_exchange_device": lambda index: 0,
+        "_get_device_index": lambda device, optional=False: 0,
+        "current_device": lambda: -1,  # as `Tensor.get_device` says of the CPU
+        "is_current_stream_capturing": lambda: False,
+    }
+    able = block._replace(obstacle=lambda *args, **options: None)
+    try:
+        with (
+            patch.object(kernel_device, "GPU", "cpu"),
+            patch.multiple(torch.cuda, **cuda),
+            patch.dict(kernels.FORMATS, block=able),
+        ):
+            yield
+    finally:
+        triton.runtime.driver._active = before
+
+
+def layer_of(provider: str, conv: bool) -> nn.Module:
+    """A small layer, half of whose blocks of 64 are kept where it is sparse."""
+    kinds = (nn.Conv2d, sc.SparseConv2d) if conv else (nn.Linear, sc.SparseLinear)
+    size: dict[str, Any] = {"kernel_size": 3, "padding": 1} if conv else {}
+    if provider == "dense":
+        return kinds[0](128, 128, **size)
+    layer = kinds[1](128, 128, **size)
+    mask = torch.zeros_like(layer.weight, dtype=torch.bool)
+    mask[:64, :64], mask[64:, 64:] = True, True
+    layer.set_mask_(mask)
+    return layer if provider == "masked" else layer.plan_(provider)
+
+
+def training_step(layer: nn.Module, x: Tensor) -> None:
+    """The products of one layer in one step."""
+    y = layer(x)
+    torch.autograd.grad(y, [x, *layer.parameters()], y)
+
+
+def steps() -> dict[str, dict[str, Callable[[], None]]]:
+    """By case and provider; to be called, too, with nothing launched."""
+    shapes = {"linear 128x128, 8 tokens": (8, 128), "conv 128x128x3x3, 4 pixels": (1, 128, 2, 2)}
+    made: dict[str, dict[str, Callable[[], None]]] = {}
+    for case, shape in shapes.items():
+        x = torch.zeros(shape, requires_grad=True)
+        for provider in ("dense", "masked", *PLANS):
+            layer = layer_of(provider, len(shape) == 4)
+            made.setdefault(case, {})[provider] = partial(training_step, layer, x)
+    return made
+
+
+def seconds(step: Callable[[], None], samples: int, calls: int) -> Spread:
+    """Of a step among `calls` back to back."""
+    found = []
+    for _ in range(samples + 1):  # the first compiles, or fills caches again
+        start = thread_time()
+        for _ in range(calls):
+            step()
+        found.append((thread_time() - start) / calls)
+    return spread_of(found[1:])
+
+
+def host_times(repeats: int, samples: int, calls: int) -> dict[tuple[str, str], Spread]:
+    """Of so many measurements of each step, in turn, the one with the least median."""
+    with nothing_launched():
+        made = {(case, name): f for case, by in steps().items() for name, f in by.items()}
+        found = [{k: seconds(f, samples, calls) for k, f in made.items()} for _ in range(repeats)]
+    return {key: min(times[key] for times in found) for key in made}
+
+
+def main(folder: Path, *, quick: bool = False) -> int:
+    """Writes the rows; returns the process's exit status."""
+    if knobs.runtime.interpret:
+        print("error: nothing is compiled under TRITON_INTERPRET; unset it", file=sys.stderr)
+        return 2
+    torch.set_num_threads(1)
+    device = torch.device("cpu")
+    suite = f"{SUITE}-quick" if quick else SUITE
+    rows = Rows(path_of(folder, device, suite), suite, device)
+    for (case, provider), spread in host_times(*((1, 2, 2) if quick else (7, 11, 40))).items():
+        found = (number(1e6 * s) for s in spread)
+        rows.add(case, provider, "forward and backward", "host time", "us", *found)
+    print(f"rows  {rows.path}")
+    return 0
