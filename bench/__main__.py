@@ -1,4 +1,7 @@
-"""Measures and shows: `python -m bench run | table | plot | tickets | static | host | gpu | compare`, or `python bench`."""
+"""Measures and shows: `python -m bench run | table | plot | tickets | static | host | gpu | compare`.
+
+`python bench` too.
+"""
 
 import argparse
 import sys

@@ -33,7 +33,9 @@ def test_the_examples_run() -> None:
 
 def test_the_benchmark_commands_exist(capsys: pytest.CaptureFixture[str]) -> None:
     found = re.findall(r"python (?:-m )?bench (\w+)([^`\n#]*)", README)
-    assert {command for command, _ in found} == {"run", "table", "plot", "tickets", "static", "gpu"}
+    assert {command for command, _ in found} == {
+        "run", "table", "plot", "tickets", "static", "host", "gpu",
+    }  # fmt: skip
     for command, rest in found:
         with pytest.raises(SystemExit, match="0"):
             bench([command, "--help"])
