@@ -8,14 +8,12 @@ back, and of several medians the least is written.
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from time import thread_time
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import patch
 
 import torch
 import triton
@@ -49,7 +47,7 @@ class _Driver:
 
     launcher_cls = _Launcher
     utils = SimpleNamespace(
-        load_binary=lambda name, binary, shared, device: (None, 0, 0, 0, 1024),
+        load_binary=lambda name, binary, shared, device: (object(), 0, 0, 0, 1024),
         get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
         unload_module=lambda module: None,
     )
@@ -64,28 +62,20 @@ class _Driver:
         return GPUTarget("cuda", 90, 32)
 
 
-@contextmanager
-def nothing_launched() -> Iterator[None]:
-    """Kernels take tensors of the CPU, and are not run."""
-    before, block = triton.runtime.driver._active, kernels.FORMATS["block"]
+def launch_nothing() -> None:
+    """From here on kernels take tensors of the CPU and are not run; there is no way back in this process."""
     triton.runtime.driver.set_active(_Driver())  # pyright: ignore[reportArgumentType]
-    cuda = {
-        "_exchange_device": lambda index: 0,
-        "_maybe_exchange_device": lambda index: 0,
-        "_get_device_index": lambda device, optional=False: 0,
-        "current_device": lambda: -1,  # as `Tensor.get_device` says of the CPU
-        "is_current_stream_capturing": lambda: False,
-    }
-    able = block._replace(obstacle=lambda *args, **options: None)
-    try:
-        with (
-            patch.object(kernel_device, "GPU", "cpu"),
-            patch.multiple(torch.cuda, **cuda),
-            patch.dict(kernels.FORMATS, block=able),
-        ):
-            yield
-    finally:
-        triton.runtime.driver._active = before
+    kernel_device.GPU = "cpu"
+    block = kernels.FORMATS["block"]
+    kernels.FORMATS["block"] = block._replace(obstacle=lambda *args, **options: None)
+    for name, value in {
+        "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+        "_get_device_index": 0,
+        "current_device": -1,  # as `Tensor.get_device` says of the CPU
+        "is_current_stream_capturing": False,
+    }.items():
+        setattr(torch.cuda, name, lambda *args, value=value, **options: value)
 
 
 def layer_of(provider: str, conv: bool) -> nn.Module:
@@ -108,7 +98,7 @@ def training_step(layer: nn.Module, x: Tensor) -> None:
 
 
 def steps() -> dict[str, dict[str, Callable[[], None]]]:
-    """By case and provider; to be called, too, with nothing launched."""
+    """By case and provider; after `launch_nothing`."""
     shapes = {"linear 128x128, 8 tokens": (8, 128), "conv 128x128x3x3, 4 pixels": (1, 128, 2, 2)}
     made: dict[str, dict[str, Callable[[], None]]] = {}
     for case, shape in shapes.items():
@@ -132,9 +122,9 @@ def seconds(step: Callable[[], None], samples: int, calls: int) -> Spread:
 
 def host_times(repeats: int, samples: int, calls: int) -> dict[tuple[str, str], Spread]:
     """Of so many measurements of each step, in turn, the one with the least median."""
-    with nothing_launched():
-        made = {(case, name): f for case, by in steps().items() for name, f in by.items()}
-        found = [{k: seconds(f, samples, calls) for k, f in made.items()} for _ in range(repeats)]
+    launch_nothing()
+    made = {(case, name): f for case, by in steps().items() for name, f in by.items()}
+    found = [{k: seconds(f, samples, calls) for k, f in made.items()} for _ in range(repeats)]
     return {key: min(times[key] for times in found) for key in made}
 
 
