@@ -7,12 +7,14 @@ Letters: T tokens or output pixels, N outputs, K inputs times taps, nnz kept wei
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import capture
 from .kernels import Layer
 
 # Share of the dense product's peak that formats were seen to reach (CPU: two cores with AVX-512).
@@ -59,21 +61,44 @@ class Machine:
         )
 
 
-def seconds(step: Callable[[], object], device: torch.device, budget: float = 0.03) -> float:
-    """The shortest time of a step in 3 to 20 runs, about `budget` seconds of them: other programs only add to it."""
+def seconds(
+    step: Callable[[], object],
+    device: torch.device,
+    budget: float = 0.03,
+    *,
+    captured: bool = False,
+) -> float:
+    """The shortest time of a step in 3 to 20 runs, about `budget` seconds of them: other programs only add to it.
+
+    captured: as a CUDA graph, which takes what the kernels take and nothing for launching them.
+    """
     step()
-    repeats = 5 if device.type == "cuda" else 1  # the host runs ahead, as in training
+    run, steps = step, 1
+    turns = 5 if device.type == "cuda" else 1  # the host runs ahead, as in training
+    if captured:
+        # Some steps in one graph, since launching a graph takes longer than a small product.
+        turns, steps = 1, max(1, min(20, int(budget / 3 / _timed(step, 1, device))))
+        run = capture.Captured(partial(_repeat, step, steps), device=device)
     found: list[float] = []
     while len(found) < 3 or (len(found) < 20 and sum(found) < budget):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = perf_counter()
-        for _ in range(repeats):
-            step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        found.append((perf_counter() - start) / repeats)
+        found.append(_timed(run, turns, device) / steps)
     return min(found)
+
+
+def _timed(run: Callable[[], object], turns: int, device: torch.device) -> float:
+    """Seconds of a run, several in turn."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = perf_counter()
+    _repeat(run, turns)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return (perf_counter() - start) / turns
+
+
+def _repeat(run: Callable[[], object], times: int) -> None:
+    for _ in range(times):
+        run()
 
 
 def rounds(budget: float) -> Iterator[int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import kernels
+from . import capture, kernels
 from .costs import Facts, Machine, Times, predicted, rounds, seconds, stored
 from .kernels import Layer
 from .patterns import Dense, Masked
@@ -144,6 +144,21 @@ def _processor() -> str:
     return f"{name} {kind} {torch.get_num_threads()} threads"
 
 
+def regime(device: torch.device, captured: bool) -> str:
+    """How steps are launched there, in words; nothing where there is one way alone."""
+    if not capture.possible_on(device):
+        return ""
+    return "as CUDA graphs" if captured else "launched one by one"
+
+
+def order(x: Tensor) -> tuple[int, ...]:
+    """The dimensions of x as they lie in memory, the slowest first: (0, 2, 3, 1) is channels last."""
+    if x.layout != torch.strided:
+        return ()
+    sides = (d for d in range(x.ndim) if x.shape[d] > 1)  # others may have any stride
+    return tuple(sorted(sides, key=lambda d: (-x.stride(d), d)))
+
+
 def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:
     """The device's speed, measured once and remembered."""
     key = f"machine | {where(device)} | {dtype}"
@@ -170,25 +185,36 @@ def candidates(mask: Tensor, layer: Layer, dtype: torch.dtype) -> list[str]:
     return [n for n in known if kernels.obstacle(n, mask.device, layer, dtype) is None]
 
 
-def choose(mask: Tensor, layer: Layer, x: Tensor, *, grad: bool = True, cache: Cache) -> Choice:
+def choose(
+    mask: Tensor,
+    layer: Layer,
+    x: Tensor,
+    *,
+    grad: bool = True,
+    captured: bool = False,
+    cache: Cache,
+) -> Choice:
     """The fastest way to compute a layer, measured on inputs like x (forward, dX and dW).
 
     Args:
         x: [*, k] or [b, k, h, w] in the compute dtype, on the mask's device.
         grad: whether dX is wanted.
+        captured: whether steps will be CUDA graphs, where the device has those.
     """
+    captured = captured and capture.possible_on(x.device)
     facts, dtype = Facts.of(mask), x.dtype
     if facts.nnz == 0:
         return Choice(("state",) * 3, "nothing is kept: the layer is its bias")
     names = candidates(mask, layer, dtype)
     fills = {n: stored(mask, *_sides(n)) for n in names if ":" in n}
     key = " | ".join(map(str, (
-        where(x.device), dtype, layer.numbers, list(x.shape), bool(grad), facts, fills, ",".join(names)
+        where(x.device), regime(x.device, captured), dtype, layer.numbers, list(x.shape), order(x),
+        bool(grad), facts, fills, ",".join(names),
     )))  # fmt: skip
 
     def make() -> dict[str, Any]:
         of = machine(x.device, dtype, cache)
-        return asdict(_weigh(mask, layer, x, grad, names, facts, of))
+        return asdict(_weigh(mask, layer, x, grad, captured, names, facts, of))
 
     def read(entry: Any) -> Choice:
         times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
@@ -210,6 +236,7 @@ def _weigh(
     layer: Layer,
     x: Tensor,
     grad: bool,
+    captured: bool,
     names: Sequence[str],
     facts: Facts,
     of: Machine,
@@ -228,13 +255,14 @@ def _weigh(
     weight = weight.view(layer.shape)
     products = {n: _products(n, mask, layer, weight, x) for n in tried}
     products |= {n: _dense_products(n, mask, layer, weight, x) for n in ("dense", "mask")}
-    measured = _measured(products, x.device, grad)
+    measured = _measured(products, x.device, grad, captured)
     update = {
         "dense": 1e3 * math.prod(layer.shape) / of.updates,
         "kept": 1e3 * facts.nnz / of.updates,
     }
     formats, reason = _decided(measured, update, tried)
-    return Choice(formats, reason, measured, guesses, update)
+    how = regime(x.device, captured)
+    return Choice(formats, f"{reason}, {how}" if how else reason, measured, guesses, update)
 
 
 def _gradient(layer: Layer, x: Tensor) -> Tensor:
@@ -294,7 +322,7 @@ def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Te
 
 
 def _measured(
-    products: Mapping[str, Products], device: torch.device, grad: bool
+    products: Mapping[str, Products], device: torch.device, grad: bool, captured: bool
 ) -> dict[str, Times]:
     """The shortest times, all in turn."""
     found: dict[str, Times] = {}
@@ -303,7 +331,7 @@ def _measured(
             for name, steps in products.items():
                 wanted = (True, grad, True)
                 now = [
-                    1e3 * seconds(s, device) if w else 0.0
+                    1e3 * seconds(s, device, captured=captured) if w else 0.0
                     for s, w in zip(steps, wanted, strict=True)
                 ]
                 found[name] = Times(*map(min, now, found.get(name, now)))

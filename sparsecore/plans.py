@@ -2,8 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import kernels
+from . import capture, kernels
 from .convert import require_sparse_layers, sparse_layers
-from .costs import rounds, seconds, stored
+from .costs import rounds, stored
 from .kernels import Layer
 from .nn import SparseLayer
 from .patterns import Masked, Planned
-from .planner import SIDES, Cache, Choice, cache_of, choose, where
+from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
+from .steptime import device_of, step_time, undisturbed
 
 # Kept shares above which a layer stays a mask unless it is measured: indices would cost what they save.
 _MOSTLY = 0.6
@@ -44,12 +44,20 @@ class _Chooser:
 
     cache: str | Path | None
     final: bool  # parameters are what they are: a mask over dense ones is no longer to be had
+    captured: bool = False  # steps will be CUDA graphs
 
     def __call__(self, pattern: Planned, x: Tensor) -> Choice:
         # Nothing in an evaluation says whether training will want dX, so that it is measured as well.
         grad = x.requires_grad or not torch.is_grad_enabled()
         x = x.to(kernels.compute_dtype(x))
-        choice = choose(pattern.mask, pattern.layer, x, grad=grad, cache=cache_of(self.cache))
+        choice = choose(
+            pattern.mask,
+            pattern.layer,
+            x,
+            grad=grad,
+            captured=self.captured,
+            cache=cache_of(self.cache),
+        )
         if choice.formats is None and self.final:
             reason = f"{choice.reason}; an example that calls this layer, given to plan_, would have kept the mask"
             return replace(choice, formats=(kernels.FLOOR,) * 3, reason=reason)
@@ -57,7 +65,11 @@ class _Chooser:
 
 
 def plan_(
-    model: nn.Module, plan: str = "auto", *example: Any, cache: str | Path | None = None
+    model: nn.Module,
+    plan: str = "auto",
+    *example: Any,
+    captured: bool = False,
+    cache: str | Path | None = None,
 ) -> nn.Module:
     """Makes the masked layers of a model compute by a plan; returns the model.
 
@@ -69,6 +81,8 @@ def plan_(
             format never falls back.
         example: the model's inputs of a training step, on its device and in its precision: "auto" then
             measures now.  Without them it does at each layer's first use.
+        captured: whether training steps will be CUDA graphs.  "auto" then weighs what kernels take, else
+            also what the host takes to launch them, which on a GPU is often more.
         cache: file of remembered choices; see `planner.cache_of`.
 
     Errors: ValueError for an unknown plan, a layer that a named format cannot take, or a weight that
@@ -87,11 +101,11 @@ def plan_(
     try:
         for name, layer in layers.items():
             if formats[name] is None:
-                _open_(layer, cache, measured=bool(example))
+                _open_(layer, cache, measured=bool(example), captured=captured)
             else:
                 layer.plan_(formats[name])
         if plan == "auto" and example:
-            _measure(model, example, cache_of(cache))
+            _measure(model, example, captured, cache_of(cache))
     except BaseException:
         for layer, pattern in before.items():
             if layer.pattern is not pattern:
@@ -111,7 +125,7 @@ def check_plan(plan: str) -> None:
         )
 
 
-def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> None:
+def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool, captured: bool) -> None:
     """A layer that is to choose by itself, unless its mask says enough."""
     mask = _mask(layer)
     assert mask is not None
@@ -121,7 +135,7 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool) -> N
     elif share > _MOSTLY and not measured:
         _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
     else:
-        layer.plan_(None, _Chooser(cache, final=not measured))
+        layer.plan_(None, _Chooser(cache, final=not measured, captured=captured))
 
 
 def _masked_(layer: SparseLayer, choice: Choice) -> None:
@@ -167,7 +181,7 @@ def _named(plan: str, layer: SparseLayer) -> str | None:
     return plan
 
 
-def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
+def _measure(model: nn.Module, example: Sequence[Any], captured: bool, cache: Cache) -> None:
     """Lets each layer choose in one training forward, then holds the whole step against a mask everywhere.
 
     What layers hand each other is seen only there: strides that a neighbour has to copy, gradients that one
@@ -176,7 +190,9 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
     """
     layers: dict[str, SparseLayer] = {}
     choices: dict[str, Choice] = {}
-    with _undisturbed(model):
+    captured = captured and capture.possible_on(device_of(model))
+    how = regime(device_of(model), captured)
+    with undisturbed(model):
         model(*example)
         for name, layer in sparse_layers(model).items():
             if isinstance(layer.pattern, Planned) and layer.pattern.choice is not None:
@@ -199,7 +215,8 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
             for patience in (2.0, 4.0):
                 for _ in rounds(patience):
                     for way, made in ways.items():
-                        times[way] = min(times[way], _step_time(model, example, layers, made))
+                        now = _step_time(model, example, layers, made, captured)
+                        times[way] = min(times[way], now)
                 if times["as measured"] == min(times.values()):
                     break  # else the step denies what the layers say, which wants a longer look
             return times
@@ -207,10 +224,13 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
         def read(entry: Any) -> dict[str, float]:
             return {way: float(entry[way]) for way in ways}
 
-        shapes = [list(t.shape) for t in tree_leaves(example) if isinstance(t, Tensor)]
+        given = [t for t in tree_leaves(example) if isinstance(t, Tensor)]
+        shapes = [(list(t.shape), order(t)) for t in given]
         facts = [(n, layers[n].weight_shape, c.formats, c.reason) for n, c in choices.items()]
         digest = hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
-        times = cache.get(f"step | {where(_device(model))} | {shapes} | {digest}", make, read)
+        times = cache.get(
+            f"step | {where(device_of(model))} | {how} | {shapes} | {digest}", make, read
+        )
     for layer in sparse_layers(model).values():
         pattern = layer.pattern
         if isinstance(pattern, Planned) and isinstance(pattern.choose, _Chooser):
@@ -218,12 +238,11 @@ def _measure(model: nn.Module, example: Sequence[Any], cache: Cache) -> None:
             pattern.choose = replace(pattern.choose, final=True)
     way = min(ways, key=times.__getitem__)
     told = ", ".join(f"{way} {time:.3g}" for way, time in times.items())
+    step = f"as a whole step {how}".strip()
     for name, layer in layers.items():
         choice = ways[way][name]
         if choice.formats != choices[name].formats:
-            choice = replace(
-                choice, reason=f"{way}: as a whole step, ms: {told}; alone {choice.reason}"
-            )
+            choice = replace(choice, reason=f"{way}: {step}, ms: {told}; alone {choice.reason}")
         _apply_(layer, choice)
 
 
@@ -249,44 +268,14 @@ def _step_time(
     example: Sequence[Any],
     layers: Mapping[str, SparseLayer],
     choices: Mapping[str, Choice],
+    captured: bool,
 ) -> float:
-    """Milliseconds of a forward, a backward and the optimiser's step of these layers under these choices."""
+    """Milliseconds of a training step under these choices."""
     for name, layer in layers.items():
         _apply_(layer, choices[name])
-    parameters = [p for p in model.parameters() if p.requires_grad]
-
-    def step() -> None:
-        outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor)]
-        means = [t.float().mean() for t in outputs if t.requires_grad]
-        if means and parameters:  # a frozen model has a forward alone
-            torch.autograd.grad(means, parameters, allow_unused=True)
-
-    device = _device(model)
-    time = 1e3 * seconds(step, device, budget=0.1)
     kinds = ("dense" if choices[name].formats is None else "kept" for name in layers)
-    return time + sum(choices[n].update.get(k, 0.0) for n, k in zip(layers, kinds, strict=True))
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next(model.parameters()).device
-
-
-@contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Training mode with gradients, after which modes, buffers and random state are what they were."""
-    modes = {m: m.training for m in model.modules()}
-    buffers = {b: b.detach().clone() for b in model.buffers()}
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    model.train()
-    try:
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, kept in buffers.items():
-                buffer.copy_(kept)
+    update = sum(choices[n].update.get(k, 0.0) for n, k in zip(layers, kinds, strict=True))
+    return step_time(model, example, update, captured=captured)
 
 
 def remask_(

@@ -64,7 +64,7 @@ def test_a_product_that_nobody_wants_follows_forward() -> None:
 def test_a_model_that_measures_slow_stays_a_mask(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def slow(products, device, grad):
+    def slow(products, device, grad, captured):
         return {name: Times(1, 1, 1) if name == "mask" else Times(2, 2, 2) for name in products}
 
     monkeypatch.setattr(planner, "_measured", slow)
@@ -234,7 +234,7 @@ def test_the_whole_step_has_the_last_word(
     monkeypatch.setattr("sparsecore.plans.choose", lambda *_, **__: choice)
     monkeypatch.setattr(
         "sparsecore.plans._step_time",
-        lambda model, example, layers, choices: times[way_of(choices)],
+        lambda model, example, layers, choices, captured: times[way_of(choices)],
     )
 
     def way_of(choices: dict[str, Choice]) -> str:

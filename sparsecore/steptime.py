@@ -1,0 +1,70 @@
+"""What a model's whole training step takes, and measuring that leaves no trace."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .costs import seconds
+
+
+def step_time(
+    model: nn.Module, example: Sequence[Any], update: float, *, captured: bool = False
+) -> float:
+    """Milliseconds of a forward, a backward and the optimiser's step.
+
+    Args:
+        update: what the optimiser's step takes, to be added; on a GPU, where launches hide behind kernels and
+            times do not add up, the step runs instead.
+        captured: the step is a CUDA graph.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    device = device_of(model)
+    optimise = None
+    if device.type == "cuda" and parameters:
+        optimise, update = _optimiser_step(parameters, captured), 0.0
+
+    def step() -> None:
+        torch.clear_autocast_cache()  # weights are cast once a step
+        outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor)]
+        means = [t.float().mean() for t in outputs if t.requires_grad]
+        if means and parameters:  # a frozen model has a forward alone
+            torch.autograd.grad(means, parameters, allow_unused=True)
+        if optimise is not None:
+            optimise()
+        torch.clear_autocast_cache()  # what a graph has cast must not outlive it
+
+    return 1e3 * seconds(step, device, budget=0.1, captured=captured) + update
+
+
+def _optimiser_step(parameters: Sequence[Tensor], captured: bool) -> Callable[[], Any]:
+    """On parameters like these, which stay as they are."""
+    own = [nn.Parameter(p.detach().clone()) for p in parameters]
+    for p in own:
+        p.grad = torch.zeros_like(p)
+    return torch.optim.AdamW(own, fused=True, capturable=captured).step
+
+
+def device_of(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Training mode with gradients, after which modes, buffers and random state are what they were."""
+    modes = {m: m.training for m in model.modules()}
+    buffers = {b: b.detach().clone() for b in model.buffers()}
+    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, kept in buffers.items():
+                buffer.copy_(kept)
