@@ -36,6 +36,7 @@ class Task:
         model: dense, with the weights that every step starts from.
         cache: where "plan auto" remembers.
         low: whether to compute in bf16.
+        captured: whether steps will be CUDA graphs, as "plan auto" is told.
     """
 
     case: TrainCase
@@ -45,6 +46,7 @@ class Task:
     y: Tensor
     cache: Path
     low: bool
+    captured: bool = False
 
     def autocast(self) -> torch.autocast:
         # Weights are cast once a step anyway, and a cache does not survive a graph's capture.
@@ -187,7 +189,7 @@ def _planned(model: nn.Module, task: Task, plan: str) -> Kept:
     for name, mask in task.masks.items():
         layers[name].set_mask_(mask)
     with task.autocast():
-        sc.plan_(model, plan, task.x, cache=task.cache)
+        sc.plan_(model, plan, task.x, captured=task.captured, cache=task.cache)
     kept = Kept()
     for name, mask in task.masks.items():
         raw = layers[name].raw_weight

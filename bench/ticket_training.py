@@ -1,6 +1,7 @@
 """Times of whole training steps: all providers of a case in turn, at all its sparsities together."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -47,7 +48,7 @@ def train_case(
     if case.graph and "graph" in measure.modes(device):
         keys = [key for key in steps if COMPILED not in key[0]]
         steps.clear()
-        graphs = _captured(case, tasks, keys)
+        graphs = _captured(case, tasks, keys, rows)
         _add_times(rows, case, "graph", tasks, graphs, device, quick)
     if problems:
         raise problems[0]
@@ -125,13 +126,17 @@ def _at(found: Mapping[Key, T], case: TrainCase, sparsity: float) -> dict[str, T
 
 
 def _captured(
-    case: TrainCase, tasks: Mapping[float, Task], keys: list[Key]
+    case: TrainCase, tasks: Mapping[float, Task], keys: list[Key], rows: Rows
 ) -> dict[Key, Callable[[], Any]]:
     """The same steps as CUDA graphs, from new models: a graph takes no part of what ran outside it."""
     graphs: dict[Key, Callable[[], Any]] = {}
     for provider, sparsity in keys:
         try:
-            graphs[provider, sparsity] = Captured(make(provider, tasks[sparsity]))
+            step = make(provider, replace(tasks[sparsity], captured=True))
+            if provider == "plan auto":  # it may choose something else for a graph
+                Reference(step.task).require(f"{provider} of {case.at(sparsity)}", step)
+                rows.add(case.at(sparsity), provider, "graph", "formats", "", step.formats())
+            graphs[provider, sparsity] = Captured(step)
         except Exception as error:
             say(f"left out: {provider} of {case.at(sparsity)} as a graph: {error}")
     return graphs
