@@ -7,7 +7,8 @@ import torch
 
 from sparsecore.capture import Captured
 from sparsecore.data import Batches, Dataset, Split
-from sparsecore.search.graph import Feed
+from sparsecore.engine import Engine, Way, feed_of
+from sparsecore.search.steps import SearchStep
 
 from . import measure
 from .cases import StepBench, StepCase
@@ -50,7 +51,7 @@ def network(
             step: Callable[[], Any] = bench.plain_step
             jobs[name] = Job(Captured(step, generators=[bench.plain_noise]) if graph else step)
         for name, bench in ours.items():
-            jobs[name] = Job(endless(Feed(bench.step, batches, graph)))
+            jobs[name] = Job(endless(bench.step, batches, Way(graph=graph)))
         label = f"network/{group[0].name}"
         if not graph:
             steps = {name: job.step for name, job in jobs.items()}
@@ -91,15 +92,19 @@ def synthetic(case: StepCase, samples: int, device: torch.device) -> Batches:
     return Batches(dataset, "train", case.batch, device=device)
 
 
-def endless(feed: Feed) -> Callable[[], None]:
+def endless(step: SearchStep, batches: Batches, way: Way) -> Callable[[], None]:
     """One search step a call, epoch after epoch."""
     epochs = iter(range(1 << 30))
-    feed.begin(next(epochs))
-    length = len(feed.batches)
+    engine = Engine(step, feed_of(batches, step.device), way)
 
-    def step() -> None:
-        if feed.done == length:
-            feed.begin(next(epochs))
-        feed()
+    def begin() -> None:
+        step.begin_epoch(len(batches.labels))
+        engine.begin(next(epochs))
 
-    return step
+    def following() -> None:
+        if engine.feed.done == len(batches):
+            begin()
+        engine()
+
+    begin()
+    return following

@@ -15,9 +15,11 @@ from .batchnorm import recompute_statistics_
 from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
+from .engine import EngineError, TrainStep, graphed
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Dense, Gated, Masked, Planned, gated_weight
 from .plans import plan_, remask_, report
+from .recipe import Recipe
 from .rounds import Round, load_rounds
 from .search import (
     SET,
@@ -33,7 +35,7 @@ from .search import (
     StrongSearch,
 )
 from .tickets import Ticket, TicketError
-from .training import Recipe, evaluate, train
+from .training import evaluate, train
 
 __version__ = "0.1.0"
 
@@ -45,6 +47,7 @@ __all__ = [
     "ContinuousSparsification",
     "Dense",
     "EdgePopup",
+    "EngineError",
     "Gated",
     "GradualMagnitude",
     "Iterative",
@@ -61,6 +64,7 @@ __all__ = [
     "StrongSearch",
     "Ticket",
     "TicketError",
+    "TrainStep",
     "advance_",
     "compact",
     "connectivity",
@@ -70,6 +74,7 @@ __all__ = [
     "gated_weight",
     "gates",
     "granularity",
+    "graphed",
     "is_prunable",
     "kernels",
     "load",

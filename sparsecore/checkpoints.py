@@ -13,6 +13,8 @@ from .convert import sparse_layers
 from .kernels import laid_out_as
 from .patterns import Planned
 
+_OWN = ("lr", "fused", "foreach", "capturable")  # how an optimiser computes is its own affair
+
 
 def pack_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module | None = None
@@ -33,7 +35,13 @@ def pack_optimizer(
                 tensors[f"optimizer/{index}/{slot}"] = dense
             else:
                 numbers[f"{index}/{slot}"] = value
-    return tensors, {"groups": state["param_groups"], "numbers": numbers}
+    groups = [{k: _number(v) for k, v in group.items()} for group in state["param_groups"]]
+    return tensors, {"groups": groups, "numbers": numbers}
+
+
+def _number(value: Any) -> Any:
+    """A rate on the device as the number that it is."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _planned(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[int, Planned]:
@@ -72,7 +80,14 @@ def unpack_optimizer(
         if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
             value = laid_out_as(value, parameters[int(index)])
         state.setdefault(int(index), {})[slot] = value
+    own = [{k: group[k] for k in _OWN if k in group} for group in optimizer.param_groups]
     optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        if isinstance(mine["lr"], Tensor):  # what a graph reads stays where it is
+            mine["lr"].fill_(group["lr"])
+        else:
+            del mine["lr"]
+        group |= mine
 
 
 def fingerprint(model: nn.Module, batches: EpochBatches, *facts: Any) -> str:

@@ -16,6 +16,7 @@ from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
 from .describe import caveat, layers_of, plans_of
+from .engine import check_engine
 from .experiment import (
     SANITIES,
     Setup,
@@ -32,6 +33,7 @@ from .methods import METHODS
 from .options import (
     DataDir,
     Device,
+    EngineName,
     ImageSize,
     Json,
     PlanCache,
@@ -88,12 +90,14 @@ def search(
     watch: Annotated[
         bool, typer.Option("--watch", help="Note test accuracy as the search progresses.")
     ] = False,
+    engine: EngineName = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Train briefly, search there, write the ticket.  Run again after a kill to go on."""
     target = device_of(device)
+    check_engine(engine)
     setup.search(method, seed)
     check_sparsity(sparsity)
     check_folder(out)
@@ -102,10 +106,10 @@ def search(
     own = setup.start_of(method)
     dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
     with Progress() as progress:
-        start = rewind_point(own, data, seed, target, progress, dense_part)
+        start = rewind_point(own, data, seed, target, progress, dense_part, engine)
         ticket, seconds = find_ticket(
             setup, start, data, method, sparsity, seed, target, progress, search_part,
-            rounds=rounds, watched=watch,
+            rounds=rounds, watched=watch, engine=engine,
         )  # fmt: skip
     ticket.save(out)
     dense_part.unlink(missing_ok=True)
@@ -140,12 +144,14 @@ def train(
         Path | None, typer.Option(help="Write the trained weights, pruned ones zero, here.")
     ] = None,
     image_size: ImageSize = None,
+    engine: EngineName = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Train a ticket from its start weights and report test accuracy."""
     target = device_of(device)
+    check_engine(engine)
     for path in (metrics, checkpoint, save, json_file):
         check_folder(path)
     if epochs is not None and not epochs >= 0:
@@ -161,7 +167,7 @@ def train(
     with Progress() as progress:
         model = model_of(loaded, dataset, target)
         chosen = recipe_with(setup.recipe, recipe)
-        planned = plan_for(model, plan, dataset, chosen, cache)
+        planned = plan_for(model, plan, dataset, chosen, cache, engine)
         history = train_on(
             planned.model,
             setup,
@@ -172,6 +178,7 @@ def train(
             metrics=metrics,
             checkpoint=checkpoint,
             progress=progress,
+            engine=engine,
         )
     if save is not None:
         save_file(dense_state(planned.restored()), save)
@@ -183,6 +190,7 @@ def train(
             "seconds": history.seconds,
             "sanity": sanity,
             "plan": plan,
+            "engine": history.engine,
             "epochs": history.epochs,
         },
     )
@@ -224,12 +232,14 @@ def plan(
     data_dir: DataDir = None,
     recipe: RecipeOption = None,
     image_size: ImageSize = None,
+    engine: EngineName = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Show how each layer of a ticket would train fastest here, and why: measured, and remembered."""
     target = device_of(device)
+    check_engine(engine)
     check_folder(json_file)
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
@@ -239,7 +249,7 @@ def plan(
     setup = dataclasses.replace(setup, data=data or setup.data)
     dataset = data_of(setup, data_dir, image_size)
     model = model_of(loaded, dataset, target)
-    planned = plan_for(model, plan, dataset, chosen, cache)
+    planned = plan_for(model, plan, dataset, chosen, cache, engine)
     table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
     console.print(planned.told, "", soft_wrap=True)
     console.print(table)
@@ -264,18 +274,22 @@ def compare(
     out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")] = Path(
         "runs/compare"
     ),
+    engine: EngineName = "auto",
     device: Device = "auto",
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
     """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
     target = device_of(device)
+    check_engine(engine)
     check_folder(json_file)
     chosen = [check_method(setup, m.strip()) for m in methods.split(",") if m.strip()]
     wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
     if not (chosen and wanted and seeds >= 1):
         raise ValueError("compare: expected at least one method, sparsity and seed")
-    report(setup, dataset(), chosen, wanted, range(seed, seed + seeds), out, target, json_file)
+    report(
+        setup, dataset(), chosen, wanted, range(seed, seed + seeds), out, target, json_file, engine
+    )
 
 
 def report(
@@ -287,9 +301,10 @@ def report(
     out: Path,
     device: torch.device,
     json_file: Path | None,
+    engine: str = "auto",
 ) -> None:
     """Runs a comparison and shows where everything is."""
-    comparison = Comparison(out, setup)
+    comparison = Comparison(out, setup, engine)
     with Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
     picture = comparison.plot()

@@ -78,8 +78,8 @@ class Comparison:
     Cells found in results.csv are not run again.  ValueError if the folder holds another setup.
     """
 
-    def __init__(self, folder: Path, setup: Setup) -> None:
-        self.folder, self.setup = folder, setup
+    def __init__(self, folder: Path, setup: Setup, engine: str = "auto") -> None:
+        self.folder, self.setup, self.engine = folder, setup, engine
         (folder / "tickets").mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(asdict(setup)))
         path = folder / "setup.json"
@@ -135,7 +135,9 @@ class Comparison:
             search_seconds = ticket.meta["search_seconds"]
             setup = setup.start_of(cell.base)
             epochs = 0 if ticket.finished else setup.train_epochs
-        history = train_on(model, setup, dataset, epochs, seed=cell.seed, progress=progress)
+        history = train_on(
+            model, setup, dataset, epochs, seed=cell.seed, progress=progress, engine=self.engine
+        )
         values = (
             cell.method,
             f"{cell.sparsity:g}",
@@ -166,6 +168,7 @@ class Comparison:
                 self.setup, model, searched, cell.base, cell.sparsity, cell.seed, device, progress,
                 checkpoint=path.with_suffix(".checkpoint"),
                 rounds=self.folder / "rounds" / f"{method}-{cell.seed}",
+                engine=self.engine,
             )  # fmt: skip
             ticket.meta["search_seconds"] = round(seconds, 3)
             ticket.save(path)
@@ -182,7 +185,7 @@ class Comparison:
             model = new_model(setup, dataset, seed)
             model.load_state_dict(safefile.read(path, kind="weights")[0])
             return model.to(device)
-        model = rewind_point(setup, dataset, seed, device, progress)
+        model = rewind_point(setup, dataset, seed, device, progress, engine=self.engine)
         safefile.write(path, dense_state(model), {}, kind="weights")
         return model
 

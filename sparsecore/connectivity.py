@@ -18,8 +18,9 @@ from .batches import EpochBatches
 from .batchnorm import recompute_statistics_, running_norms
 from .convert import plain_state
 from .progress import QUIET, Progress
+from .recipe import Recipe
 from .tickets import dense_state
-from .training import Recipe, train
+from .training import train
 
 STABLE = 2.0  # percent: Frankle et al. call a smaller instability stable
 State = Mapping[str, Tensor]

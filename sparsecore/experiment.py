@@ -20,11 +20,12 @@ from .fields import choose
 from .methods import DTYPES, search_for, split
 from .plans import plan_
 from .progress import QUIET, Progress
+from .recipe import Recipe
 from .recipes import build, recipe_for
 from .search import Rewinding, Search
 from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
-from .training import History, Recipe, evaluate, train
+from .training import History, evaluate, train
 
 SANITIES = (
     "shuffle",
@@ -59,7 +60,7 @@ class Setup:
     gain_lr: float | None = None
     tau: float | None = None
     search_dtype: str = "fp32"
-    channels_last: bool = False
+    channels_last: bool | None = None
     objective: str | None = None
     control: str | None = None
     granularity: str = "weight"
@@ -126,6 +127,7 @@ def rewind_point(
     device: torch.device,
     progress: Progress = QUIET,
     checkpoint: Path | None = None,
+    engine: str = "auto",
 ) -> nn.Module:
     """The model after `rewind_epochs` of dense training: where searches look and tickets start."""
     model = new_model(setup, dataset, seed).to(device)
@@ -139,6 +141,7 @@ def rewind_point(
             seed=seed,
             checkpoint=checkpoint,
             progress=progress,
+            engine=engine,
         )
     return model
 
@@ -156,18 +159,22 @@ def find_ticket(
     *,
     rounds: Path | None = None,
     watched: bool = False,
+    engine: str = "auto",
 ) -> tuple[Ticket, float]:
     """A ticket at the model's present weights with full provenance, and the seconds the search took.
 
     Args:
         rounds: folder for the trained networks of methods that have rounds; other sparsities reuse them.
         watched: whether the provenance says how test accuracy went as the search progressed.
+        engine: how steps are launched, in searches that train.
     """
     check_sparsity(sparsity)
     setup = setup.start_of(method)
     search = setup.search(method, seed)
     if rounds is not None and isinstance(search, Rewinding):
         search = replace(search, rounds=rounds)
+    if hasattr(search, "engine"):
+        search = replace(search, engine=engine)  # type: ignore[type-var]
     kind, recipe = split(method)[0], setup.recipe
     if not kind.trains:
         recipe = replace(recipe, batch=setup.search_batch, augment=recipe.augment and kind.augments)
@@ -210,6 +217,7 @@ def train_on(
     metrics: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = QUIET,
+    engine: str = "auto",
 ) -> History:
     """Trains a model at its rewind point for `epochs` more epochs, with a fresh optimiser.
 
@@ -236,6 +244,7 @@ def train_on(
         metrics=metrics,
         checkpoint=checkpoint,
         progress=progress,
+        engine=engine,
     )
 
 
@@ -262,9 +271,14 @@ class PlannedModel:
 
 
 def plan_for(
-    model: nn.Module, plan: str, dataset: Dataset, recipe: Recipe, cache: Path | None = None
+    model: nn.Module,
+    plan: str,
+    dataset: Dataset,
+    recipe: Recipe,
+    cache: Path | None = None,
+    engine: str = "auto",
 ) -> PlannedModel:
-    """Plans a masked model for a recipe's batch and precision on its device; "auto" drops dead units first."""
+    """Plans a masked model for a recipe's batch, precision and engine on its device; "auto" drops dead units first."""
     device = next(model.parameters()).device
     x = next(iter(Batches(dataset, "train", recipe.batch, device=device)))[0]
     x = x.chunk(recipe.accumulate)[0]
@@ -272,8 +286,11 @@ def plan_for(
     if plan == "auto":
         small, told = _compacted(model, x, recipe)
     planned = PlannedModel(model, small, told)
+    # Steps become graphs there unless that was refused.
+    captured = device.type == "cuda" and engine in ("auto", "graph", "compile-graph")
     with recipe.autocast(device):
-        plan_(planned.model, plan, *([x] if plan == "auto" else []), cache=cache)
+        example = [x] if plan == "auto" else []
+        plan_(planned.model, plan, *example, cache=cache, captured=captured)
     return planned
 
 

@@ -229,15 +229,16 @@ class TopK(AbstractGate):
 class Annealed(AbstractGate):
     """z = sigmoid(T * s), which becomes the step 1[s > 0] as the temperature T grows (Savarese 2020).
 
-    Nothing is random.  Under N:M the gradient goes straight through, for a unit that is forbidden now
-    could never come back otherwise.
+    T is a number, or a tensor [] beside the logits whose value may change.  Nothing is random.  Under N:M the
+    gradient goes straight through, for a unit that is forbidden now could never come back otherwise.
     """
 
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
     deterministic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _positive("temperature", self.temperature)
+        if not isinstance(self.temperature, Tensor):
+            _positive("temperature", self.temperature)
 
     def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
         return project(self.density(logits))
@@ -255,7 +256,7 @@ class Annealed(AbstractGate):
         return self.density(logits)
 
     def init(self, density: float) -> float:
-        return math.log(_check_density(density) / (1 - density)) / self.temperature
+        return math.log(_check_density(density) / (1 - density)) / float(self.temperature)
 
 
 GATES: dict[str, type[AbstractGate]] = {

@@ -9,6 +9,7 @@ import torch
 from .fields import choose, control_of, objective_of, pairs, replaced
 from .gates import Concrete
 from .granularity import parse_granularity
+from .recipe import Recipe
 from .scores import SCORES
 from .search import (
     SET,
@@ -26,7 +27,6 @@ from .search import (
 )
 from .search.gated import AbstractGateSearch
 from .sparsities import DISTRIBUTIONS
-from .training import Recipe
 
 if TYPE_CHECKING:
     from .experiment import Setup

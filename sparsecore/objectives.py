@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from .batches import Batch
 from .convert import require_dense_parameters
+from .engine import plainly
 from .patterns import Gated
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
@@ -50,17 +51,18 @@ class Net:
         self.model = model
         self.layers = require_dense_parameters(model)
         self.memory: TeacherMemory | None = None
+        self.call: Callable[[nn.Module, Tensor], Tensor] = plainly  # how its forward is run
         self.side: Any = None  # a CUDA stream for the teacher, beside the sparse network's
         self.label_smoothing = 0.0  # of the task, by the recipe of weights that train
 
     def sparse(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the sampled sparse network."""
-        return self.model(x)
+        return self.call(self.model, x)
 
     def dense(self, x: Tensor) -> Tensor:
         """Class scores [B, classes] of the dense network, without gradient."""
         with torch.no_grad(), self.opened():
-            return self.model(x)
+            return self.call(self.model, x)
 
     def teacher(self, x: Tensor) -> Tensor:
         """What `dense` gives; looked up where the search remembers it."""

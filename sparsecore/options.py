@@ -10,11 +10,12 @@ import torch
 import typer
 
 from .data import Dataset
+from .engine import ENGINES
 from .experiment import Setup, data_of
 from .fields import pairs, replaced
 from .objectives import OBJECTIVES
+from .recipe import Recipe
 from .recipes import PRESETS, recipe_for
-from .training import Recipe
 
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of the initial weights, data order and gate noise.")]
@@ -68,7 +69,18 @@ SearchDtype = Annotated[
     str, typer.Option(help="fp32, bf16 or fp16: in which a search by gates computes.")
 ]
 ChannelsLast = Annotated[
-    bool, typer.Option("--channels-last", help="Convolutions of such a search in that layout.")
+    bool | None,
+    typer.Option(
+        "--channels-last/--no-channels-last",
+        help="Memory format of such a search; default: what measures faster.",
+    ),
+]
+EngineName = Annotated[
+    str,
+    typer.Option(
+        "--engine",
+        help=f"How steps are launched: {', '.join(ENGINES)}; auto tries and takes the fastest.",
+    ),
 ]
 TrainSamples = Annotated[
     int | None, typer.Option(help="Use so many of the training data, for reduced runs.")
@@ -130,7 +142,7 @@ def setup_of_options(
     gain_lr: GainLr = None,
     tau: Tau = None,
     search_dtype: SearchDtype = "fp32",
-    channels_last: ChannelsLast = False,
+    channels_last: ChannelsLast = None,
     train_samples: TrainSamples = None,
     layers: LayersGlob = None,
     model_option: ModelOption = None,

@@ -32,7 +32,8 @@ class Progress:
     """`with Progress() as progress, progress.task("search", total=100) as advance: advance()`."""
 
     def __init__(self, *, enabled: bool = True) -> None:
-        console = Console(stderr=True)
+        console = self._console = Console(stderr=True)
+        self._enabled, self._told = enabled, set[str]()
         self._bars = None
         if enabled and console.is_terminal:
             self._bars = RichProgress(
@@ -53,6 +54,12 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         if self._bars is not None:
             self._bars.stop()
+
+    def tell(self, what: str, text: str) -> None:
+        """One line above the bars, once."""
+        if self._enabled and text not in self._told:
+            self._told.add(text)
+            self._console.print(f"{what}  {text}", soft_wrap=True, markup=False, highlight=False)
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:

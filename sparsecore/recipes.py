@@ -9,7 +9,7 @@ import torchvision
 from torch import nn
 
 from .models import BUILDERS
-from .training import Recipe
+from .recipe import Recipe
 
 _CIFAR = Recipe(
     lr=0.1, weight_decay=1e-3, batch=512, epochs=160, milestones=(0.5, 0.75)

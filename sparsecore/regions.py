@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
@@ -174,6 +174,8 @@ class Repellent:
     Errors: ValueError for no optima or a strength that is not finite, and at the first step for optima of
     another model.
     """
+
+    capturable: ClassVar[bool] = True  # after its first call it only computes
 
     optima: Sequence[State]
     strength: float = 2.0

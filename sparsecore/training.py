@@ -3,9 +3,10 @@
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice, pairwise
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any, NamedTuple
@@ -13,101 +14,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoints
-from .batches import Batch, DataEnded, EpochBatches
+from .batches import Batch, EpochBatches
+from .engine import (
+    Evaluation,
+    Timeline,
+    TrainingStep,
+    check_engine,
+    feed_of,
+    launch,
+)
+from .engine.training_step import Penalty
 from .progress import QUIET, Progress
-
-_OPTIMIZERS = ("sgd", "adam", "adamw")
-_SCHEDULES = ("constant", "step", "cosine")
-_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+from .recipe import Recipe, optimizer_for
 
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
 
 
-class Step(NamedTuple):
+@dataclass(frozen=True)
+class Step:
     """An optimiser step that has just been taken."""
 
     index: int  # since epoch 0
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    batch: Batch
+    present: Callable[[], Batch]
+
+    @property
+    def batch(self) -> Batch:
+        """The batch of the step."""
+        return self.present()
 
 
-Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
 AfterStep = Callable[[Step], None]
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How to train.  Errors: ValueError for a value out of range.
-
-    Args:
-        schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run).
-        accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding.
-        amp: `bf16` or `fp16` (GPU only) autocast; None trains in float32.
-        ema: decay of an average of the weights that is evaluated in their place; None: off.
-        augment: whether the data set's customary augmentation is used.
-    """
-
-    optimizer: str = "sgd"
-    lr: float = 0.1
-    momentum: float = 0.9
-    nesterov: bool = False
-    weight_decay: float = 0.0
-    batch: int = 128
-    epochs: int = 12
-    schedule: str = "step"
-    milestones: tuple[float, ...] = (0.7,)
-    gamma: float = 0.1
-    warmup_epochs: float = 0.0
-    label_smoothing: float = 0.0
-    amp: str | None = None
-    accumulate: int = 1
-    ema: float | None = None
-    clip_norm: float | None = None
-    augment: bool = True
-
-    def __post_init__(self) -> None:
-        checks = (
-            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
-            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
-            ("amp", self.amp in (None, *_DTYPES), "null, bf16 or fp16"),
-            ("lr", self.lr > 0, "a positive number"),
-            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
-            ("milestones", all(0 < m < 1 for m in self.milestones), "fractions between 0 and 1"),
-            ("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
-            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
-            ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
-            ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "null or positive"),
-        )
-        for name, good, expected in checks:
-            if not good:
-                raise ValueError(f"recipe {name}: expected {expected}, got {getattr(self, name)!r}")
-
-    def autocast(self, device: torch.device) -> torch.autocast:
-        """The context that forwards run in."""
-        dtype = _DTYPES.get(self.amp or "")
-        return torch.autocast(device.type, dtype, enabled=dtype is not None)
-
-    def lr_at(self, epoch: float, total: float) -> float:
-        """The learning rate at an absolute, fractional epoch of a run of `total` epochs."""
-        if epoch < self.warmup_epochs:
-            return self.lr * epoch / self.warmup_epochs
-        if self.schedule == "step":
-            return self.lr * self.gamma ** sum(epoch >= m * total - 1e-9 for m in self.milestones)
-        if self.schedule == "cosine":
-            done = (epoch - self.warmup_epochs) / max(total - self.warmup_epochs, 1e-9)
-            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
-        return self.lr
+Saved = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds
 
 
 @dataclass
@@ -116,6 +60,7 @@ class History:
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
+    engine: str = ""  # how steps were launched, and why if there was a choice
 
     @property
     def accuracy(self) -> float:
@@ -129,16 +74,11 @@ class History:
 
 
 def evaluate(model: nn.Module, batches: EpochBatches) -> float:
-    """Accuracy in percent, in evaluation mode; every module's mode is put back."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with torch.inference_mode():
-            hits = torch.cat([model(x).argmax(-1) == y for x, y in batches.epoch(0)])
-        return 100 * float(hits.double().mean())
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    """Accuracy in percent, in evaluation mode; every module's mode is put back.
+
+    Errors: DataEnded for fewer batches than their length says.
+    """
+    return Evaluation(model, batches).measure()
 
 
 def train(
@@ -159,6 +99,8 @@ def train(
     metrics: Path | None = None,
     checkpoint: Path | None = None,
     progress: Progress = QUIET,
+    engine: str = "auto",
+    repeats: int = 1,
 ) -> History:
     """Trains from `start_epoch` to `stop_epoch` with a fresh optimiser; the schedule is absolute.
 
@@ -169,7 +111,8 @@ def train(
         total_epochs: the schedule's length, `recipe.epochs` by default.
         seed: of dropout and the like; data order belongs to the batches.
         snapshots: epochs after which the state_dict is kept (rewind points); start_epoch counts.
-        penalty: added to the loss of every step.
+        penalty: added to the loss of every step.  One that counts or draws in Python is not for graphs: "auto"
+            takes none with a penalty, unless it has `capturable = True`.
         after_step: called after every step; what it changes has to be in the model's or optimiser's state,
             so that a run that was killed goes on with it.
         watch: asked after every epoch; what it says stands in the records as "watched".
@@ -178,46 +121,58 @@ def train(
         metrics: one JSON line per epoch is appended here.
         checkpoint: written after every epoch, snapshots included; if it exists the run goes on from there,
             on the CPU to exactly the same numbers.
+        engine: how steps are launched: "eager", "graph" (one CUDA graph), "compile", "compile-graph", or the one of
+            these that a few steps find fastest; a run that goes on keeps what it began with.
+        repeats: how many such runs there are, which share what is compiled.
 
     Errors: ValueError for a start after the end, fp16 on the CPU, or a checkpoint that belongs to another run
-    or went too far for this one; TrainingError if the loss is not finite.
+    or went too far for this one; TrainingError if the loss is not finite; EngineError for an engine that is not
+    possible here.
     """
+    check_engine(engine)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:
         raise ValueError(f"start_epoch: expected 0 to {stop:g}, the end, got {start_epoch}")
-    run = _Run(model, recipe, total_epochs or recipe.epochs, len(train_batches))
-    run.penalty, run.after_step = penalty, after_step
     history = History()
-    fingerprint = ""
+    fingerprint, saved = "", None
     if checkpoint is not None:
-        known = (asdict(recipe), start_epoch, run.total, seed)
+        known = (asdict(recipe), start_epoch, total_epochs or recipe.epochs, seed)
         fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts)
+        saved = _read(checkpoint, fingerprint) if checkpoint.exists() else None
+    total = total_epochs or recipe.epochs
+    run = _Run(model, recipe, total, stop, train_batches, test_batches, penalty)
+    run.after_step = after_step
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
-    if checkpoint is not None and checkpoint.exists():
-        run.load(checkpoint, fingerprint, history)
+    if checkpoint is not None and saved is not None:
+        run.load(saved, history)
         _check_reach(checkpoint, history, start_epoch, stop, snapshots)
     if metrics is not None:
         _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
     reached = history.epochs[-1]["epoch"] if history.epochs else start_epoch
     done = sum(part.count for part in _parts(start_epoch, reached, (), len(train_batches)))
     parts = _parts(reached, stop, snapshots, len(train_batches))
-    with progress.task("train", total=done + sum(part.count for part in parts)) as advance:
+    left = sum(part.count for part in parts)
+    if parts:
+        run.launch(engine, saved, parts[0].epoch, (done + left) * repeats)
+        history.engine = run.engine.told
+        progress.tell("engine", run.engine.told)
+    with progress.task("train", total=done + left) as advance:
         advance(done)
         for part in parts:
             start = perf_counter()
             with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
                 # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
                 torch.manual_seed(_mix(seed, part.epoch, part.first))
-                loss = run.part(train_batches.epoch(part.epoch), part, advance)
+                loss = run.part(part, advance)
             if not math.isfinite(loss):
                 raise TrainingError(
                     f"epoch {part.epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
                     "add warm-up or clip_norm, or check the data"
                 )
             record = {"epoch": part.end, "lr": recipe.lr_at(part.epoch, run.total), "loss": loss}
-            if test_batches is not None:
-                record["accuracy"] = evaluate(run.evaluated, test_batches)
+            if run.evaluation is not None:
+                record["accuracy"] = run.evaluation.measure()
             if watch is not None:
                 record["watched"] = watch(run.evaluated)
             record["seconds"] = perf_counter() - start
@@ -233,6 +188,18 @@ def train(
             advance(0, epoch=part.end, **shown)
     run.finish()
     return history
+
+
+def _read(path: Path, fingerprint: str) -> Saved:
+    """This run's checkpoint.  Errors: ValueError for another run's."""
+    tensors, meta = checkpoints.read(path)
+    if meta["run"] != fingerprint:
+        raise ValueError(
+            f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
+            f"{fingerprint[:12]}): remove it or name another checkpoint; one of a plan that dropped dead "
+            "units goes on under that plan alone"
+        )
+    return tensors, meta
 
 
 def _check_reach(
@@ -274,68 +241,89 @@ def _parts(start: float, stop: float, between: Collection[float], batches: int) 
 
 
 class _Run:
-    """The moving parts of one run: model, optimiser, loss scaler, average."""
+    """The moving parts of one run: model, optimiser, loss scaler, average, and the engine of their steps."""
 
-    penalty: Penalty | None = None
     after_step: AfterStep | None = None
 
-    def __init__(self, model: nn.Module, recipe: Recipe, total: float, steps: int) -> None:
-        self.model, self.recipe, self.total, self.steps = model, recipe, total, max(steps, 1)
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        total: float,
+        stop: float,
+        batches: EpochBatches,
+        test_batches: EpochBatches | None,
+        penalty: Penalty | None,
+    ) -> None:
+        self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
+        self.steps, self.test_batches = max(len(batches), 1), test_batches
         self.device = next(model.parameters()).device
         if recipe.amp == "fp16" and self.device.type == "cpu":
             raise ValueError("recipe amp: fp16 needs a GPU; use bf16 on the CPU")
+        self.feed = feed_of(batches, self.device)
+        # The middle of a step: a warm-up never starts with a step of size 0.
+        middles = [(i + 0.5) / self.steps for i in range(self.steps)]
+        rates = [recipe.lr_at(e + m, total) for e in range(math.ceil(stop)) for m in middles]
+        self.timeline = Timeline({"lr": rates or [recipe.lr]}, self.device)
         parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer_for(parameters, recipe)
+        self.optimizer = optimizer_for(parameters, recipe, lr=self.timeline.now["lr"])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.average = None
         if recipe.ema is not None:
-            average_fn = get_ema_multi_avg_fn(recipe.ema)
-            self.average = AveragedModel(model, multi_avg_fn=average_fn, use_buffers=True)
+            self.average = AveragedModel(model, use_buffers=True)
 
     @property
     def evaluated(self) -> nn.Module:
         return self.model if self.average is None else self.average
 
-    def part(self, batches: Iterator[Batch], part: _Part, advance: Any) -> float:
+    def _step(self) -> TrainingStep:
+        recipe = self.recipe
+        return TrainingStep(
+            self.model,
+            partial(F.cross_entropy, label_smoothing=recipe.label_smoothing),
+            self.optimizer,
+            accumulate=recipe.accumulate,
+            amp=recipe.amp_dtype,
+            scaler=self.scaler,
+            clip_norm=recipe.clip_norm,
+            penalty=self.penalty,
+            timeline=self.timeline,
+            average=None if self.average is None else (self.average, recipe.ema or 0.0),
+        )
+
+    def launch(self, engine: str, saved: Saved | None, epoch: int, steps: int) -> None:
+        """Makes the engine: the one asked for, the checkpoint's, or the fastest."""
+        counts = self.penalty is not None and not getattr(self.penalty, "capturable", False)
+        self.engine = launch(
+            self._step().become,
+            self.feed,
+            engine=engine,
+            steps=steps,
+            saved=None if saved is None else saved[1].get("engine"),
+            epoch=epoch,
+            layouts=any(p.ndim == 4 for p in self.model.parameters()),
+            unless="since its penalty may count or draw in Python" if counts else "",
+        )
+        self.evaluation = None
+        if self.test_batches is not None:
+            self.evaluation = Evaluation(self.evaluated, self.test_batches, self.engine.way)
+
+    def part(self, part: _Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""
         self.model.train()
-        total, count, done = torch.zeros((), device=self.device), 0, part.first
-        for i, (x, y) in enumerate(islice(batches, part.first, part.last), part.first):
-            for group in self.optimizer.param_groups:
-                # The middle of the step: a warm-up never starts with a step of size 0.
-                group["lr"] = self.recipe.lr_at(part.epoch + (i + 0.5) / self.steps, self.total)
-            total += self._step(x, y) * len(y)
-            count += len(y)
-            done = i + 1
+        step, first = self.engine.step, part.epoch * self.steps + part.first
+        step.clear()
+        self.timeline.to(first)
+        self.engine.begin(part.epoch, part.first)
+        samples = 0
+        for index in range(first, first + part.count):
+            self.engine()
+            samples += self.feed.size
             if self.after_step is not None:
-                index = part.epoch * self.steps + i
-                self.after_step(Step(index, self.model, self.optimizer, (x, y)))
+                self.after_step(Step(index, self.model, self.optimizer, self.feed.present))
+                self.engine.refresh()
             advance()
-        if done < part.last:
-            raise DataEnded(part.epoch, done, part.last)
-        return float(total) / max(count, 1)
-
-    def _step(self, x: Tensor, y: Tensor) -> Tensor:
-        recipe, mean = self.recipe, torch.zeros((), device=self.device)
-        self.optimizer.zero_grad()
-        parts = zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True)
-        for part, labels in parts:
-            with recipe.autocast(self.device):
-                scores = self.model(part)
-                loss = F.cross_entropy(scores, labels, label_smoothing=recipe.label_smoothing)
-            loss = loss * (len(labels) / len(y))
-            self.scaler.scale(loss).backward()
-            mean += loss.detach()
-        if self.penalty is not None:
-            self.scaler.scale(self.penalty(self.model)).backward()
-        if recipe.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        if self.average is not None:
-            self.average.update_parameters(self.model)
-        return mean
+        return float(step.total) / max(samples, 1)
 
     def snapshot(self) -> dict[str, Tensor]:
         return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
@@ -353,16 +341,11 @@ class _Run:
         for epoch, state in history.snapshots.items():
             tensors |= {f"snapshot/{epoch}/{k}": v for k, v in state.items()}
         meta = {"optimizer": meta, "scaler": self.scaler.state_dict(), "seconds": history.seconds}
-        checkpoints.write(path, tensors, meta | {"run": fingerprint, "epochs": history.epochs})
+        meta |= {"run": fingerprint, "epochs": history.epochs, "engine": str(self.engine.way)}
+        checkpoints.write(path, tensors, meta)
 
-    def load(self, path: Path, fingerprint: str, history: History) -> None:
-        tensors, meta = checkpoints.read(path)
-        if meta["run"] != fingerprint:
-            raise ValueError(
-                f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
-                f"{fingerprint[:12]}): remove it or name another checkpoint; one of a plan that dropped dead "
-                "units goes on under that plan alone"
-            )
+    def load(self, saved: Saved, history: History) -> None:
+        tensors, meta = saved
 
         def part(name: str) -> dict[str, Tensor]:
             return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
@@ -376,23 +359,6 @@ class _Run:
         for key, value in part("snapshot/").items():
             epoch, name = key.split("/", 1)
             history.snapshots.setdefault(float(epoch), {})[name] = value
-
-
-def optimizer_for(
-    parameters: list[nn.Parameter], recipe: Recipe, *, capturable: bool = False
-) -> torch.optim.Optimizer:
-    """A recipe's optimiser; `capturable`: its steps may be part of a CUDA graph."""
-    # fused: one pass over weights, gradients and moments
-    options: dict[str, Any] = {
-        "lr": torch.tensor(recipe.lr, device=parameters[0].device) if capturable else recipe.lr,
-        "weight_decay": recipe.weight_decay,
-        "fused": True,
-    }
-    if recipe.optimizer == "sgd":
-        options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
-        return torch.optim.SGD(parameters, **options)
-    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
-    return kind(parameters, capturable=capturable, **options)
 
 
 def _mix(seed: int, epoch: int, first: int) -> int:

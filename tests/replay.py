@@ -8,7 +8,7 @@ kernels count as one operation each, and run in the interpreter.
 import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, ClassVar, NamedTuple
 
@@ -200,7 +200,8 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     made: list[Recording] = []
 
     def record(run: Callable[[], Any], *_: Any) -> Recording:
-        made.append(Recording(run))
+        with torch.random.fork_rng(devices=[]):  # a capture draws nothing
+            made.append(Recording(run))
         return made[-1]
 
     def noted(launch: Callable[..., None]) -> Callable[..., None]:
@@ -224,7 +225,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Recording]:
     for module in [m for m in sys.modules.values() if getattr(m, "uniform_", None) is draw]:
         monkeypatch.setattr(module, "uniform_", uniform_)
     monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(capture, "aside", lambda device: nullcontext())
+    monkeypatch.setattr(capture, "aside", lambda device: torch.random.fork_rng(devices=[]))
     monkeypatch.setattr(capture, "possible_on", lambda device: True)
     monkeypatch.setattr(gate_bank, "plain_on", lambda device: False)
     for name, launch in (

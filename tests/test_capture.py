@@ -14,7 +14,7 @@ import sparsecore as sc
 from sparsecore.capture import Captured
 from sparsecore.kernels import HARD_CONCRETE, GateSpec, Unit
 from sparsecore.kernels.gated import blocks as gated_blocks
-from sparsecore.training import Recipe, optimizer_for
+from sparsecore.recipe import Recipe, optimizer_for
 
 
 class Toy:
@@ -137,7 +137,7 @@ class Training:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.model = model
-        self.optimizer = optimizer_for(list(model.parameters()), recipe, capturable=True)
+        self.optimizer = optimizer_for(list(model.parameters()), recipe)
         device = next(model.parameters()).device
         self.x, self.y = randn(6, 32).to(device), torch.arange(6, device=device) % 4
         self()

@@ -2,6 +2,8 @@
 
 import copy
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -9,19 +11,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from typing_extensions import Self
 
 from .. import checkpoints
 from ..batches import Batch, EpochBatches
 from ..control import AbstractController, FixedPenalty, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..engine import (
+    AbstractStep,
+    Timeline,
+    Way,
+    check_engine,
+    compiled_call,
+    feed_of,
+    launch,
+    lay_out_,
+    plainly,
+    structure,
+)
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
 from ..patterns import Gated
 from ..progress import QUIET, Progress
+from ..recipe import Recipe, optimizer_for
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
-from ..training import Recipe, optimizer_for
-from .epochs import StepEpochs, run_epochs
+from .epochs import StepEpochs, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
 from .protocol import Watch
@@ -59,8 +74,10 @@ class ContinuousSparsification:
     lr: float = 0.01
     recipe: Recipe = field(default_factory=Recipe)
     granularity: Granularity = field(default_factory=Weight)
+    engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         checks = (
             ("search epochs", self.epochs, self.epochs >= 1, "at least 1"),
             ("final_temperature", self.final_temperature, self.final_temperature >= 1, "at least 1"),
@@ -112,12 +129,15 @@ class ContinuousSparsification:
             run = checkpoints.fingerprint(model, batches, self, sparsity)
         net = copy.deepcopy(model)
         with batch_statistics(net):
-            work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch)
+            saved = way_of(checkpoint, run)
+            work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch, saved)
+            progress.tell("engine", work.engine.told)
             records = run_epochs(
                 work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
         meta = self._meta(sparsity)
         meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
+        meta["engine"] = str(work.engine.way)
         scores = {name: pattern.logits.detach() for name, pattern in work.gated.items()}
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if checkpoint is not None:
@@ -158,8 +178,90 @@ class ContinuousSparsification:
         }
 
 
+class _ContinuousStep(AbstractStep):
+    """The weights' optimiser and the logits' on one gradient of a gated network; `total` sums loss * samples."""
+
+    def __init__(
+        self,
+        search: ContinuousSparsification,
+        net: nn.Module,
+        gated: dict[str, Gated],
+        kept: Kept,
+        timeline: Timeline,
+    ) -> None:
+        self.search, self.net, self.gated = search, net, gated
+        self.kept, self.timeline = kept, timeline
+        self.logits = [pattern.logits for pattern in gated.values()]
+        own = set(map(id, self.logits))
+        self.weights = [p for p in net.parameters() if p.requires_grad and id(p) not in own]
+        self.device = self.logits[0].device
+        self.total = torch.zeros((), device=self.device)
+        self.optimizer = optimizer_for(self.weights, search.recipe, lr=timeline.now["lr"])
+        capturable = self.device.type == "cuda"
+        self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True, capturable=capturable)
+        self.control: State = search.control.init(self.device)
+        self.call: Callable[[nn.Module, Tensor], Tensor] = plainly
+        self.channels_last = False
+
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
+        search, recipe, timeline = self.search, self.search.recipe, self.timeline
+        timeline.advance()
+        x, y = batch
+        if self.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        with recipe.autocast(self.device):
+            scores = self.call(self.net, x)
+            loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
+        parameters = [*self.weights, *self.logits]
+        # A layer the forward does not reach has no gradient: zeros.
+        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+        count = len(self.weights)
+        gate = next(iter(self.gated.values())).gate
+        target = timeline.now["target"][0].float()
+        pulled, control = self.kept.pulled(
+            search.control, self.control, gate, self.logits, grads[count:], target
+        )
+        for name, value in control.items():  # in place: a graph knows no other address
+            self.control[name].copy_(value)
+        for p, grad in zip(parameters, (*grads[:count], *pulled), strict=True):
+            p.grad = grad
+        if recipe.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self.weights, recipe.clip_norm)
+        self.optimizer.step()
+        self.gates.step()
+        self.total += loss.detach() * len(y)
+
+    def changes(self) -> list[Tensor]:
+        found = [*self.net.parameters(), *self.control.values(), self.total]
+        for optimizer in (self.optimizer, self.gates):
+            slots = [v for slots in optimizer.state.values() for v in slots.values()]
+            found += [v for v in slots if isinstance(v, Tensor)]
+        return found + self.timeline.changes()
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        begun = bool(self.optimizer.state)
+        try:
+            with super().undone():
+                yield
+        finally:
+            if not begun:
+                self.optimizer.state.clear()
+                self.gates.state.clear()
+
+    def facts(self) -> Any:
+        return super().facts(), structure(self.net), self.search.recipe.amp
+
+    def become(self, way: Way) -> Self:
+        if way.channels_last != self.channels_last:
+            lay_out_(self.net, self.optimizer, way.channels_last)
+        self.channels_last = way.channels_last
+        self.call = compiled_call(repr(self.facts())) if way.compiled else plainly
+        return self
+
+
 class _ContinuousEpochs(StepEpochs):
-    """The weights' optimiser and the logits' on one gradient of `net`, a copy that is gated here."""
+    """Epochs of `net`, a copy that is gated here."""
 
     def __init__(
         self,
@@ -168,71 +270,56 @@ class _ContinuousEpochs(StepEpochs):
         density: float,
         batches: EpochBatches,
         watch: Watch | None,
+        saved: str | None,
     ) -> None:
         super().__init__(batches, watch)
-        self.search, self.net, self.density = search, net, density
-        self.steps = search.epochs * self.length
-        self.gated: dict[str, Gated] = {}
+        self.net = net
+        steps = search.epochs * self.length
         layers = sparse_layers(net)
-        for layer in layers.values():
-            layer.raw_weight.requires_grad_()
-        self.weights = [p for p in net.parameters() if p.requires_grad]
+        device = next(net.parameters()).device
+        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
+        self.kept = Kept(shapes, search.granularity, device)
+        epochs = [(i + 0.5) / self.length for i in range(steps)]
+        targets = [search.target(density, i, steps) * self.kept.count for i in range(steps)]
+        self.timeline = Timeline(
+            {
+                "lr": [search.recipe.lr_at(e, search.epochs) for e in epochs],
+                "temperature": [search.temperature(i, steps) for i in range(steps)],
+                "target": targets,
+            },
+            device,
+        )
+        gate = Annealed(self.timeline.now["temperature"][0])
+        self.gated: dict[str, Gated] = {}
         for name, layer in layers.items():
-            weight = layer.raw_weight
+            layer.raw_weight.requires_grad_()
             pattern = Gated(
-                weight.shape,
+                shapes[name],
                 Annealed(),
                 search.granularity,
                 density=search.first_density,
                 gain=True,
-                device=weight.device,
+                device=device,
             )
+            pattern.gate = gate
             assert pattern.log_gain is not None
             # 1 / sigmoid(s0): a constant here.
             pattern.log_gain.requires_grad_(False).fill_(-math.log(search.first_density))
             layer.pattern = self.gated[name] = pattern
-        self.logits = [pattern.logits for pattern in self.gated.values()]
-        self.device = self.logits[0].device
-        shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        self.kept = Kept(shapes, search.granularity, self.device)
-        self.optimizer = optimizer_for(self.weights, search.recipe)
-        self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True)
-        self.control: State = search.control.init(self.device)
-
-    def step(self, batch: Batch, index: int) -> Tensor:
-        search, recipe = self.search, self.search.recipe
-        gate = Annealed(search.temperature(index, self.steps))
-        for pattern in self.gated.values():
-            pattern.gate = gate
-        for group in self.optimizer.param_groups:
-            group["lr"] = recipe.lr_at((index + 0.5) / self.length, search.epochs)
-        x, y = batch
-        with recipe.autocast(self.device):
-            loss = F.cross_entropy(self.net(x), y, label_smoothing=recipe.label_smoothing)
-        parameters = [*self.weights, *self.logits]
-        # A layer the forward does not reach has no gradient: zeros.
-        grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-        count = len(self.weights)
-        pulled, self.control = self.kept.pulled(
-            search.control,
-            self.control,
-            gate,
-            self.logits,
-            grads[count:],
-            search.target(self.density, index, self.steps) * self.kept.count,
+        step = self.step = _ContinuousStep(search, net, self.gated, self.kept, self.timeline)
+        self.engine = launch(
+            step.become,
+            feed_of(batches, device),
+            engine=search.engine,
+            steps=steps,
+            saved=saved,
+            layouts=any(len(shape) == 4 for shape in shapes.values()),
         )
-        for p, grad in zip(parameters, (*grads[:count], *pulled), strict=True):
-            p.grad = grad
-        if recipe.clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.weights, recipe.clip_norm)
-        self.optimizer.step()
-        self.gates.step()
-        return loss.detach()
 
     def natural_sparsity(self) -> float:
         """The share of weights that 1[s > 0] removes."""
         kept = 0.0
-        for s, size in zip(self.logits, self.kept.sizes, strict=True):
+        for s, size in zip(self.step.logits, self.kept.sizes, strict=True):
             opened = s.detach() > 0
             kept += float(opened.sum() if size is None else size[opened].sum())
         return 1 - kept / self.kept.count
@@ -241,20 +328,21 @@ class _ContinuousEpochs(StepEpochs):
         return watch(self.net)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, weights = checkpoints.pack_optimizer(self.optimizer)
-        moments, gates = checkpoints.pack_optimizer(self.gates)
+        step = self.step
+        tensors, weights = checkpoints.pack_optimizer(step.optimizer)
+        moments, gates = checkpoints.pack_optimizer(step.gates)
         tensors |= {f"gates/{name}": value for name, value in moments.items()}
-        tensors |= {f"control/{name}": value for name, value in self.control.items()}
+        tensors |= {f"control/{name}": value for name, value in step.control.items()}
         tensors |= {f"net/{name}": p.detach() for name, p in self.net.named_parameters()}
-        return tensors, {"weights": weights, "gates": gates}
+        return tensors, {"weights": weights, "gates": gates, "engine": str(self.engine.way)}
 
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         for name, p in self.net.named_parameters():
             p.data.copy_(tensors[f"net/{name}"])
-        for name, value in self.control.items():
+        for name, value in self.step.control.items():
             value.copy_(tensors[f"control/{name}"])
         moments = {
             k.removeprefix("gates/"): v for k, v in tensors.items() if k.startswith("gates/")
         }
-        checkpoints.unpack_optimizer(self.gates, moments, rest["gates"])
-        checkpoints.unpack_optimizer(self.optimizer, tensors, rest["weights"])
+        checkpoints.unpack_optimizer(self.step.gates, moments, rest["gates"])
+        checkpoints.unpack_optimizer(self.step.optimizer, tensors, rest["weights"])

@@ -13,8 +13,8 @@ from ..batches import Batch
 from ..convert import batch_statistics, sparse_layers
 from ..granularity import NM, Granularity, Weight
 from ..patterns import Dense
+from ..recipe import Recipe
 from ..sparsities import DISTRIBUTIONS, by_layer, masks_from_scores, top_k
-from ..training import Recipe
 from .sparse_training import AbstractSparseTraining, Due, Masks, Shapes, masks_of
 
 

@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import checkpoints
-from ..batches import Batch, EpochBatches
+from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch
 from ..gates import TopK
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
 from ..patterns import Gated, Masked
 from ..progress import QUIET, Progress
+from ..recipe import Recipe, optimizer_for
 from ..sparsities import (
     Distribution,
     by_layer,
@@ -30,8 +32,7 @@ from ..sparsities import (
     uniform_densities,
 )
 from ..tickets import Ticket, dense_state
-from ..training import Recipe, optimizer_for
-from .epochs import StepEpochs, run_epochs
+from .epochs import StepEpochs, run_epochs, way_of
 from .finished import check_weights, searched_in
 from .protocol import Watch
 
@@ -65,8 +66,10 @@ class EdgePopup:
     weight_decay: float = 1e-4
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
+    engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         check_weights(self.weights)
         _ = self.recipe  # refuses bad numbers
 
@@ -114,13 +117,15 @@ class EdgePopup:
         hard = searched_in(model, self.weights, densities)
         net = copy.deepcopy(hard)
         with batch_statistics(net):
-            work = _PopupEpochs(self, net, hard, batches, sparsities, watch)
+            saved = way_of(checkpoint, run)
+            work = _PopupEpochs(self, net, hard, batches, sparsities, watch, saved)
+            progress.tell("engine", work.engine.told)
             records = run_epochs(
                 work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
         scores = {name: score.cpu() for name, score in work.scores().items()}
-        meta = self._meta(sparsity) | {"progress": records}
+        meta = self._meta(sparsity) | {"progress": records, "engine": str(work.engine.way)}
         ticket = Ticket(masks, dense_state(hard), meta, scores)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -178,6 +183,7 @@ class _PopupEpochs(StepEpochs):
         batches: EpochBatches,
         sparsities: Mapping[str, float],
         watch: Watch | None,
+        saved: str | None,
     ) -> None:
         super().__init__(batches, watch)
         self.search, self.net, self.hard = search, net, hard
@@ -198,19 +204,21 @@ class _PopupEpochs(StepEpochs):
             pattern.logits.data.copy_(first)
             layer.pattern = self.gated[name] = pattern
         logits = [pattern.logits for pattern in self.gated.values()]
-        self.device = logits[0].device
-        self.optimizer = optimizer_for(logits, self.recipe)
-
-    def step(self, batch: Batch, index: int) -> Tensor:
-        x, y = batch
-        for group in self.optimizer.param_groups:
-            epoch = (index + 0.5) / self.length
-            group["lr"] = self.recipe.lr_at(epoch, self.recipe.epochs)
-        self.optimizer.zero_grad()
-        loss = F.cross_entropy(self.net(x), y)
-        loss.backward()
-        self.optimizer.step()
-        return loss.detach()
+        device, steps = logits[0].device, search.epochs * self.length
+        epochs = [(i + 0.5) / self.length for i in range(steps)]
+        self.timeline = Timeline(
+            {"lr": [self.recipe.lr_at(e, search.epochs) for e in epochs]}, device
+        )
+        self.optimizer = optimizer_for(logits, self.recipe, lr=self.timeline.now["lr"])
+        step = TrainingStep(net, F.cross_entropy, self.optimizer, timeline=self.timeline)
+        self.engine = launch(
+            step.become,
+            feed_of(batches, device),
+            engine=search.engine,
+            steps=steps,
+            saved=saved,
+            layouts=any(layer.raw_weight.ndim == 4 for layer in sparse_layers(net).values()),
+        )
 
     def scores(self) -> dict[str, Tensor]:
         """|score| by layer, one per unit."""
@@ -235,7 +243,7 @@ class _PopupEpochs(StepEpochs):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors, rest = checkpoints.pack_optimizer(self.optimizer)
         scores = {f"scores/{name}": g.logits.detach() for name, g in self.gated.items()}
-        return tensors | scores, rest
+        return tensors | scores, rest | {"engine": str(self.engine.way)}
 
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
         for name, pattern in self.gated.items():

@@ -6,11 +6,11 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import checkpoints
-from ..batches import Batch, DataEnded, EpochBatches
+from ..batches import EpochBatches
+from ..engine import Engine, Timeline
 from ..progress import Advance, Progress
 from .protocol import SearchError, Watch
 
@@ -84,6 +84,13 @@ def read_own(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
+def way_of(path: Path | None, run: str) -> str | None:
+    """How the interrupted search launched its steps; None where there is none."""
+    if path is None or not path.exists():
+        return None
+    return read_own(path, run)[1]["search"].get("engine")
+
+
 def check_finite(mean: float, index: int, objective: str) -> float:
     """The mean objective of epoch `index`.  Errors: SearchError if it is not finite."""
     if not math.isfinite(mean):
@@ -95,33 +102,31 @@ def check_finite(mean: float, index: int, objective: str) -> float:
 
 
 class StepEpochs(Epochs):
-    """Epochs of steps in plain PyTorch, one on each batch.
+    """Epochs of an engine's steps, one on each batch.
 
-    A record holds "epoch", "objective" (the mean) and, if `watch` is given, "accuracy".
+    A record holds "epoch", "objective" (the mean over samples) and, if `watch` is given, "accuracy".
     """
 
-    device: torch.device
+    engine: Engine
+    timeline: Timeline  # of the whole search
 
     def __init__(self, batches: EpochBatches, watch: Watch | None) -> None:
         self.batches, self.watch, self.length = batches, watch, len(batches)
-
-    @abstractmethod
-    def step(self, batch: Batch, index: int) -> Tensor:
-        """Step `index` of the search; the objective before it, 0-dim, detached.  No host sync."""
 
     @abstractmethod
     def measure(self, watch: Watch) -> float:
         """What `watch` says of the network by now; changes nothing that a step reads."""
 
     def epoch(self, index: int, advance: Advance) -> Record:
-        total, taken = torch.zeros((), device=self.device), 0
-        for batch in self.batches.epoch(index):
-            total += self.step(batch, index * self.length + taken)
-            taken += 1
+        engine, samples = self.engine, 0
+        engine.step.clear()
+        engine.begin(index)
+        self.timeline.to(index * self.length)
+        for _ in range(self.length):
+            engine()
+            samples += engine.feed.size
             advance()
-        if taken != self.length:
-            raise DataEnded(index, taken, self.length)
         # The epoch's only host sync.
-        mean = check_finite(float(total) / self.length, index, "task")
+        mean = check_finite(float(engine.step.total) / max(samples, 1), index, "task")
         record = {"epoch": index + 1, "objective": mean}
         return record if self.watch is None else record | {"accuracy": self.measure(self.watch)}

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from .. import checkpoints
-from ..batches import EpochBatches
+from ..batches import EpochBatches, Numbered
 from ..control import AbstractController, FixedPenalty, GradBalance, falling
 from ..convert import batch_statistics, require_dense_parameters
+from ..engine import Way, check_engine, feed_of, launch
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
@@ -22,8 +23,7 @@ from ..patterns import Gated, Masked
 from ..progress import QUIET, Advance, Progress
 from ..sparsities import check_possible, check_sparsity, masks_from_scores
 from ..tickets import Ticket
-from .epochs import Epochs, Record, check_finite, run_epochs
-from .graph import Feed
+from .epochs import Epochs, Record, check_finite, run_epochs, way_of
 from .penalty import fit_penalty
 from .protocol import Watch
 from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
@@ -46,8 +46,9 @@ class AbstractGateSearch(ABC):
             to the ticket's own; 0: it is the ticket's from the start.
         seed: of the gates' noise.
         dtype: in which the networks compute; float32, bfloat16 or float16 (by autocast).
-        channels_last: whether convolutions compute in that memory format.
-        graph: whether a step is one CUDA graph, where the data lies on a GPU.
+        channels_last: whether convolutions compute in that memory format; None: where it measures faster.
+        engine: how steps are launched: "eager", "graph" (one CUDA graph), "compile", "compile-graph", or "auto", the
+            one of these that a few steps find fastest.
 
     Errors: ValueError for a number out of range or another dtype.
     """
@@ -65,10 +66,11 @@ class AbstractGateSearch(ABC):
     ramp: float | None = 0.0
     seed: int = 0
     dtype: torch.dtype = torch.float32
-    channels_last: bool = False
-    graph: bool = True
+    channels_last: bool | None = None
+    engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         start = self.start_density
         checks = (
             ("search epochs", self.epochs, self.epochs is None or self.epochs >= 1, "at least 1"),
@@ -167,14 +169,16 @@ class AbstractGateSearch(ABC):
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, self._facts(members))
         with self._gated(model, layers, members[0][0]) as gated:
-            step = self._step(model, gated, [(1 - sparsity, seed) for sparsity, seed in members])
-            work = _GateEpochs(step, self, members, batches, watch)
             epochs = self.epochs_for(members[0][0])
+            saved = way_of(checkpoint, run)
+            work = _GateEpochs(self, model, gated, members, batches, watch, saved)
+            progress.tell("engine", work.engine.told)
             records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
             found = work.scores()
         tickets = []
         for i, (scores, member) in enumerate(zip(found, members, strict=True)):
             meta = self._meta(*member)
+            meta["engine"] = str(work.engine.way)
             mine = [record["tickets"][i] for record in records]
             meta["objective_by_epoch"] = [record["objective"] for record in mine]
             meta["progress"] = [record["progress"] for record in mine]
@@ -292,25 +296,53 @@ class _GateEpochs(Epochs):
 
     def __init__(
         self,
-        step: SearchStep,
         search: AbstractGateSearch,
+        model: nn.Module,
+        gated: dict[str, Gated],
         members: list[Member],
         batches: EpochBatches,
         watch: Watch | None,
+        saved: str | None,
     ) -> None:
-        self.step, self.search, self.members, self.watch = step, search, members, watch
-        self.length = len(batches)
-        steps = search.epochs_for(members[0][0]) * self.length
-        self.drop_at, self.dropped = int(search.lr_drop_at * steps), False
-        step.schedule(steps)
-        self.feed = Feed(step, batches, search.graph)
+        self.search, self.members, self.batches, self.watch = search, members, batches, watch
+        self.model, self.gated, self.length = model, gated, len(batches)
+        self.steps = search.epochs_for(members[0][0]) * self.length
+        self.drop_at, self.dropped = int(search.lr_drop_at * self.steps), False
+        self._made: SearchStep | None = None
+        free = search.channels_last is None and search.fusible and len(members) == 1
+        self.engine = launch(
+            self._make,
+            feed_of(batches, next(model.parameters()).device),
+            engine=search.engine,
+            steps=self.steps,
+            saved=saved,
+            start=Way(channels_last=bool(search.channels_last)),
+            layouts=free and any(p.ndim == 4 for p in model.parameters()),
+        )
+
+    @property
+    def step(self) -> SearchStep:
+        assert self._made is not None
+        return self._made
+
+    def _make(self, way: Way) -> SearchStep:
+        """The step for a way; one for another memory format is made anew."""
+        if self._made is None or self._made.search.channels_last != way.channels_last:
+            search = replace(self.search, channels_last=way.channels_last)
+            members = [(1 - sparsity, seed) for sparsity, seed in self.members]
+            self._made = search._step(self.model, self.gated, members)
+            self._made.schedule(self.steps)
+        return self._made
 
     def epoch(self, index: int, advance: Advance) -> Record:
-        self.feed.begin(index)
+        order = self.batches.order(index) if isinstance(self.batches, Numbered) else None
+        self.step.begin_epoch(None if order is None else len(order))
+        self.step.clear()
+        self.engine.begin(index)
         for i in range(self.length):
             if index * self.length + i == self.drop_at:
                 self._drop_lr()
-            self.feed()
+            self.engine()
             advance()
         means = (self.step.total / self.length).tolist()
         mean = check_finite(sum(means) / len(means), index, self.search.objective.name)
@@ -374,7 +406,7 @@ class _GateEpochs(Epochs):
         memory = self.step.net.memory
         if memory is not None and memory.table is not None:
             tensors["teacher"] = memory.table
-        return tensors, {"dropped": self.dropped}
+        return tensors, {"dropped": self.dropped, "engine": str(self.engine.way)}
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:

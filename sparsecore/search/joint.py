@@ -20,7 +20,7 @@ from ..control import AbstractController, banded
 from ..gates import AbstractGate, Concrete
 from ..objectives import Objective, task
 from ..patterns import Gated
-from ..training import Recipe, optimizer_for
+from ..recipe import Recipe, optimizer_for
 from .gated import AbstractGateSearch
 from .steps import FusedStep, Members, SearchStep
 
@@ -129,7 +129,7 @@ class JointStep(FusedStep):
         self.others = [p for p in model.parameters() if id(p) not in known and p.requires_grad]
         self.weights = [*gated_weights, *self.others]
         self.clip_norm = search.recipe.clip_norm
-        self.optimizer = optimizer_for(self.weights, search.recipe, capturable=not self.bank.plain)
+        self.optimizer = optimizer_for(self.weights, search.recipe)
         self._make_state()
         self._take_gradients()
 

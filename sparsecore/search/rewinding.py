@@ -14,14 +14,16 @@ from torch.nn import functional as F
 from .. import checkpoints
 from ..batches import EpochBatches
 from ..convert import require_dense_parameters
+from ..engine import check_engine
 from ..granularity import NM, Granularity, Weight
 from ..progress import QUIET, Progress
+from ..recipe import Recipe
 from ..regions import Repellent
 from ..rounds import Round, RoundError, round_files, round_path
 from ..safefile import FileError
 from ..sparsities import check_possible, check_sparsity, kept_count, masks_from_scores
 from ..tickets import Ticket, dense_state
-from ..training import Recipe, train
+from ..training import train
 from .protocol import SearchError, Watch
 
 _REWINDS = ("weights", "learning-rate")
@@ -56,6 +58,7 @@ class Rewinding:
         rounds: a folder that keeps the rounds (`rounds.load_rounds`).  They do not depend on the sparsity, so
             a search for another one goes on with them: several sparsities cost as much as the highest.
             For one search at a time.  None: they lie in the checkpoint until the ticket is found.
+        engine: of every round's training (`train`); what is compiled serves all rounds.
 
     Errors: ValueError for a value out of range.
     """
@@ -69,8 +72,10 @@ class Rewinding:
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
     rounds: Path | None = None
+    engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         checks = (
             ("epochs", 0 < self.epochs < math.inf, "more than 0"),
             ("start_epoch", 0 <= self.start_epoch < math.inf, "at least 0"),
@@ -147,7 +152,8 @@ class Rewinding:
                 asked = Round(index, density, masks, start, {}, 0.0, None, run)
                 done = files.find(asked)
                 if done is None:
-                    done = self._train(model, batches, asked, optima, files, progress, watch)
+                    left = count - index
+                    done = self._train(model, batches, asked, optima, files, progress, watch, left)
                 if self.repel:
                     optima.append(done.trained)
                 files.forget_training(index)
@@ -193,6 +199,7 @@ class Rewinding:
         files: "_Files",
         progress: Progress,
         watch: Watch | None,
+        left: int,
     ) -> Round:
         """The round that is asked for, with what its training gave; kept, where rounds are."""
         # A new copy each time: nothing of an earlier round can be left in it.
@@ -211,6 +218,8 @@ class Rewinding:
                 penalty=Repellent(optima, self.repel) if optima else None,
                 checkpoint=files.training(asked.index),
                 progress=progress,
+                engine=self.engine,
+                repeats=left,
             )
         except FileError as error:
             raise SearchError(

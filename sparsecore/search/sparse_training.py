@@ -17,14 +17,16 @@ from torch import Tensor, nn
 
 from ..batches import EpochBatches
 from ..convert import require_dense_parameters, sparse_layers
+from ..engine import check_engine
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
 from ..patterns import Masked
 from ..plans import remask_
 from ..progress import QUIET, Progress
+from ..recipe import Recipe
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket, dense_state
-from ..training import Recipe, Step, train
+from ..training import Step, train
 from .protocol import SearchError, Watch
 
 Shapes = Mapping[str, torch.Size]
@@ -51,6 +53,7 @@ class AbstractSparseTraining(ABC):
         start_epoch: of the model's present weights; the schedule of `recipe` spans start_epoch + epochs.
         granularity: of masks; a unit is ranked by the mean over its weights.
         seed: of all that is random.
+        engine: how steps are launched (`train`); a graph is captured anew after each update.
 
     Errors: ValueError for a value out of range.
     """
@@ -60,8 +63,10 @@ class AbstractSparseTraining(ABC):
     start_epoch: float = 0
     granularity: Granularity = field(default_factory=Weight)
     seed: int = 0
+    engine: str = field(default="auto", repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_engine(self.engine)
         for name, (good, expected) in self._checks().items():
             if not good:
                 value = getattr(self.recipe if name == "ema" else self, name)
@@ -160,6 +165,7 @@ class AbstractSparseTraining(ABC):
                 facts=(self, sparsity),
                 checkpoint=checkpoint,
                 progress=progress,
+                engine=self.engine,
             )
         except ValueError as error:
             raise SearchError(f"{self.name}: {error}") from error
@@ -175,7 +181,7 @@ class AbstractSparseTraining(ABC):
         return Ticket(masks, dense_state(network if self.finished else model), meta)
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
         recipe = asdict(self.recipe) | {"milestones": list(self.recipe.milestones)}
         return own | {
             "method": self.name,

@@ -5,18 +5,20 @@ tickets at once, `LayerwiseStep` lets every layer draw by itself.  `PlainStep` i
 what the bank does not know: gates without a `spec`, objectives that differentiate twice.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from abc import abstractmethod
+from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
 
-from .. import kernels
+from .. import capture, kernels
 from ..batches import Batch
 from ..control import Reading, State
+from ..engine import AbstractStep, Way, compiled_call, plainly, structure
 from ..objectives import Net, TeacherMemory
 from ..patterns import Gated
 from .kept import Kept
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 Members = Sequence[tuple[float, int]]  # density and noise seed of each ticket searched
 
 
-class SearchStep(ABC):
+class SearchStep(AbstractStep):
     """A step and the state it carries; `total` [tickets] sums the objective over the steps of an epoch."""
 
     def __init__(
@@ -61,7 +63,6 @@ class SearchStep(ABC):
 
     def begin_epoch(self, samples: int | None) -> None:
         """`samples`: how many the data has, if each looks the same in every epoch."""
-        self.total.zero_()
         if samples is None or self.batchwise:
             self.net.memory = None
         elif self.net.memory is None:
@@ -80,6 +81,20 @@ class SearchStep(ABC):
     def descend(self, batch: Batch) -> Tensor:
         """Moves logits, gains and lambda; the objective of each ticket (detached, on the device)."""
 
+    def changes(self) -> list[Tensor]:
+        return [*self.tensors().values(), self.total]
+
+    def facts(self) -> Any:
+        search = self.search
+        how = (
+            self.gate,
+            search.granularity,
+            search.objective.name,
+            search.dtype,
+            len(self.members),
+        )
+        return type(self).__name__, how, structure(self.net.model)
+
     @abstractmethod
     def drop_lr(self, factor: float) -> None: ...
 
@@ -94,6 +109,8 @@ class SearchStep(ABC):
 
 class FusedStep(SearchStep):
     """A step whose gates are a `GateBank`: the model computes with weights drawn beforehand."""
+
+    compiles = True
 
     def __init__(
         self,
@@ -171,6 +188,20 @@ class FusedStep(SearchStep):
         self.bank.backward_(self.gradients(loss))
         return self._end(loss)
 
+    def version(self) -> Hashable:
+        memory = self.net.memory
+        return memory is not None and memory.complete
+
+    def keep(self) -> Any:
+        return self.net.memory
+
+    def become(self, way: Way) -> Self:
+        if not self.compiles:
+            super().become(way)
+        self.net.call = compiled_call(repr(self.facts())) if way.compiled else plainly
+        self.net.side = capture.side_stream(self.device) if way.graph else None
+        return self
+
     def _aim(self) -> None:
         """The step's targets, read on the device: a graph replays this too."""
         if self.aims is not None:
@@ -213,6 +244,8 @@ class LayerwiseStep(FusedStep):
     as it gets sparser.  For few tokens: gates are drawn, or their gradient made, inside the products.
     """
 
+    compiles = False  # its kernels are chosen as it goes
+
     def __init__(
         self,
         search: "AbstractGateSearch",
@@ -243,6 +276,8 @@ class LayerwiseStep(FusedStep):
 
 class ManyStep(FusedStep):
     """Several tickets' steps side by side: one bank, and one model mapped over stacks of weights."""
+
+    compiles = False
 
     def __init__(
         self,

@@ -26,11 +26,11 @@ def accuracy(model: nn.Module) -> float:
 
 def begun(search: ContinuousSparsification, density: float = 0.2) -> _ContinuousEpochs:
     """A search on the MLP, before its first step."""
-    return _ContinuousEpochs(search, sc.sparsify_(mlp()), density, Blobs(), None)
+    return _ContinuousEpochs(search, sc.sparsify_(mlp()), density, Blobs(), None, None)
 
 
 def logits_of(work: _ContinuousEpochs) -> list[Tensor]:
-    return [s.detach().clone() for s in work.logits]
+    return [s.detach().clone() for s in work.step.logits]
 
 
 def test_the_temperature_rises_exponentially_from_1_to_its_end() -> None:
@@ -75,18 +75,18 @@ def test_the_penaltys_gradient_is_the_derivative(
 ) -> None:
     work, gate = begun(ContinuousSparsification(granularity=granularity)), Annealed(temperature)
     with torch.no_grad():
-        for i, s in enumerate(work.logits):
+        for i, s in enumerate(work.step.logits):
             s += 0.5 * randn(*s.shape, seed=i)
-    kept, pulls = work.kept.pulls(gate, work.logits)
+    kept, pulls = work.kept.pulls(gate, work.step.logits)
     shapes = [(24, 12), (4, 24)]
     expected = torch.stack(
         [
             granularity.spread(torch.sigmoid(temperature * s), shape).sum()
-            for s, shape in zip(work.logits, shapes, strict=True)
+            for s, shape in zip(work.step.logits, shapes, strict=True)
         ]
     ).sum()
     torch.testing.assert_close(kept, expected.detach())
-    torch.testing.assert_close(pulls, list(torch.autograd.grad(expected, work.logits)))
+    torch.testing.assert_close(pulls, list(torch.autograd.grad(expected, work.step.logits)))
 
 
 @pytest.mark.parametrize("clip_norm", [None, 0.01])
@@ -103,13 +103,15 @@ def test_a_step_by_hand(clip_norm: float | None) -> None:
     )
     work, (x, y) = begun(search), next(Blobs().epoch(0))
     with torch.no_grad():
-        for i, s in enumerate(work.logits):
+        for i, s in enumerate(work.step.logits):
             s += 0.5 * randn(*s.shape, seed=i)
     logits = [s.requires_grad_() for s in logits_of(work)]
     names = ["0.weight", "0.bias", "2.weight", "2.bias"]
     parameters = dict(work.net.named_parameters())
     weights = [parameters[n].detach().clone().requires_grad_() for n in names]
-    loss = work.step((x, y), 3)
+    work.timeline.to(3)
+    work.step((x, y))
+    loss = work.step.total / len(y)
     # By hand: step 3 of 8, T = 9^(3/7).
     t, open_share = 9 ** (3 / 7), 1 / (1 + math.exp(0.4))
     soft = [torch.sigmoid(t * s) / open_share for s in logits]
@@ -128,7 +130,7 @@ def test_a_step_by_hand(clip_norm: float | None) -> None:
     for name, w, grad in zip(names, weights, grads, strict=True):
         moved = (w - rate * (grad + 0.1 * w)).detach()
         torch.testing.assert_close(parameters[name].detach(), moved)
-    for s, before, grad in zip(work.logits, logits, pulled, strict=True):
+    for s, before, grad in zip(work.step.logits, logits, pulled, strict=True):
         torch.testing.assert_close(s.grad, grad)
         moved = before - 0.02 * grad / (grad.abs() + 1e-8)  # Adam's first step
         torch.testing.assert_close(s.detach(), moved.detach(), rtol=1e-4, atol=1e-5)
@@ -205,8 +207,8 @@ def test_every_granularity(granularity: Granularity) -> None:
 def test_under_n_to_m_the_forbidden_learn_too() -> None:
     """All logits start equal: the first of each group would be the only ones that ever moved."""
     work = begun(ContinuousSparsification(granularity=NM(1, 4), control=FixedPenalty(0.0)))
-    work.step(next(Blobs().epoch(0)), 0)
-    assert (work.logits[-1] != 0).float().mean() > 0.9
+    work.step(next(Blobs().epoch(0)))
+    assert (work.step.logits[-1] != 0).float().mean() > 0.9
 
 
 def test_the_soft_network_is_watched_and_that_changes_nothing() -> None:

@@ -104,7 +104,7 @@ def tightened(search: GradualMagnitude, weight: Tensor, mask: Tensor, sparsity: 
     with torch.no_grad():
         model[0].raw_weight.copy_(weight)
     masked(model, {"0": mask})
-    step = Step(0, model, torch.optim.SGD(model.parameters()), (weight, weight))
+    step = Step(0, model, torch.optim.SGD(model.parameters()), lambda: (weight, weight))
     return search.update(Due(step, 1, 0.5, 2 * sparsity, {}))["0"]
 
 
@@ -178,7 +178,9 @@ def test_an_update_drops_the_weakest_and_grows_the_best(search: AbstractRegrowth
     masked(model, masks)
     batch = next(Blobs().epoch(0))
     counts = {name: int(mask.sum()) for name, mask in masks.items()}
-    due = Due(Step(9, model, torch.optim.SGD(model.parameters()), batch), 10, 0.3, 0.75, counts)
+    due = Due(
+        Step(9, model, torch.optim.SGD(model.parameters()), lambda: batch), 10, 0.3, 0.75, counts
+    )
     scores, found = search.growth(due), search.update(due)
     if isinstance(search, RigL):
         grads = dense_gradients(model, batch, SGD)
@@ -195,7 +197,8 @@ def test_an_update_drops_the_weakest_and_grows_the_best(search: AbstractRegrowth
 
 def test_set_grows_by_its_seed_and_by_nothing_else() -> None:
     def growth(seed: int, taken: int, model: nn.Module) -> dict[str, Tensor]:
-        step = Step(taken - 1, model, torch.optim.SGD(model.parameters()), next(Blobs().epoch(0)))
+        batch = next(Blobs().epoch(0))
+        step = Step(taken - 1, model, torch.optim.SGD(model.parameters()), lambda: batch)
         return SET(SGD, 4, seed=seed).growth(Due(step, taken, 0.3, 0.8, {}))
 
     model, other = sparse_mlp(), sc.sparsify_(mlp(seed=1))

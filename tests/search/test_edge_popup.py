@@ -146,7 +146,7 @@ def test_every_layer_keeps_its_share_of_units(granularity: Granularity) -> None:
 
 def popup(search: EdgePopup, model: nn.Module, sparsity: float) -> _PopupEpochs:
     sparsities = dict.fromkeys(sc.sparse_layers(model), sparsity)
-    return _PopupEpochs(search, model, copy.deepcopy(model), Blobs(), sparsities, None)
+    return _PopupEpochs(search, model, copy.deepcopy(model), Blobs(), sparsities, None, None)
 
 
 def test_ties_go_to_the_lower_index() -> None:

@@ -9,13 +9,13 @@ from helpers import DEVICE
 import sparsecore as sc
 from sparsecore.control import AbstractController, GradBalance, Reading, State
 from sparsecore.data import Batches, Dataset
+from sparsecore.engine import Engine, Resident, Way, feed_of
 from sparsecore.gates import HardConcrete
 from sparsecore.granularity import Block, Channel, Granularity
 from sparsecore.objectives import task
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch, JointSearch, StrongSearch
 from sparsecore.search.gated import AbstractGateSearch
-from sparsecore.search.graph import Feed, Resident
 from sparsecore.training import Recipe
 
 gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
@@ -38,7 +38,9 @@ def test_a_resident_epoch_is_the_epoch(digits: Dataset, augment: bool) -> None:
         resident.begin(epoch)
         order = batches.plan(epoch)[0].to(DEVICE)
         for i, (x, y) in enumerate(batches.epoch(epoch)):
-            (mine, labels), rows = resident.next_() if i < resident.full else resident.rest()
+            assert resident.move_on() == (i < resident.full) and resident.size == len(y)
+            (mine, labels), rows = resident.batch()
+            assert all(map(torch.equal, resident.present(), (x, y)))
             assert torch.equal(mine, x) and torch.equal(labels, y)
             assert torch.equal(rows, order[i * 256 : i * 256 + len(y)])
 
@@ -99,12 +101,12 @@ def test_a_step_never_waits_for_the_device(
     with search._gated(model, sc.sparse_layers(model), 0.9) as gated:
         step = search._step(model, gated, [(0.1, 0)])
         step.schedule(2 * len(batches))
-        feed = Feed(step, batches, graph=False)
-        feed.begin(0)
-        feed()  # allocates
+        engine = Engine(step, feed_of(batches, step.device), Way())
+        engine.begin(0)
+        engine()  # allocates
         torch.cuda.set_sync_debug_mode("error")
         try:
-            feed()
+            engine()
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -125,8 +127,8 @@ def test_replaying_a_graph_is_running_the_step(
     torch.backends.cudnn.deterministic = True
     try:
         graph, again, eager = (
-            replace(search, graph=g)(model_for(digits, name), batches, sparsity=0.9)
-            for g in (True, True, False)
+            replace(search, engine=e)(model_for(digits, name), batches, sparsity=0.9)
+            for e in ("graph", "graph", "eager")
         )
     finally:
         torch.backends.cudnn.deterministic = before
@@ -143,15 +145,15 @@ def test_a_graph_can_hold_a_controller_of_ones_own_and_several_searches(digits: 
     batches = Batches(digits, "train", 256, device=DEVICE)
     search = ConcreteSearch(epochs=2, control=Own(), objective=task)
     graph, eager = (
-        replace(search, graph=g)(model_for(digits, "lenet-300-100"), batches, sparsity=0.9)
-        for g in (True, False)
+        replace(search, engine=e)(model_for(digits, "lenet-300-100"), batches, sparsity=0.9)
+        for e in ("graph", "eager")
     )
     assert graph.hash == eager.hash
     many, apart = (
-        ConcreteSearch(epochs=2, graph=g).many(
+        ConcreteSearch(epochs=2, engine=e).many(
             model_for(digits, "lenet-300-100"), batches, sparsities=[0.5, 0.9]
         )
-        for g in (True, False)
+        for e in ("graph", "eager")
     )
     assert [t.hash for t in many] == [t.hash for t in apart]
 
@@ -165,8 +167,8 @@ def test_a_structured_search_that_skips_is_the_one_that_does_not(
     batches = Batches(digits, "train", 256, device=DEVICE)
     search = ConcreteSearch(epochs=3, gate=HardConcrete(), granularity=granularity)
     losses = [
-        replace(search, graph=g)(model_for(digits, "lenet-300-100"), batches, sparsity=0.7)
-        for g in (True, False)
+        replace(search, engine=e)(model_for(digits, "lenet-300-100"), batches, sparsity=0.7)
+        for e in ("graph", "eager")
     ]
     search = replace(search, layerwise=False)
     losses.append(search(model_for(digits, "lenet-300-100"), batches, sparsity=0.7))

@@ -15,9 +15,10 @@ from sparsecore.convert import batch_statistics
 from sparsecore.gates import Bernoulli, Concrete, Gaussian, HardConcrete, TopK
 from sparsecore.granularity import Granularity
 from sparsecore.objectives import OBJECTIVES, Objective, reverse_kl
+from sparsecore.recipe import Recipe, optimizer_for
 from sparsecore.search import JointSearch, Rewinding, StrongSearch
 from sparsecore.search.joint import JointStep
-from sparsecore.training import Recipe, evaluate, optimizer_for
+from sparsecore.training import evaluate
 
 RECIPE = Recipe(optimizer="adam", lr=1e-2)
 
@@ -219,7 +220,7 @@ def test_the_weights_rates_drop_with_the_gates(monkeypatch: pytest.MonkeyPatch) 
     descend = JointStep.descend
 
     def watched(self: JointStep, batch):
-        rates.append((self.bank.lr[0].item(), self.optimizer.param_groups[0]["lr"]))
+        rates.append((self.bank.lr[0].item(), self.optimizer.param_groups[0]["lr"].item()))
         return descend(self, batch)
 
     monkeypatch.setattr(JointStep, "descend", watched)

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 import sparsecore as sc
 from sparsecore.control import AbstractController, GradBalance, Lagrangian, Reading, State
 from sparsecore.data import Batches, Dataset, Split
+from sparsecore.engine import Engine, Way, feed_of
 from sparsecore.gates import HardConcrete
 from sparsecore.granularity import NM, Block, Channel
 from sparsecore.objectives import task
 from sparsecore.search import ConcreteSearch, JointSearch
 from sparsecore.search.gated import AbstractGateSearch
-from sparsecore.search.graph import Feed
 from sparsecore.search.steps import FusedStep, LayerwiseStep, ManyStep
 from sparsecore.training import Recipe
 
@@ -105,7 +105,7 @@ CASES = {
 }  # fmt: skip
 
 
-def run(case: Case, *, graph: bool) -> tuple[list[dict[str, Tensor]], Feed]:
+def run(case: Case, *, graph: bool) -> tuple[list[dict[str, Tensor]], Engine]:
     """What every step leaves behind, with a rate that drops on the way."""
     search, model = case.search, sc.sparsify_(case.model())
     batches = Batches(small_data(), "train", 4, seed=1, augment=case.augment)
@@ -116,16 +116,19 @@ def run(case: Case, *, graph: bool) -> tuple[list[dict[str, Tensor]], Feed]:
         else:
             step = case.kind(search, model, gated, case.members)
         step.schedule(EPOCHS * len(batches))
-        feed = Feed(step, batches, graph)
+        engine = Engine(step, feed_of(batches, step.device), Way(graph=graph))
         for epoch in range(EPOCHS):
-            feed.begin(epoch)
+            order = batches.order(epoch)
+            step.begin_epoch(None if order is None else len(order))
+            step.clear()
+            engine.begin(epoch)
             for i in range(len(batches)):
                 if (epoch, i) == (1, 1):
                     step.drop_lr(0.1)
-                feed()
+                engine()
                 state = step.tensors() | {"total": step.total}
                 seen.append({name: value.clone() for name, value in state.items()})
-    return seen, feed
+    return seen, engine
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
@@ -133,14 +136,15 @@ def test_a_replay_is_the_step(case: Case, recordings: list[Recording]) -> None:
     """Bit for bit; no step touches the host; and graphs keep all that they read."""
     eager, _ = run(case, graph=False)
     assert not recordings
-    replayed, feed = run(case, graph=True)
-    assert len(recordings) == 1 + (feed.step.net.memory is not None)
+    replayed, engine = run(case, graph=True)
+    assert isinstance(engine.step, FusedStep)
+    assert len(recordings) == 1 + (engine.step.net.memory is not None)
     for i, (mine, right) in enumerate(zip(replayed, eager, strict=True)):
         assert mine.keys() == right.keys()
         for name in right:
             assert torch.equal(mine[name], right[name]), (i, name)
     assert [recording.touches for recording in recordings] == [[] for _ in recordings]
-    graphs = list(feed.captured.values())
-    del feed
-    assert [recording.lost() for recording in recordings] == [0 for _ in recordings]
-    del graphs
+    graph = engine.captured
+    del engine
+    assert recordings[-1].lost() == 0
+    del graph

@@ -44,7 +44,7 @@ class Diary:
 
         def watched(step: Step) -> None:
             self.pruned_are_zero(step)
-            self.rates.append(step.optimizer.param_groups[0]["lr"])
+            self.rates.append(float(step.optimizer.param_groups[0]["lr"]))
             values = self._tensors(step)
             after_step(step)
             self.pruned_are_zero(step)

@@ -1,0 +1,46 @@
+"""One engine for every step: what it launches, what it feeds, how it chooses."""
+
+from .auto import launch
+from .engine import (
+    ENGINES,
+    AbstractStep,
+    Engine,
+    EngineError,
+    Timeline,
+    Way,
+    check_engine,
+    compiled_call,
+    plainly,
+    stamp,
+    structure,
+)
+from .evaluation import Evaluation
+from .feeds import Feed, Given, Loaded, Resident, feed_of
+from .own_loop import TrainStep, graphed
+from .training_step import TrainingStep, capturable_, lay_out_
+
+__all__ = [
+    "ENGINES",
+    "AbstractStep",
+    "Engine",
+    "EngineError",
+    "Evaluation",
+    "Feed",
+    "Given",
+    "Loaded",
+    "Resident",
+    "Timeline",
+    "TrainStep",
+    "TrainingStep",
+    "Way",
+    "capturable_",
+    "check_engine",
+    "compiled_call",
+    "feed_of",
+    "graphed",
+    "launch",
+    "lay_out_",
+    "plainly",
+    "stamp",
+    "structure",
+]

@@ -1,0 +1,193 @@
+"""engine="auto": a handful of steps in each way that may win; the fastest is taken, told, and remembered."""
+
+import hashlib
+import logging
+import statistics
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import torch
+
+from .. import capture
+from ..planner import cache_of, where
+from .engine import AbstractStep, Engine, EngineError, Way, check_engine
+from .feeds import Feed, Given
+
+log = logging.getLogger("sparsecore")
+
+FEW = 20  # steps: a run of fewer is over before anything has been tried
+SHORT = 5.0  # seconds: nor are other ways tried for a shorter one
+COMPILES = 30.0  # seconds that compiling is taken to take, before it has been seen
+_WINS = 0.9  # of the run's time, compiling included: what a compiled one must stay below
+_LAYOUT = 0.97  # and of a step's time in another memory format
+_STEPS, _SECONDS = 9, 1.0  # that are timed in each way, at most
+_ALIKE = 1e-3  # relative: sums of the same steps, launched one by one and as a graph
+
+Make = Callable[[Way], AbstractStep]
+
+
+class Tried(NamedTuple):
+    """What a way takes, in seconds: a step, and what comes before the first."""
+
+    step: float
+    first: float
+
+
+def launch(
+    make: Make,
+    feed: Feed,
+    *,
+    engine: str,
+    steps: int,
+    saved: str | None = None,
+    epoch: int = 0,
+    start: Way = Way(),  # noqa: B008  a value
+    layouts: bool = False,
+    unless: str = "",
+) -> Engine:
+    """The engine of a run: the one asked for, or the fastest.
+
+    Args:
+        make: the step, made for a way or changed to it, at the beginning of the run.
+        feed: whose first batch of `epoch` is tried.
+        steps: how many there will be, those of later runs included that share what is compiled.
+        saved: the way of the run that this one goes on from, which "auto" keeps.
+        start: the way that others are held against.
+        layouts: whether another memory format may be taken.
+        unless: why nothing but `start` may be taken without being asked for.
+
+    Errors: ValueError for no engine's name, EngineError for a way that is not possible here.
+    """
+    told = ""
+    if check_engine(engine) != "auto":
+        way = Way.of(engine)._replace(channels_last=start.channels_last)
+    elif saved is not None:
+        way = Way.of(saved)
+    elif unless:
+        way, told = start, f"{start}, {unless}"
+    else:
+        auto = _Auto(make, feed, epoch, steps, layouts)
+        way = auto.way(start)
+        told = auto.told
+    made = Engine(make(way), feed, way)
+    made.told = told or str(way)
+    return made
+
+
+class _Auto:
+    """What has been tried; arguments as `launch` takes them."""
+
+    def __init__(self, make: Make, feed: Feed, epoch: int, steps: int, layouts: bool) -> None:
+        self.make, self.feed, self.epoch, self.steps = make, feed, epoch, steps
+        self.layouts, self.cache = layouts, cache_of()
+        self.times: dict[Way, Tried] = {}
+        self.refused: dict[Way, str] = {}
+        self.told = ""  # what was taken and why; empty where there was nothing to choose
+
+    def way(self, start: Way) -> Way:
+        """The fastest.  The step is as it was."""
+        if self.steps < FEW or not self._time(start):
+            return start
+        best = start
+        if self.times[best].step * self.steps < SHORT:
+            return best
+        if capture.possible_on(self.make(best).device):
+            best = self._faster(best, best._replace(graph=True))
+        if self.layouts:
+            best = self._faster(best, best._replace(channels_last=True), _LAYOUT)
+        best = self._compiled(best)
+        self.told = self._in_words(best)
+        log.info("engine %s", self.told)
+        return best
+
+    def _faster(self, best: Way, way: Way, share: float = 1.0) -> Way:
+        faster = self._time(way) and self.times[way].step < share * self.times[best].step
+        return way if faster else best
+
+    def _compiled(self, best: Way) -> Way:
+        """With a compiled forward, if that pays in this run."""
+        way, now = best._replace(compiled=True), self.times[best].step * self.steps
+        if (
+            self._key(self.make(way), way) not in self.cache.entries
+            and now * (1 - _WINS) < COMPILES
+        ):
+            self.refused[way] = f"not tried: compiling repays in longer runs than {now:.0f} s"
+            return best
+        if not self._time(way):
+            return best
+        then = self.times[way].step * self.steps + self.times[way].first
+        return way if then <= _WINS * now else best
+
+    def _time(self, way: Way) -> bool:
+        """Notes the way's times, known or tried; whether it can be."""
+        step = self.make(way)
+
+        def read(entry: Any) -> Tried:
+            return Tried(float(entry["step"]), float(entry["first"]))
+
+        try:
+            made = lambda: self._tried(step, way)._asdict()  # noqa: E731
+            self.times[way] = self.cache.get(self._key(step, way), made, read)
+        except EngineError as error:
+            self.refused[way] = str(error)
+        return way in self.times
+
+    def _key(self, step: AbstractStep, way: Way) -> str:
+        shapes = [(tuple(t.shape), t.dtype) for t in self._first(step)[0]]
+        digest = hashlib.sha256(repr((step.facts(), shapes)).encode()).hexdigest()[:16]
+        return f"engine | {where(step.device)} | {digest} | {way}"
+
+    def _first(self, step: AbstractStep) -> Any:
+        self.feed.begin(self.epoch)
+        self.feed.move_on()
+        return self.feed.batch()
+
+    def _tried(self, step: AbstractStep, way: Way) -> Tried:
+        found, total = self._run(step, way)
+        if way.graph:
+            _, single = self._run(step, way._replace(graph=False), timed=False)
+            if not abs(total - single) <= _ALIKE * abs(single):
+                raise EngineError(
+                    f"its graph gives other numbers ({total:.6g}, launched one by one {single:.6g}): something "
+                    "in the step counts or draws in Python"
+                )
+        return found
+
+    def _run(self, step: AbstractStep, way: Way, *, timed: bool = True) -> tuple[Tried, float]:
+        """Some steps on the first batch, and the sum of what the first three measured."""
+        given = Given(step.device)
+        given.now = self._first(step)
+        with step.undone():
+            began = perf_counter()
+            engine = Engine(step, given, way)
+            engine.begin(self.epoch)
+            step.clear()
+            _launch(engine, 3)  # by itself, captured, replayed
+            total, first = float(step.total.sum()), perf_counter() - began
+            seen: list[float] = []
+            while timed and len(seen) < _STEPS and sum(seen) < _SECONDS:
+                start = perf_counter()
+                _launch(engine, 1)
+                seen.append(perf_counter() - start)
+        middle = statistics.median(seen) if seen else float("nan")
+        return Tried(middle, first), total
+
+    def _in_words(self, best: Way) -> str:
+        words = [f"{way} {1e3 * tried.step:.3g} ms" for way, tried in self.times.items()]
+        words += [f"{way}: {why}" for way, why in self.refused.items()]
+        return f"{best}, of {'; '.join(words)} a step"
+
+
+def _launch(engine: Engine, steps: int) -> None:
+    """Steps to their end.  Errors: EngineError also for what cannot be compiled."""
+    try:
+        for _ in range(steps):
+            engine()
+        if engine.step.device.type == "cuda":
+            torch.cuda.synchronize(engine.step.device)
+    except Exception as error:
+        if isinstance(error, EngineError) or not engine.way.compiled:
+            raise
+        why = (str(error).strip().splitlines() or [""])[0]
+        raise EngineError(f"cannot be compiled ({type(error).__name__}: {why})") from error

@@ -1,0 +1,265 @@
+"""Steps without a host: one engine launches every step of training, search and evaluation.
+
+A step computes one batch and changes tensors that stay.  How it is launched is the engine's affair: operation
+by operation, as one CUDA graph, with its forward compiled, or compiled and captured.  Whatever a step reads lies on the
+device (`Feed`, `Timeline`), so that the same step serves all four, with the same numbers.
+"""
+
+import hashlib
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .. import capture
+from ..batches import Batch
+from .feeds import Feed
+
+log = logging.getLogger("sparsecore")
+
+_OFTEN = 5  # captures, in fewer than so many steps each: graphs cost more than they save
+ENGINES = ("auto", "eager", "graph", "compile", "compile-graph")
+
+
+class EngineError(ValueError):
+    """A step that cannot be launched as asked; the message says why and what to ask for instead."""
+
+
+class Way(NamedTuple):
+    """How steps are launched.  channels_last: images lie so; False leaves model and data as they are."""
+
+    graph: bool = False
+    compiled: bool = False
+    channels_last: bool = False
+
+    @property
+    def name(self) -> str:
+        """As users ask for it."""
+        parts = ["compile"] * self.compiled + ["graph"] * self.graph
+        return "-".join(parts) or "eager"
+
+    def __str__(self) -> str:
+        return self.name + ", channels_last" * self.channels_last
+
+    @classmethod
+    def of(cls, text: str) -> "Way":
+        """From an engine's name, or what `str` gave.  Errors: ValueError, listing the names."""
+        name, _, layout = text.partition(", ")
+        if check_engine(name) == "auto" or layout not in ("", "channels_last"):
+            raise ValueError(f"engine: expected one of {', '.join(ENGINES[1:])}, got {text!r}")
+        return cls("graph" in name, "compile" in name, bool(layout))
+
+
+def check_engine(name: str) -> str:
+    """The name.  Errors: ValueError for what is none, listing them."""
+    if name not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+    return name
+
+
+class AbstractStep(ABC):
+    """One step on a batch: no host sync, and nothing that it leaves behind but in `changes`.
+
+    Attributes:
+        total: the sum of what a step measures (a loss, hits) over the steps since `clear`.
+    """
+
+    device: torch.device
+    total: Tensor
+
+    @abstractmethod
+    def __call__(self, batch: Batch, rows: Tensor | None) -> None:
+        """rows: int64 [B], the samples' numbers, where they have some."""
+
+    @abstractmethod
+    def changes(self) -> list[Tensor]:
+        """All that a step changes, where it stays."""
+
+    def version(self) -> Hashable:
+        """A graph of another version is captured anew."""
+        return ()
+
+    def keep(self) -> Any:
+        """What a graph needs alive, beside what the step refers to."""
+        return None
+
+    def facts(self) -> Any:
+        """What tells this step's speed from another's, by its repr."""
+        return type(self).__name__
+
+    def clear(self) -> None:
+        """Before a part of the run that `total` is of."""
+        self.total.zero_()
+
+    def become(self, way: Way) -> None:
+        """Computes with a compiled forward or not."""
+        if way.compiled:
+            raise EngineError(
+                f"engine {way.name}: {type(self).__name__} is not compiled; use graph"
+            )
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        """Steps inside leave no trace; random numbers are drawn again."""
+        tensors = self.changes()
+        values = [t.clone() for t in tensors]
+        cuda = [self.device] if self.device.type == "cuda" else []
+        try:
+            with torch.random.fork_rng(devices=cuda):
+                torch.manual_seed(0)
+                yield
+        finally:
+            with torch.no_grad():
+                for t, value in zip(tensors, values, strict=True):
+                    t.copy_(value)
+
+
+class Engine:
+    """Launches a step on the batches of a feed.
+
+    Attributes:
+        told: how, and why if there was a choice.
+
+    Errors: EngineError where the device or the step does not allow the way.
+    """
+
+    def __init__(self, step: AbstractStep, feed: Feed, way: Way) -> None:
+        if way.graph and not capture.possible_on(step.device):
+            raise EngineError(
+                f"engine {way.name}: expected a GPU for graphs, got {step.device}; use engine=auto"
+            )
+        self.step, self.feed, self.way = step, feed, way
+        self.captured: capture.Captured | None = None
+        self.version: Hashable = None
+        self.begun = (
+            False  # whether all that a first step makes is there: what a graph reads must be
+        )
+        self.steps = self.captures = 0
+        self.told = str(way)
+        step.become(way)
+        if way.graph:
+            feed.hold()
+
+    def begin(self, epoch: int, first: int = 0) -> None:
+        """Epoch `epoch`, from its batch `first` on."""
+        self.feed.begin(epoch, first)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Tells that model, masks, plans or modes may have changed since the last step."""
+        if self.way.graph and (version := self.step.version()) != self.version:
+            self.version, self.captured = version, None
+            if self.captures >= _OFTEN and self.steps < _OFTEN * self.captures:
+                self.way = self.way._replace(graph=False)
+                log.warning(
+                    "engine: captured %d times in %d steps, since the model, its masks or a number of its "
+                    "optimiser changes all the time; steps are launched one by one from here on",
+                    self.captures, self.steps,
+                )  # fmt: skip
+
+    def __call__(self) -> None:
+        """One step on the next batch.  Errors: DataEnded; EngineError if it cannot be captured."""
+        self.steps += 1
+        usual = self.feed.move_on()
+        if usual and self.way.graph and self.begun:
+            if self.captured is None:
+                self.captured = self._capture()
+            self.captured()
+        elif usual or not self.way.compiled:
+            self.step(*self.feed.batch())
+            self.begun = self.begun or usual
+        else:  # compiled code is of one shape
+            self.step.become(self.way._replace(compiled=False))
+            self.step(*self.feed.batch())
+            self.step.become(self.way)
+
+    def _capture(self) -> capture.Captured:
+        step, feed = self.step, self.feed
+        self.captures += 1
+        state = [*step.changes(), *feed.tensors()]
+        # A graph that held this object, which holds it, would stay until memory is looked through.
+        run = lambda: step(*feed.batch())  # noqa: E731
+        try:
+            return capture.Captured(run, state, keep=step.keep(), device=step.device)
+        except RuntimeError as error:
+            why = str(error).strip().splitlines()[0]
+            raise EngineError(
+                f"engine {self.way.name}: the step cannot be captured ({why}); use engine=eager"
+            ) from error
+
+
+class Timeline:
+    """Numbers that follow a schedule, step by step, on the device.
+
+    Args:
+        tables: by name, the number of every step.
+
+    Attributes:
+        now: by name [1], of the present step; always the same tensors.
+    """
+
+    def __init__(self, tables: Mapping[str, Iterable[float]], device: torch.device) -> None:
+        # A CPU reads them as Python's own numbers; fused kernels take float32.
+        made = {"dtype": torch.float64 if device.type == "cpu" else torch.float32, "device": device}
+        self.tables = {name: torch.tensor([*values], **made) for name, values in tables.items()}
+        self.now = {name: table[:1].clone() for name, table in self.tables.items()}
+        self.index = torch.zeros(1, dtype=torch.int64, device=device)
+        self.last = min(len(table) for table in self.tables.values())
+
+    def to(self, index: int) -> None:
+        """The next step is number `index`."""
+        self.index.fill_(index)
+
+    def advance(self) -> None:
+        """To the numbers of the next step: a part of the step."""
+        for name, table in self.tables.items():
+            torch.index_select(table, 0, self.index, out=self.now[name])
+        # Around the end: a graph is tried out before it is captured.
+        self.index.add_(1).remainder_(self.last)
+
+    def changes(self) -> list[Tensor]:
+        return [self.index, *self.now.values()]
+
+
+def plainly(model: nn.Module, *inputs: Any) -> Any:
+    """`compiled_call`'s like, uncompiled."""
+    return model(*inputs)
+
+
+@cache
+def compiled_call(facts: str) -> Callable[..., Any]:
+    """`model(*inputs)`, compiled; `facts` tell structures apart, each of which has code of its own.
+
+    Copies of a model share what was compiled for one of them, whatever their weights and masks.
+    """
+
+    # What is compiled is kept by code object, a few for each: one of its own for every structure.
+    digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
+    code = plainly.__code__.replace(co_name=f"call_{digest}")
+    return torch.compile(FunctionType(code, globals()), dynamic=False)
+
+
+def stamp(model: nn.Module) -> Hashable:
+    """Another one whenever the model's modules, modes or the places of its tensors have changed."""
+    found: list[Any] = []
+    for module in model.modules():
+        found += [id(module), module.training]
+        for table in (module._parameters, module._buffers):
+            found += [None if t is None else t.data_ptr() for t in table.values()]
+    return tuple(found)
+
+
+def structure(model: nn.Module) -> list[Any]:
+    """The modules' kinds, their tensors' shapes, and how planned layers multiply."""
+    found: list[Any] = []
+    for name, module in model.named_modules():
+        tensors = {**module._parameters, **module._buffers}
+        shapes = [(k, tuple(t.shape), t.dtype) for k, t in tensors.items() if t is not None]
+        found.append((name, type(module).__name__, shapes, getattr(module, "formats", None)))
+    return found

@@ -1,0 +1,133 @@
+"""For loops of one's own: a step that is launched by the engine, or a model whose passes are graphs."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import capture
+from ..batches import Batch
+from .auto import launch
+from .engine import check_engine, stamp
+from .feeds import Given
+from .training_step import Loss, Penalty, TrainingStep, capturable_
+
+
+class TrainStep:
+    """One optimiser step a call, launched one by one, as a CUDA graph, compiled, or both; whatever is fastest.
+
+        step = sparsecore.TrainStep(model, F.cross_entropy, optimizer, (x, y))
+        for x, y in loader:
+            loss = step(x, y)
+
+    Between steps everything may change: the rate (by torch's schedulers, or in place), masks and plans, modes of
+    modules, weights that are loaded; a graph of another model is captured anew.  A batch of another shape than
+    the example's, as the last of an epoch, is launched by itself.
+
+    Args:
+        model: on its device, in training mode, planned already if it is to be.
+        loss: of (what the model gives, y), a mean over the batch.  As part of a graph it runs once: what it
+            counts or draws in Python it does no more.
+        optimizer: of the model's parameters.  On a GPU its rate becomes a tensor there.
+        example: a batch (x, y) like those to come.
+        engine: "auto" tries some steps, which leave no trace; or "eager", "graph", "compile", "compile-graph".
+        steps: about how many there will be: compiling has to pay in them.
+        amp: the dtype of autocast; fp16 wants a `scaler`.
+        clip_norm: of all gradients together.
+        accumulate: micro-batches that a batch is cut into.
+        penalty: of the model, added to the loss.
+
+    Attributes:
+        told: how steps are launched, and why if there was a choice.
+
+    Errors: ValueError for no engine's name; EngineError for one that is not possible here.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        example: Batch,
+        *,
+        engine: str = "auto",
+        steps: int = 10_000,
+        amp: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_norm: float | None = None,
+        accumulate: int = 1,
+        penalty: Penalty | None = None,
+    ) -> None:
+        device = next(model.parameters()).device
+        if check_engine(engine) not in ("eager", "compile") and capture.possible_on(device):
+            capturable_(optimizer)
+        step = TrainingStep(
+            model, loss, optimizer, amp=amp, scaler=scaler, clip_norm=clip_norm, accumulate=accumulate,
+            penalty=penalty,
+        )  # fmt: skip
+        self._step, self._feed = step, Given(device)
+        self._feed.now = example, None
+        layouts = any(p.ndim == 4 for p in model.parameters())
+        self._engine = launch(step.become, self._feed, engine=engine, steps=steps, layouts=layouts)
+        self.told = self._engine.told
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss before the step, 0-dim, on the device; no host sync."""
+        self._feed.now = (x, y), None
+        self._engine.refresh()
+        self._engine()
+        return self._step.last.clone()
+
+
+def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
+    """The model, whose forward and backward in training mode are CUDA graphs; loop, AMP and DDP stay one's own.
+
+    `torch.cuda.make_graphed_callables` underneath, with its conditions: the forward makes no host sync, and calls come
+    one at a time.  Here other shapes, keywords, evaluation and a forward without gradients run as before, and
+    another mask or plan is captured anew.  Wrap it in DDP afterwards.  Without a GPU nothing changes.
+
+    Args:
+        example: inputs of a training step, under the autocast of the calls to come.
+    """
+    if not capture.possible_on(next(model.parameters()).device):
+        return model
+    plain, made_of, run = model.forward, None, None
+
+    def forward(*inputs: Any, **named: Any) -> Any:
+        nonlocal made_of, run
+        usual = not named and len(inputs) == len(example) and all(map(_alike, inputs, example))
+        if not (usual and model.training and torch.is_grad_enabled()):
+            return plain(*inputs, **named)
+        if (now := stamp(model)) != made_of:
+            model.forward = plain
+            run = _captured(model, example)
+            model.forward = forward
+            made_of = now
+        assert run is not None
+        return run(*inputs)
+
+    model.forward = forward
+    return model
+
+
+def _captured(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
+    """A graphed forward; the passes that it is tried with leave no trace."""
+    buffers = [(b, b.clone()) for b in model.buffers()]
+    grads = [(p, p.grad) for p in model.parameters()]
+    with capture.aside(example[0].device):
+        torch.cuda.make_graphed_callables(model, tuple(t.detach().clone() for t in example))
+    with torch.no_grad():
+        for b, before in buffers:
+            b.copy_(before)
+    for p, before in grads:
+        p.grad = before
+    return model.forward
+
+
+def _alike(t: Any, example: Tensor) -> bool:
+    return (
+        isinstance(t, Tensor)
+        and t.shape == example.shape
+        and t.dtype == example.dtype
+        and t.requires_grad == example.requires_grad
+    )

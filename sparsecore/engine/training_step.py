@@ -1,0 +1,178 @@
+"""A training step: forward, backward, clipping, optimiser, average, all on the device."""
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from typing_extensions import Self
+
+from ..batches import Batch
+from ..kernels import laid_out_as
+from .engine import AbstractStep, Timeline, Way, compiled_call, plainly, stamp, structure
+
+Loss = Callable[[Any, Tensor], Tensor]  # of (what the model gives, y): a mean over the batch
+Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
+
+
+class TrainingStep(AbstractStep):
+    """One optimiser step; `total` sums loss * samples.
+
+    Args:
+        optimizer: fit for graphs (`capturable_`), where steps become some.
+        accumulate: micro-batches that a batch is cut into.
+        amp: the dtype of autocast.
+        timeline: its "lr" is the optimiser's own; moves on with every step.
+        average: of the weights (EMA), with its decay.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        optimizer: torch.optim.Optimizer,
+        *,
+        accumulate: int = 1,
+        amp: torch.dtype | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        clip_norm: float | None = None,
+        penalty: Penalty | None = None,
+        timeline: Timeline | None = None,
+        average: tuple[AveragedModel, float] | None = None,
+    ) -> None:
+        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.accumulate, self.amp, self.clip_norm = accumulate, amp, clip_norm
+        self.penalty, self.timeline, self.average = penalty, timeline, average
+        self.averaged = average is not None and bool(average[0].n_averaged > 0)
+        self.device = next(model.parameters()).device
+        self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
+        self.total, self.last = (torch.zeros((), device=self.device) for _ in range(2))
+        self.way = Way()
+        self.call: Callable[[nn.Module, Tensor], Any] = plainly
+
+    def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
+        x, y = batch
+        if self.timeline is not None:
+            self.timeline.advance()
+        self.optimizer.zero_grad()
+        mean = self._backward(x, y)
+        if self.penalty is not None:
+            self.scaler.scale(self.penalty(self.model)).backward()
+        if self.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self._average()
+        self.last.copy_(mean)
+        self.total += mean * len(y)
+
+    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+        """The mean loss, detached; its gradients are in the parameters."""
+        if self.way.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        mean = None
+        for part, labels in zip(x.chunk(self.accumulate), y.chunk(self.accumulate), strict=True):
+            with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
+                loss = self.loss(self.call(self.model, part), labels)
+            if self.accumulate > 1:
+                loss = loss * (len(labels) / len(y))
+            self.scaler.scale(loss).backward()
+            mean = loss.detach() if mean is None else mean + loss.detach()
+        assert mean is not None
+        return mean
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        if self.average is None:
+            return
+        average, decay = self.average
+        mine = list(chain(average.module.parameters(), average.module.buffers()))
+        now = list(chain(self.model.parameters(), self.model.buffers()))
+        if self.averaged:
+            real = [i for i, t in enumerate(mine) if t.is_floating_point()]
+            torch._foreach_lerp_([mine[i] for i in real], [now[i] for i in real], 1 - decay)
+            mine, now = ([t for t in ts if not t.is_floating_point()] for ts in (mine, now))
+        for t, value in zip(mine, now, strict=True):
+            t.copy_(value)
+        self.averaged = True
+        average.n_averaged += 1
+
+    def changes(self) -> list[Tensor]:
+        found = [*self.model.parameters(), *self.model.buffers(), self.total, self.last]
+        for slots in self.optimizer.state.values():
+            found += [value for value in slots.values() if isinstance(value, Tensor)]
+        if self.scaler.is_enabled():
+            scale = self.scaler._scale, self.scaler._growth_tracker
+            found += [t for t in scale if t is not None]  # None before the first step
+        if self.timeline is not None:
+            found += self.timeline.changes()
+        if self.average is not None:
+            found += [*self.average[0].parameters(), *self.average[0].buffers()]
+        return found
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        begun, averaged, scale = bool(self.optimizer.state), self.averaged, self.scaler.state_dict()
+        try:
+            with super().undone():
+                yield
+        finally:
+            if not begun:  # what the first step makes is made by the run's own
+                self.optimizer.state.clear()
+            self.optimizer.zero_grad()
+            self.averaged = averaged
+            if scale:  # {} where none is wanted
+                self.scaler.load_state_dict(scale)
+
+    def version(self) -> Hashable:
+        numbers = [v for g in self.optimizer.param_groups for v in g.values() if _plain(v)]
+        return stamp(self.model), *numbers
+
+    def keep(self) -> Any:
+        return list(self.model.modules())  # their `id`s are part of the version
+
+    def facts(self) -> Any:
+        how = (self.amp, self.accumulate, self.clip_norm, type(self.optimizer).__name__)
+        return structure(self.model), how, self.penalty is not None, self.average is not None
+
+    def become(self, way: Way) -> Self:
+        if way.channels_last != self.way.channels_last:
+            lay_out_(self.model, self.optimizer, way.channels_last)
+        self.way = way
+        self.call = compiled_call(repr(structure(self.model))) if way.compiled else plainly
+        return self
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, (bool, int, float, str, tuple))
+
+
+def lay_out_(model: nn.Module, optimizer: torch.optim.Optimizer, channels_last: bool) -> None:
+    """Images' weights, their masks and their optimiser's state in one memory format."""
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    model.to(memory_format=memory_format)  # type: ignore[call-overload]
+    for p, slots in optimizer.state.items():
+        for name, value in slots.items():
+            if isinstance(value, Tensor) and value.shape == p.shape:
+                slots[name] = laid_out_as(value, p)
+
+
+def capturable_(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Lets an optimiser's steps be part of a graph, its rate included; returns it.
+
+    Rates become tensors, which schedulers of torch fill in place.
+    """
+    for group in optimizer.param_groups:
+        device = group["params"][0].device
+        if isinstance(optimizer, torch.optim.SGD):
+            group |= {"fused": True, "foreach": False}  # it alone takes its rate from the device
+        elif "capturable" in group:
+            group["capturable"] = True
+        else:
+            continue
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
+    return optimizer

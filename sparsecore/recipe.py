@@ -1,0 +1,105 @@
+"""How to train: optimiser, schedule and precision, as a frozen value."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_OPTIMIZERS = ("sgd", "adam", "adamw")
+_SCHEDULES = ("constant", "step", "cosine")
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.  Errors: ValueError for a value out of range.
+
+    Args:
+        schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run).
+        accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding.
+        amp: `bf16` or `fp16` (GPU only) autocast; None trains in float32.
+        ema: decay of an average of the weights that is evaluated in their place; None: off.
+        augment: whether the data set's customary augmentation is used.
+    """
+
+    optimizer: str = "sgd"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 0.0
+    batch: int = 128
+    epochs: int = 12
+    schedule: str = "step"
+    milestones: tuple[float, ...] = (0.7,)
+    gamma: float = 0.1
+    warmup_epochs: float = 0.0
+    label_smoothing: float = 0.0
+    amp: str | None = None
+    accumulate: int = 1
+    ema: float | None = None
+    clip_norm: float | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        checks = (
+            ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
+            ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
+            ("amp", self.amp in (None, *_DTYPES), "null, bf16 or fp16"),
+            ("lr", self.lr > 0, "a positive number"),
+            ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
+            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("batch", self.batch >= 1, "at least 1"),
+            ("epochs", self.epochs >= 1, "at least 1"),
+            ("milestones", all(0 < m < 1 for m in self.milestones), "fractions between 0 and 1"),
+            ("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1"),
+            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
+            ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
+            ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),
+            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "null or positive"),
+        )
+        for name, good, expected in checks:
+            if not good:
+                raise ValueError(f"recipe {name}: expected {expected}, got {getattr(self, name)!r}")
+
+    @property
+    def amp_dtype(self) -> torch.dtype | None:
+        """Of autocast; None: there is none."""
+        return _DTYPES.get(self.amp or "")
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context that forwards run in."""
+        return torch.autocast(device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
+
+    def lr_at(self, epoch: float, total: float) -> float:
+        """The learning rate at an absolute, fractional epoch of a run of `total` epochs."""
+        if epoch < self.warmup_epochs:
+            return self.lr * epoch / self.warmup_epochs
+        if self.schedule == "step":
+            return self.lr * self.gamma ** sum(epoch >= m * total - 1e-9 for m in self.milestones)
+        if self.schedule == "cosine":
+            done = (epoch - self.warmup_epochs) / max(total - self.warmup_epochs, 1e-9)
+            return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+        return self.lr
+
+
+def optimizer_for(
+    parameters: list[nn.Parameter], recipe: Recipe, *, lr: Tensor | None = None
+) -> torch.optim.Optimizer:
+    """A recipe's optimiser, whose steps may be part of a CUDA graph.
+
+    lr: the tensor [1] that it takes its rate from; None: one of its own.
+    """
+    device = parameters[0].device
+    if lr is None:  # the CPU reads it as Python's own number
+        wide = torch.float64 if device.type == "cpu" else torch.float32
+        lr = torch.tensor([recipe.lr], dtype=wide, device=device)
+    # fused: one pass over weights, gradients and moments
+    options: dict[str, Any] = {"lr": lr, "weight_decay": recipe.weight_decay, "fused": True}
+    if recipe.optimizer == "sgd":
+        options |= {"momentum": recipe.momentum, "nesterov": recipe.nesterov}
+        return torch.optim.SGD(parameters, **options)
+    kind = torch.optim.Adam if recipe.optimizer == "adam" else torch.optim.AdamW
+    return kind(parameters, capturable=device.type == "cuda", **options)
