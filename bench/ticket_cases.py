@@ -12,7 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from sparsecore.convert import is_prunable
+from sparsecore.convert import dense_layers
 from sparsecore.granularity import parse_granularity
 from sparsecore.recipes import build
 
@@ -132,8 +132,8 @@ def random_mask(shape: tuple[int, ...], granularity: str, sparsity: float) -> Te
 def random_masks(case: TrainCase, model: nn.Module, sparsity: float) -> dict[str, Tensor]:
     """Masks of the layers of a model that a case makes sparse."""
     masks = {}
-    for name, layer in model.named_modules():
-        if not is_prunable(name, layer) or any(fnmatchcase(name, g) for g in case.left_dense):
+    for name, layer in dense_layers(model).items():
+        if any(fnmatchcase(name, g) for g in case.left_dense):
             continue
         shape = tuple(layer.get_parameter("weight").shape)
         if parse_granularity(case.granularity).units(shape).numel() >= 10:
@@ -204,9 +204,8 @@ _COMPILED = (
 
 
 def _vit(providers: tuple[str, ...], label: str = "") -> TrainCase:
-    # Queries, keys and values are one bare parameter of nn.MultiheadAttention, which stays dense.
     return TrainCase(
-        "models", f"model/vit_b_16, block 64{label}", "torchvision:vit_b_16", (3, 224, 224), 64,
+        "models", f"model/vit_b_16, attention too, block 64{label}", "torchvision:vit_b_16", (3, 224, 224), 64,
         providers, granularity="block:64x64", left_dense=("conv_proj", "heads.*"),
     )  # fmt: skip
 

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import sparsecore as sc
+from sparsecore.nn import weight_key
 
 from .measure import require_as_exact, require_close
 from .ticket_cases import COMPILED, DENSE, MASKED, TrainCase
@@ -173,12 +174,12 @@ class _Times(nn.Module):
 
 
 def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Kept:
-    kept = Kept()
+    kept, plain = Kept(), dict(model.named_parameters())
     for name, mask in masks.items():
-        layer = model.get_submodule(name)
-        weight = layer.get_parameter("weight")
+        path, _, key = weight_key(name, plain).rpartition(".")
+        weight = plain[f"{path}.{key}".lstrip(".")]
         factor = torch.empty_like(weight).copy_(mask)
-        parametrize.register_parametrization(layer, "weight", _Times(factor))
+        parametrize.register_parametrization(model.get_submodule(path), key, _Times(factor))
         kept[name] = (weight, mask)
     return kept
 

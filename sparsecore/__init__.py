@@ -11,6 +11,7 @@ from . import (
     regions,
     scores,
 )
+from .attention import SparseMultiheadAttention
 from .batchnorm import recompute_statistics_
 from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
@@ -61,6 +62,7 @@ __all__ = [
     "Round",
     "SparseConv2d",
     "SparseLinear",
+    "SparseMultiheadAttention",
     "StrongSearch",
     "Ticket",
     "TicketError",

@@ -3,10 +3,13 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from .attention import SparseMultiheadAttention, projections
 from .nn import SparseConv2d, SparseLayer, SparseLinear
 from .patterns import Gated, Planned
 
@@ -18,45 +21,54 @@ _SPARSE_TYPES: dict[type[nn.Module], type[SparseLayer]] = {
     NonDynamicallyQuantizableLinear: SparseLinear,  # the output projection of nn.MultiheadAttention
     nn.Conv2d: SparseConv2d,
 }
+_ATTENTION = (nn.MultiheadAttention, SparseMultiheadAttention)
 
 
 def is_prunable(name: str, module: nn.Module) -> bool:
     """The default filter: every nn.Linear and nn.Conv2d, first and last layer included.
 
-    Biases, normalisation and embeddings stay dense, and so does `nn.MultiheadAttention.in_proj_weight`,
-    which is a bare parameter of that module (its `out_proj` is a layer and does become sparse).
+    The projections of `nn.MultiheadAttention` are linear layers too: `in_proj` (queries, keys and values; `q_proj`,
+    `k_proj` and `v_proj` where keys or values have sizes of their own) and `out_proj`, by names such as
+    `encoder.layers.0.self_attn.in_proj`.  Biases, normalisation and embeddings stay dense.
     """
     return type(module) in _SPARSE_TYPES
 
 
 def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
-    """Replaces the chosen layers by SparseLinear / SparseConv2d in place and returns the model.
+    """Replaces the chosen layers by their sparse forms in place and returns the model.
 
-    Parameters are shared, not copied, so an existing optimiser keeps working; outputs are unchanged.
+    `nn.MultiheadAttention` with a chosen projection becomes `SparseMultiheadAttention`.  Parameters are shared,
+    not copied, so an existing optimiser keeps working; outputs are unchanged.
 
     Args:
         filter_fn: `f(name, module) -> bool`, a module type, a glob on the layer's name
-            (`"layer?.*"`), or several globs.  Only nn.Linear and nn.Conv2d can be chosen.
+            (`"layer?.*"`), or several globs.  Only nn.Linear and nn.Conv2d can be chosen, and the projections of
+            nn.MultiheadAttention, of which it is asked as an nn.Linear each.
 
     Errors: ValueError if nothing matches.
     """
     chosen = _as_predicate(filter_fn)
-    if type(model) in _SPARSE_TYPES:
-        return _SPARSE_TYPES[type(model)].from_dense(model) if chosen("", model) else model
     found = bool(sparse_layers(model))
-    made: dict[nn.Module, SparseLayer] = {}  # a layer in several places stays one layer
+    made: dict[nn.Module, nn.Module] = {}  # a layer in several places stays one layer
+
+    def sparse(path: str, layer: nn.Module) -> nn.Module:
+        names = [name for name, part in _dense_parts(path, layer) if chosen(name, part)]
+        if layer not in made and names:
+            made[layer] = _sparse_form(layer, [name.rpartition(".")[2] for name in names])
+        return made.get(layer, layer)
+
+    if type(model) in _SPARSE_TYPES or type(model) in _ATTENTION:
+        return sparse("", model)
     for name, module in list(model.named_modules()):
+        if type(module) in _ATTENTION:
+            continue  # what it holds is its own
         for child_name, child in list(module._modules.items()):
-            path = f"{name}.{child_name}" if name else child_name
-            if child is None:
-                continue
-            if child in made or (type(child) in _SPARSE_TYPES and chosen(path, child)):
-                if child not in made:
-                    made[child] = _SPARSE_TYPES[type(child)].from_dense(child)
-                setattr(module, child_name, made[child])
-                found = True
-    if not found:
-        names = [n for n, m in model.named_modules() if is_prunable(n, m)]
+            if child is not None:
+                path = f"{name}.{child_name}" if name else child_name
+                if (new := sparse(path, child)) is not child:
+                    setattr(module, child_name, new)
+    if not (found or made):
+        names = list(dense_layers(model))
         raise ValueError(
             f"sparsify_: no layer matches {filter_fn!r}; the model's linear and convolution layers "
             f"are {', '.join(names[:8]) or 'none'}{', …' if len(names) > 8 else ''}"
@@ -64,14 +76,40 @@ def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
     return model
 
 
+def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """What `sparsify_` asks its filter about, by name."""
+    parts = (part for name, module in model.named_modules() for part in _dense_parts(name, module))
+    return dict(parts)
+
+
+def _dense_parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What can become sparse of a module alone, without its submodules, by name."""
+    if type(module) in _SPARSE_TYPES:
+        yield path, module
+    elif type(module) in _ATTENTION:
+        for name, layer in projections(cast(nn.MultiheadAttention, module)).items():
+            yield f"{path}.{name}".lstrip("."), layer
+
+
+def _sparse_form(module: nn.Module, names: list[str]) -> nn.Module:
+    """Its sparse form: of an attention these projections, of a sparse one these as well."""
+    if isinstance(module, SparseMultiheadAttention):
+        return module.sparsify_(names)
+    if isinstance(module, nn.MultiheadAttention):
+        return SparseMultiheadAttention.from_dense(module, names)
+    return _SPARSE_TYPES[type(module)].from_dense(module)
+
+
 def densify_(model: nn.Module) -> nn.Module:
-    """Replaces sparse layers by plain nn.Linear / nn.Conv2d with the same keys, in place; returns the model."""
-    if isinstance(model, SparseLayer):
+    """Replaces sparse layers by plain ones of PyTorch with the same keys, in place; returns the model."""
+    if isinstance(model, SparseLayer | SparseMultiheadAttention):
         return model.to_dense()
     made: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
+        if isinstance(module, SparseMultiheadAttention):
+            continue  # which is made dense as a whole
         for child_name, child in list(module._modules.items()):
-            if isinstance(child, SparseLayer):
+            if isinstance(child, SparseLayer | SparseMultiheadAttention):
                 if child not in made:
                     made[child] = child.to_dense()
                 setattr(module, child_name, made[child])
@@ -123,10 +161,13 @@ def advance_(model: nn.Module) -> None:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
 
-    On leaving, modes and all buffers (running statistics) are what they were.
+    PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  On leaving, modes and
+    all buffers (running statistics) are what they were.
     """
     modes = {module: module.training for module in model.modules()}
     running: dict[nn.Module, dict[str, Tensor | None]] = {}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -136,6 +177,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
         for module, buffers in running.items():
             module._buffers.update(buffers)
         for module, mode in modes.items():

@@ -2,11 +2,12 @@
 
 Two modules times any number of patterns.  Reading `layer.weight` gives what the layer computes with
 (the pattern applied to the parameter), so code that takes the weight out of a layer and calls the
-functional itself - torchvision's Swin attention, `nn.MultiheadAttention`'s output projection - is
+functional itself - torchvision's Swin attention, the fused evaluation of PyTorch's transformers - is
 sparse as well.  The parameter keeps its key `weight` in the state_dict and in `named_parameters()`.
 """
 
-from typing import Any
+from collections.abc import Container
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -167,10 +168,7 @@ class SparseLayer(nn.Module):
                 f"{cls.__name__}.from_dense: expected {_plain_type(cls).__name__}, "
                 f"got {type(layer).__name__}"
             )
-        sparse = cls.__new__(cls)
-        sparse.__dict__ = layer.__dict__.copy()
-        for table in ("_parameters", "_buffers", "_modules"):
-            sparse.__dict__[table] = layer.__dict__[table].copy()
+        sparse = as_class(cls, layer)
         sparse.pattern = Dense()
         return sparse
 
@@ -180,27 +178,29 @@ class SparseLayer(nn.Module):
         A Dense or Masked layer keeps its parameter object (already zero where pruned); a Gated layer
         gets the gates' mean baked in.
         """
-        plain = _plain_type(type(self))
-        dense = plain.__new__(plain)
-        dense.__dict__ = self.__dict__.copy()
-        for table in ("_parameters", "_buffers", "_modules"):
-            dense.__dict__[table] = self.__dict__[table].copy()
+        dense = as_class(_plain_type(type(self)), self)
         del dense._modules["pattern"]
-        if isinstance(self.pattern, Planned):
-            raw = self.raw_weight
-            dense._parameters["weight"] = nn.Parameter(self.weight.detach(), raw.requires_grad)
-        elif not isinstance(self.pattern, Dense):
-            was_training = self.pattern.training
-            with torch.no_grad():
-                self.pattern.eval()
-                effective = self.weight.clone()
-                self.pattern.train(was_training)
-            if isinstance(self.pattern, Masked):
-                self.raw_weight.data.copy_(effective)
-            else:
-                requires_grad = self.raw_weight.requires_grad
-                dense._parameters["weight"] = nn.Parameter(effective, requires_grad)
+        dense._parameters["weight"] = self._baked()
         return dense
+
+    def _baked(self) -> nn.Parameter:
+        """A dense parameter of the weight that the layer computes with: its own, where that is dense."""
+        raw = self.raw_weight
+        if isinstance(self.pattern, Dense):
+            return raw
+        was_training = self.pattern.training
+        with torch.no_grad():
+            self.pattern.eval()
+            effective = self.weight.clone()
+            self.pattern.train(was_training)
+        if isinstance(self.pattern, Masked):
+            raw.data.copy_(effective)
+            return raw
+        return nn.Parameter(effective, raw.requires_grad)
+
+    def _weight_at(self, prefix: str) -> str:
+        """The weight's key in a state_dict where this layer's keys have a prefix."""
+        return prefix + "weight"
 
     def _save_to_state_dict(
         self, destination: dict[str, Any], prefix: str, keep_vars: bool
@@ -208,7 +208,7 @@ class SparseLayer(nn.Module):
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # As under a mask, so that a file does not depend on plans.
         if isinstance(self.pattern, Planned):
-            destination[prefix + "weight"] = self.weight.detach()
+            destination[self._weight_at(prefix)] = self.weight.detach()
             destination[prefix + "pattern.mask"] = self.pattern.mask
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
@@ -229,9 +229,10 @@ class SparseLayer(nn.Module):
 
     def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Errors as torch words them, for a weight or mask of another shape."""
-        found = {key: state_dict.get(prefix + key) for key in ("weight", "pattern.mask")}
+        keys = (self._weight_at(prefix), prefix + "pattern.mask")
+        found = {key: state_dict.get(key) for key in keys}
         return [
-            f"size mismatch for {prefix}{key}: copying a param with shape {value.shape} from checkpoint, "
+            f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, "
             f"the shape in current model is {self.weight_shape}."
             for key, value in found.items()
             if value is not None and value.shape != self.weight_shape
@@ -240,16 +241,13 @@ class SparseLayer(nn.Module):
     def _planned_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Takes over the mask of a masked layer's state; returns the state with the kept weights alone."""
         assert isinstance(self.pattern, Planned)
-        mask, weight = (state_dict.get(prefix + key) for key in ("pattern.mask", "weight"))
+        key = self._weight_at(prefix)
+        mask, weight = state_dict.get(prefix + "pattern.mask"), state_dict.get(key)
         if mask is not None:
             mask = mask.bool().to(self.raw_weight.device)
             if not torch.equal(mask, self.pattern.mask):
                 self.remask_(mask)
-        return (
-            state_dict
-            if weight is None
-            else {**state_dict, prefix + "weight": self.pattern.kept(weight)}
-        )
+        return state_dict if weight is None else {**state_dict, key: self.pattern.kept(weight)}
 
 
 class SparseLinear(SparseLayer, nn.Linear):
@@ -328,3 +326,21 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
 
 def _plain_type(cls: type) -> type[nn.Module]:
     return nn.Linear if issubclass(cls, nn.Linear) else nn.Conv2d
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def as_class(cls: type[_Module], module: nn.Module) -> _Module:
+    """A module of another class with the same parameters, submodules, hooks and settings."""
+    other = cls.__new__(cls)
+    other.__dict__ = module.__dict__.copy()
+    for table in ("_parameters", "_buffers", "_modules"):
+        other.__dict__[table] = module.__dict__[table].copy()
+    return other
+
+
+def weight_key(layer: str, state: Container[str]) -> str:
+    """A layer's weight in a model's state: `<layer>.weight`, or `<layer>_weight` of an attention's projection."""
+    key, bare = f"{layer}.weight".lstrip("."), f"{layer}_weight"
+    return bare if key not in state and bare in state else key

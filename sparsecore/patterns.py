@@ -225,6 +225,7 @@ class Planned(nn.Module):
         self.formats, self.choose = formats, choose
         self.choice: Any = None  # what `choose` said, with its reason
         self._plans: dict[torch.dtype, kernels.Plan] = {}
+        self._parts: dict[tuple[torch.dtype, tuple[int, ...]], list[kernels.Plan]] = {}
         self._prepare(dtype)
 
     @property
@@ -273,7 +274,21 @@ class Planned(nn.Module):
             self.choice = self.choose(self, x)
             self.formats = self.choice.formats or kernels.FLOOR
             self._plans.clear()
+            self._parts.clear()
         return self._plans.get(dtype) or self._prepare(dtype)
+
+    def split(self, sizes: Sequence[int], x: Tensor) -> list[kernels.Plan] | None:
+        """Plans of so many rows each, for parts that have an input each, like x; values split as rows do.
+
+        None inside a graph if they are not prepared: the dense weight computes alike.
+        """
+        key = kernels.compute_dtype(x), tuple(sizes)
+        if not torch.compiler.is_compiling():
+            formats = self.plan(x).formats  # an open choice is made for the whole
+            if key not in self._parts:
+                masks = self.mask.split(list(sizes))
+                self._parts[key] = [kernels.plan_of(m, formats, dtype=key[0]) for m in masks]
+        return self._parts.get(key)
 
     def _prepare(self, dtype: torch.dtype) -> kernels.Plan:
         plan = kernels.plan_of(
@@ -294,13 +309,14 @@ class Planned(nn.Module):
                 self.formats = self.choice = None  # what was measured there says nothing here
             self.index = index
             dtypes = list(self._plans)
-            self._plans = {}
+            self._plans, self._parts = {}, {}
             for dtype in dtypes[:1]:
                 self._prepare(dtype)
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_plans": list(self._plans)}  # plans are made again from the index
+        # Plans are made again from the index.
+        return self.__dict__ | {"_plans": list(self._plans), "_parts": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         dtypes, index = state["_plans"], state["index"]

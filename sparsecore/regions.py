@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .batches import EpochBatches
 from .connectivity import LinearPath, State, path_errors
 from .convert import densify_, require_sparse_layers
-from .nn import SparseLayer
+from .nn import SparseLayer, weight_key
 from .patterns import Masked, Planned
 from .progress import QUIET, Progress
 
@@ -49,7 +49,8 @@ def angular_distances(rounds: Sequence[Solution]) -> Float[Tensor, "R R"]:
     squares = torch.zeros_like(products)  # [i, j]: of round i's weights, where round j keeps them
     for name in rounds[0].masks:
         masks = torch.stack([r.masks[name].cpu().reshape(-1) for r in rounds]).double()  # [R, n]
-        weights = torch.stack([r.trained[_key(name)].cpu().reshape(-1) for r in rounds]).double()
+        trained = [r.trained[weight_key(name, r.trained)].cpu().reshape(-1) for r in rounds]
+        weights = torch.stack(trained).double()
         weights *= masks
         products += weights @ weights.T
         squares += weights.square() @ masks.T
@@ -95,17 +96,12 @@ def round_paths(
     return paths
 
 
-def _key(layer: str) -> str:
-    """A layer's weight in a state_dict."""
-    return f"{layer}.weight".lstrip(".")
-
-
 def _masked(solution: Solution) -> dict[str, Tensor]:
     """The trained state with zeros where the mask removes."""
     state = dict(solution.trained)
     for name, mask in solution.masks.items():
-        weight = state[_key(name)]
-        state[_key(name)] = weight.where(mask.to(weight.device), 0)
+        key = weight_key(name, state)
+        state[key] = state[key].where(mask.to(state[key].device), 0)
     return state
 
 
@@ -145,10 +141,11 @@ def _seen(layer: SparseLayer, name: str, optima: Sequence[State]) -> Tensor:
     """One layer's weights at the optima, as its parameter would hold them: [R, n]."""
     rows = []
     for i, optimum in enumerate(optima):
-        value = optimum.get(_key(name))
+        key = weight_key(name, optimum)
+        value = optimum.get(key)
         if value is None or value.shape != layer.weight_shape:
             raise ValueError(
-                f"repellent: expected {_key(name)} of shape {tuple(layer.weight_shape)} in optimum {i}, got "
+                f"repellent: expected {key} of shape {tuple(layer.weight_shape)} in optimum {i}, got "
                 f"{'none' if value is None else tuple(value.shape)}; give dense states of this model"
             )
         value = value.to(layer.raw_weight)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from . import safefile
+from .nn import weight_key
 from .tickets import pack_mask, unpack_mask
 
 
@@ -42,7 +43,7 @@ class Round:
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights by masked layer."""
-        return {name: self.trained[_weight_key(name)] for name in self.masks}
+        return {name: self.trained[weight_key(name, self.trained)] for name in self.masks}
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with bit-packed masks.  Errors: RoundError if it cannot."""
@@ -87,7 +88,7 @@ class Round:
         if expected != {key: value.shape for key, value in parts["trained"].items()}:
             raise ValueError("expected the same weights before and after training")
         for name, mask in masks.items():
-            if expected[_weight_key(name)] != mask.shape:
+            if expected[weight_key(name, expected)] != mask.shape:
                 raise ValueError(f"expected a mask of {name}'s shape, got {tuple(mask.shape)}")
         for name, kind in _FACTS.items():
             if not isinstance(meta[name], kind):
@@ -143,7 +144,3 @@ def load_rounds(folder: str | Path) -> list[Round]:
                 f"got round {found.index} of {found.run[:12]}; keep each run in a folder of its own"
             )
     return rounds
-
-
-def _weight_key(layer: str) -> str:
-    return f"{layer}.weight".lstrip(".")

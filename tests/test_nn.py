@@ -278,18 +278,5 @@ def test_unmodified_torchvision_models(name: str, size: int, options: dict) -> N
         if grad is not None:
             used += 1
             assert bool((grad[~layer.pattern.mask] == 0).all())
-    assert used == len(layers)  # Swin and attention read the weight out of the layer: masked too
+    assert used == len(layers)  # Swin reads the weight out of the layer: masked too
     assert list(sc.densify_(model).state_dict()) == keys
-
-
-def test_attention_output_projection_is_sparse_and_its_input_projection_dense() -> None:
-    attention = seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
-    sc.sparsify_(attention)
-    assert list(sc.sparse_layers(attention)) == ["out_proj"]
-    attention.out_proj.set_mask_(torch.zeros(8, 8, dtype=torch.bool))
-    x = randn(2, 3, 8)
-    for training in (True, False):
-        attention.train(training)
-        y, _ = attention(x, x, x)
-        assert bool((y == attention.out_proj.bias).all())
-    assert "in_proj_weight" in dict(attention.named_parameters())

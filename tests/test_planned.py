@@ -250,16 +250,6 @@ def test_code_that_takes_the_weight_out_of_a_layer() -> None:
     F.linear(x, layers[0].weight).square().sum().backward()
     kept = layers[0].raw_weight.grad[layers[0].pattern.mask]
     torch.testing.assert_close(layers[1].raw_weight.grad, kept)
-    attention = seeded(lambda: nn.MultiheadAttention(8, 2, batch_first=True))
-    plain = copy.deepcopy(attention)
-    sc.sparsify_(attention)
-    attention.out_proj.set_mask_(rand(8, 8) < 0.5).plan_("state")
-    with torch.no_grad():
-        plain.out_proj.weight.copy_(attention.out_proj.weight)
-    tokens = randn(2, 4, 8)
-    torch.testing.assert_close(
-        attention(tokens, tokens, tokens)[0], plain(tokens, tokens, tokens)[0]
-    )
 
 
 @pytest.mark.parametrize("plan", ["mask", "state", "csr", "compact"])

@@ -21,6 +21,7 @@ from torch.fx.graph import CodeGen
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from ..attention import SparseMultiheadAttention
 from ..nn import SparseLayer
 from .operations import IN_PLACE, Traced, hooked, kind_of_call, kind_of_module
 
@@ -100,7 +101,7 @@ class _Tracer(fx.Tracer):
     inside = ""
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        known = isinstance(m, SparseLayer) or hooked(m)
+        known = isinstance(m, SparseLayer | SparseMultiheadAttention) or hooked(m)
         return known or super().is_leaf_module(m, module_qualified_name)
 
     def proxy(self, node: Node) -> fx.Proxy:
