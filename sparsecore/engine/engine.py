@@ -101,7 +101,7 @@ class AbstractStep(ABC):
         """Computes with a compiled forward or not."""
         if way.compiled:
             raise EngineError(
-                f"engine {way.name}: {type(self).__name__} is not compiled; use graph"
+                f"engine {way.name}: {type(self).__name__} is not compiled; use eager or graph"
             )
 
     @contextmanager

@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import Blobs, mlp, randn, seeded
+from helpers import Blobs, mlp, randn
 from replay import Recording
+from runs import images, loaded, masked, points, resident, same, small_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import EpochBatches
-from sparsecore.data import Batches, Dataset, Split
+from sparsecore.data import Batches
 from sparsecore.engine import EngineError, Evaluation, Timeline, Way
 from sparsecore.recipe import Recipe
 from sparsecore.regions import Repellent
@@ -25,45 +26,6 @@ from sparsecore.training import Step, train
 
 SGD = Recipe(lr=0.05, weight_decay=1e-3, batch=4, epochs=3, milestones=(0.4,), warmup_epochs=0.5)
 ADAM = replace(SGD, optimizer="adam", lr=1e-2)
-
-
-def small_data(count: int = 18) -> Dataset:
-    """Images of 18 samples: batches of 4, the last one of 2."""
-    images = (64 * randn(count, 1, 6, 6).abs()).clamp_max(255).to(torch.uint8)
-    split = Split(images, torch.arange(count) % 4)
-    return Dataset("small", split, split, 4, (1, 6, 6), (0.5,), (0.25,), flip_crop=True)
-
-
-def resident() -> Batches:
-    return Batches(small_data(), "train", 4, seed=1, augment=True)
-
-
-def loaded() -> Blobs:
-    return Blobs(count=18, batch=4)
-
-
-def images() -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Dropout(0.2),
-            nn.Linear(96, 4),
-        )
-    )  # fmt: skip
-
-
-def points() -> nn.Module:
-    return seeded(
-        lambda: nn.Sequential(
-            nn.Linear(12, 16), nn.Dropout(0.3), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 4)
-        )
-    )
-
-
-def masked(build: Callable[[], nn.Module], plan: str = "mask") -> nn.Module:
-    model = sc.sparsify_(build())
-    for layer in sc.sparse_layers(model).values():
-        layer.set_mask_(randn(*layer.raw_weight.shape, seed=3) > 0.3)
-    return sc.plan_(model, plan)
 
 
 @dataclass(frozen=True)
@@ -103,11 +65,6 @@ def run(case: Case, engine: str, **options: Any) -> tuple[nn.Module, sc.training
         model, case.batches(), case.batches(), case.recipe, engine=engine, seed=3, **given
     )
     return model, history
-
-
-def same(a: nn.Module, b: nn.Module) -> bool:
-    other = b.state_dict()
-    return all(torch.equal(v, other[k]) for k, v in a.state_dict().items())
 
 
 def told(history: sc.training.History) -> list[dict[str, Any]]:
