@@ -56,8 +56,8 @@ class Progress:
             self._bars.stop()
 
     def tell(self, what: str, text: str) -> None:
-        """One line above the bars, once."""
-        if self._enabled and text not in self._told:
+        """One line above the bars, once; an empty text is none."""
+        if self._enabled and text and text not in self._told:
             self._told.add(text)
             self._console.print(f"{what}  {text}", soft_wrap=True, markup=False, highlight=False)
 

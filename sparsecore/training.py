@@ -155,7 +155,7 @@ def train(
     left = sum(part.count for part in parts)
     if parts:
         run.launch(engine, saved, parts[0].epoch, (done + left) * repeats)
-        history.engine = run.engine.told
+        history.engine = run.engine.told or str(run.engine.way)
         progress.tell("engine", run.engine.told)
     with progress.task("train", total=done + left) as advance:
         advance(done)

@@ -315,7 +315,7 @@ def test_a_planned_run_killed_goes_on(ticket: Path, tmp_path: Path) -> None:
     whole, part = tmp_path / "whole", tmp_path / "part"
     run = ["train", str(ticket), "--epochs", "3", *cache]
     assert main([*run, "--save", str(whole)]) == 0
-    command = [sys.executable, "-c", KILLED.replace("order", "epoch").replace("== 1", "== 3"), *run]
+    command = [sys.executable, "-c", KILLED.replace("order", "plan").replace("== 1", "== 3"), *run]
     command += ["--checkpoint", str(tmp_path / "c"), "--save", str(part)]
     died = subprocess.run(command, capture_output=True, text=True, check=False)
     assert died.returncode == 1 and "killed" in died.stderr and not part.exists(), died.stderr
@@ -329,7 +329,7 @@ def test_a_run_goes_on_under_another_plan(ticket: Path, tmp_path: Path) -> None:
     assert main([*run, "--epochs", "3", "--save", str(tmp_path / "whole")]) == 0
     for first, then in (("mask", "csr"), ("state", "mask"), ("csr", "state")):
         checkpoint = ["--checkpoint", str(tmp_path / first), "--epochs", "3"]
-        command = [sys.executable, "-c", KILLED.replace("order", "epoch").replace("== 1", "== 3")]
+        command = [sys.executable, "-c", KILLED.replace("order", "plan").replace("== 1", "== 3")]
         died = subprocess.run(
             [*command, *run, "--plan", first, *checkpoint], capture_output=True, check=False
         )

@@ -71,7 +71,7 @@ def launch(
         way = auto.way(start)
         told = auto.told
     made = Engine(make(way), feed, way)
-    made.told = told or str(way)
+    made.told = told
     return made
 
 

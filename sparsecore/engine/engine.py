@@ -124,7 +124,7 @@ class Engine:
     """Launches a step on the batches of a feed.
 
     Attributes:
-        told: how, and why if there was a choice.
+        told: how steps are launched, and why; empty where there was nothing to choose.
 
     Errors: EngineError where the device or the step does not allow the way.
     """
@@ -141,7 +141,7 @@ class Engine:
             False  # whether all that a first step makes is there: what a graph reads must be
         )
         self.steps = self.captures = 0
-        self.told = str(way)
+        self.told = ""
         step.become(way)
         if way.graph:
             feed.hold()

@@ -69,7 +69,7 @@ class TrainStep:
         self._feed.now = example, None
         layouts = any(p.ndim == 4 for p in model.parameters())
         self._engine = launch(step.become, self._feed, engine=engine, steps=steps, layouts=layouts)
-        self.told = self._engine.told
+        self.told = self._engine.told or str(self._engine.way)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss before the step, 0-dim, on the device; no host sync."""
