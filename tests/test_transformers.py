@@ -113,8 +113,12 @@ def test_filters_see_projections_as_linear_layers() -> None:
     model, x = encoder(1), randn(2, 3, E)
     expected = model(x)
     assert names("*.linear1", model) == mlp[:1]
-    assert type(model.layers[0].self_attn) is nn.MultiheadAttention
+    plain = model.layers[0].self_attn
     assert names("*.out_proj", model) == [both[1], mlp[0]]
+    assert type(plain) is nn.MultiheadAttention and list(projections(plain)) == [
+        "in_proj",
+        "out_proj",
+    ]
     attention = model.layers[0].self_attn
     assert list(projections(attention)) == ["in_proj"]
     assert isinstance(attention.in_proj_weight, nn.Parameter)
