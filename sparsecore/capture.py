@@ -70,7 +70,8 @@ def record(
         graph = torch.cuda.CUDAGraph()
         for generator in generators:
             graph.register_generator_state(generator)
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream()):  # its own is one device's
+        # A stream of its own, since the default one is one device's; threads of loaders go on with their own work.
+        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
             run()
     return graph.replay
 
