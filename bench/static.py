@@ -16,7 +16,8 @@ instructions_per_gate those of the longest loop (of the whole kernel, where the 
                       it) over the gates that a thread draws in one turn, where the case says how many
 hgmma                 wgmma instructions (sm_90 only)
 serialised_waits      loops' products that are waited for at once, so that nothing overlaps (sm_90):
-                      in the ttgir or in the machine code, whichever shows more
+                      in the ttgir or by the assembler, whichever shows more; not where a condition ends
+                      a tile, whose sums are then stored
 vector_loads          16-byte loads from global memory, or stores where only scalars are loaded
 """
 
@@ -30,6 +31,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
 from operator import itemgetter
@@ -88,31 +90,47 @@ def serialised_waits(ttgir: str) -> int:
     """Products in a loop's body with a wait for all of them, or that do not run asynchronously.
 
     A wait in an outer loop drains the inner one once a tile: not counted, as an outer loop has no
-    product of its own.
+    product of its own.  Nor is one in a branch that stores: there a loop over several tiles ends one.
     """
-    regions: list[list[int] | None] = []  # [products, waits] of a loop, None of anything else
+    regions: list[_Region] = []
     total = 0
     for line in ttgir.splitlines():
         text = line.strip()
-        closed = regions.pop() if text.startswith("}") and regions else None
-        if closed and closed[0]:
-            total += closed[1]
-        loop = next((region for region in reversed(regions) if region), None)
+        if text.startswith("}") and regions:
+            closed = regions.pop()
+            if closed.loop:
+                total += closed.waits if closed.products else 0
+            elif not closed.stores and regions:
+                regions[-1].waits += closed.waits
+        loop = next((region for region in reversed(regions) if region.loop), None)
         if loop and re.search(r"\bwarp_group_dot\b", text):
-            loop[0] += 1
-            loop[1] += "isAsync = true" not in text
-        if loop and re.search(r"\bwarp_group_dot_wait\b.*pendings = 0\b", text):
-            loop[1] += 1
-        if text.endswith("{"):
-            loops = re.search(r"\bscf\.(for|while)\b|^} do\b", text)  # "do": a while's second part
-            regions.append([0, 0] if loops else None)
+            loop.products += 1
+            loop.waits += "isAsync = true" not in text
+        if regions:
+            regions[-1].waits += bool(_DRAIN.search(text))
+            regions[-1].stores |= bool(re.search(r"\btt\.store\b|\basync_tma_copy_local_to", text))
+        if text.endswith("{"):  # "do": a while's second part
+            regions.append(_Region(bool(re.search(r"\bscf\.(for|while)\b|^} do\b", text))))
     return total
 
 
-def drains(sass: str) -> int:
-    """Waits for all products in flight, beyond the one behind a loop: what the assembler adds by itself
-    (its warning C7515) does not show in the ttgir."""
-    return max(0, len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass)) - 1)
+_DRAIN = re.compile(r"\bwarp_group_dot_wait\b.*pendings = 0\b")
+
+
+@dataclass
+class _Region:
+    """What stands between two braces, in branches inside too."""
+
+    loop: bool
+    products: int = 0
+    waits: int = 0
+    stores: bool = False
+
+
+def drains(sass: str, ttgir: str) -> int:
+    """Waits for all products in flight that the assembler adds by itself (its warning C7515)."""
+    asked = len(_DRAIN.findall(ttgir))
+    return max(0, len(re.findall(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", sass)) - asked)
 
 
 def vector_loads(codes: Iterable[str], ttgir: str) -> bool:
@@ -147,7 +165,7 @@ def read(case: StaticCase, arch: int) -> tuple[Row, list[tuple[str, str]]]:
     (registers,) = map(int, re.findall(r"\bREG:(\d+)", report))  # one function to a cubin
     spills, shared = spill_bytes(report), int(compiled.metadata.shared)
     hgmma = sum(code.startswith("HGMMA") for code in codes)  # sm_90 alone has it
-    waits = max(serialised_waits(ttgir), drains(report)) if arch == 90 else 0
+    waits = max(serialised_waits(ttgir), drains(report, ttgir)) if arch == 90 else 0
     wide = vector_loads(codes, ttgir)
     per_gate = f"{loop_instructions(report) / case.gates:.1f}" if case.gates else ""
     numbers = (registers, spills, shared, len(codes), per_gate, hgmma, waits, str(wide).lower())

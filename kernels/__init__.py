@@ -29,6 +29,7 @@ from .reference import (
     squares_ref,
 )
 from .sparse.layers import (
+    BLOCK_TILES,
     FLOOR,
     FORMATS,
     PRODUCTS,
@@ -43,6 +44,7 @@ from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_s
 
 __all__ = [
     "BERNOULLI",
+    "BLOCK_TILES",
     "CONCRETE",
     "FLOOR",
     "FORMATS",

@@ -1,24 +1,36 @@
 """Launches lie on the device where their tensors do, and fill it."""
 
 from collections.abc import Callable
-from functools import wraps
+from functools import cache, wraps
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 PROGRAMS = 264  # two waves of the largest GPU, at one program a multiprocessor
+SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
 GPU = "cuda"  # the type of device that kernels are launched on
 Launch = TypeVar("Launch", bound=Callable)
 
 
-def token_splits(tokens: int, tiles: int, block: int, splits: int | None = None) -> tuple[int, int]:
+@cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of tiles in flight that a program may hold there; without a GPU as on the smallest."""
+    if device.type != GPU:
+        return SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def token_splits(
+    tokens: int, tiles: int, block: int, splits: int | None = None, *, finer: int = 0
+) -> tuple[int, int]:
     """(splits, tokens in each, a multiple of `block`) of a sum over tokens, made for each of so many tiles.
 
-    Without `splits`: as many as fill the GPU, each of 1024 tokens at least, 16 at most.
+    Without `splits`: as many as fill the GPU, each of 1024 tokens at least, 16 at most; 2**finer times as many,
+    so that the last programs leave less of it idle.
     """
     if splits is None:
-        splits = max(1, min(PROGRAMS // tiles, tokens // 1024, 16))
+        splits = max(1, min(PROGRAMS // tiles, tokens // 1024, 16)) << finer
     span = -(-tokens // (splits * block)) * block
     return -(-tokens // span), span
 

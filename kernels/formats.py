@@ -79,6 +79,7 @@ class Format(NamedTuple):
     grad_values(dy, x, values, layer, storage) -> gradient of values, of their shape and dtype.
     grad_both(dy, x, values, layer, storage) -> both gradients of a convolution, where that saves work.
     obstacle(device, layer, dtype, **options) -> why it cannot do this at all, or None.
+    tiled(storage, tile) -> the same storage for other tiles of its kernels, where they have several.
     """
 
     prepare: Callable[..., Storage]
@@ -88,6 +89,7 @@ class Format(NamedTuple):
     obstacle: Callable[..., str | None]
     feature_major: bool = False  # y and dX of a linear layer have strides (1, T)
     grad_both: Callable[..., tuple[Tensor, Tensor]] | None = None
+    tiled: Callable[[Storage, int], Storage] | None = None
 
 
 def check_mask(mask: Tensor) -> Tensor:

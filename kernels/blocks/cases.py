@@ -5,7 +5,7 @@ from typing import Any
 from ..static import StaticCase, product_case
 from ..units import Unit
 from . import gemm, values, weights
-from .problem import Geometry, Problem
+from .problem import TILES, Geometry, Problem
 
 
 def _static_case(kernel: Any, what: str, options: tuple[dict, dict]) -> StaticCase:
@@ -38,7 +38,10 @@ def static_cases() -> list[StaticCase]:
             what = f"{layer} {f'block {side}' if side else 'channel'}"
             cases += _gated_cases(what, problem)
             if side:
-                cases += _packed_cases(f"{what} packed", problem._replace(packed=True))
+                packed = problem._replace(packed=True)
+                cases += _packed_cases(f"{what} packed", packed)
+                for tile in range(1, TILES) if layer == "linear" or side == 64 else ():
+                    cases += _tile_cases(f"{what} packed, tile {tile}", packed._replace(tile=tile))
     return cases
 
 
@@ -52,6 +55,16 @@ def _gated_cases(what: str, problem: Problem) -> list[StaticCase]:
         _static_case(gemm._dx_kernel, what, dx),
         _static_case(weights._dgate_kernel, what, dgate),
         _static_case(weights._scale_kernel, what, weights.scale_options(problem)),
+    ]
+
+
+def _tile_cases(what: str, problem: Problem) -> list[StaticCase]:
+    """What a planner may try, with the shared memory that compute capability 8.0 has."""
+    fwd = gemm.fwd_options(problem, 2, "ieee", 163 * 1024)
+    dx = gemm.dx_options(problem, 2, "ieee", 163 * 1024)
+    return [
+        _static_case(gemm._fwd_kernel, what, (fwd[0] | {"gain_ptr": None}, fwd[1])),
+        _static_case(gemm._dx_kernel, what, (dx[0] | {"gain_ptr": None}, dx[1])),
     ]
 
 

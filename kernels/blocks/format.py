@@ -1,6 +1,7 @@
 """Blocks as a format: values are packed into whole blocks in the compute dtype, and stored blocks multiplied."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -46,4 +47,8 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     return block_grad_values(dy, x, plan, layer.slide, values.dtype)
 
 
-BLOCK = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)
+def _tiled(storage: Storage, tile: int) -> Storage:
+    return Storage(*replace(BlockPlan.unflatten(*storage), tile=tile).flatten())
+
+
+BLOCK = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, tiled=_tiled)

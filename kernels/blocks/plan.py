@@ -45,6 +45,7 @@ class BlockPlan:
     source: [blocks * h * w], for each packed element the index of its weight among the kept ones in
         row-major order of the mask, -1 where there is none.
     slot: [nnz], its inverse.  Both int32, or int64 for a mask of 2**31 weights (edges filled up).
+    tile: which of their tiles the products take; see `problem.config_of`.
 
     Laws: from_mask(m, b).to_mask() == m; from_mask(m.T, (w, h)).same(from_mask(m, (h, w)).T).
     """
@@ -57,6 +58,7 @@ class BlockPlan:
     shape: tuple[int, ...]
     block: tuple[int, int]
     groups: int
+    tile: int = 0
 
     @classmethod
     def from_mask(cls, mask: Tensor, block: Sequence[int], groups: int = 1) -> "BlockPlan":
@@ -146,13 +148,13 @@ class BlockPlan:
     def flatten(self) -> tuple[list[Tensor], list[int]]:
         """What an operator of PyTorch can be given; `unflatten` makes a plan of it again."""
         tensors = [*self.rows, *self.columns, self.tiles, self.source, self.slot]
-        return tensors, [*self.block, self.groups, *self.shape]
+        return tensors, [*self.block, self.groups, self.tile, *self.shape]
 
     @classmethod
     def unflatten(cls, tensors: Sequence[Tensor], ints: Sequence[int]) -> "BlockPlan":
         rows, columns = Walk(*tensors[:4]), Walk(*tensors[4:8])
-        h, w, groups, *shape = ints
-        return cls(rows, columns, *tensors[8:], tuple(shape), (h, w), groups)
+        h, w, groups, tile, *shape = ints
+        return cls(rows, columns, *tensors[8:], tuple(shape), (h, w), groups, tile)
 
     def to(self, device: torch.device | str) -> "BlockPlan":
         tensors, ints = self.flatten()

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..conv_tiles import output_size
-from ..device import PROGRAMS
+from ..device import PROGRAMS, SHARED
 from ..units import Unit
 
 
@@ -43,6 +43,7 @@ class Problem(NamedTuple):
     """One layer on one batch as the kernels see it.  `image` and `out` are (B, H, W), of a linear layer (1, 1, T).
 
     packed: the weight is stored by blocks and the lists are those of a plan; `k` is then of one group.
+    tile: which of the tiles that `config_of` knows.
     """
 
     n: int
@@ -53,6 +54,7 @@ class Problem(NamedTuple):
     out: tuple[int, int, int]
     groups: int = 1
     packed: bool = False
+    tile: int = 0
 
     @property
     def tokens(self) -> int:
@@ -69,13 +71,13 @@ class Problem(NamedTuple):
 
 def problem_of(
     x: Sequence[int], weight: Sequence[int], unit: Unit, axes: Sequence[int], groups: int = 1,
-    packed: bool = False,
+    packed: bool = False, tile: int = 0,
 ) -> Problem:  # fmt: skip
     """Of the shapes of x and weight.  axes: stride, padding and dilation, two each; none for a linear layer."""
     n, k, *taps = weight
     if not taps:
         pixels = (1, 1, x[0])
-        return Problem(n, k, unit, Geometry(), pixels, pixels, groups, packed)
+        return Problem(n, k, unit, Geometry(), pixels, pixels, groups, packed, tile)
     geometry = Geometry(
         (taps[0], taps[1]), (axes[0], axes[1]), (axes[2], axes[3]), (axes[4], axes[5])
     )
@@ -83,11 +85,13 @@ def problem_of(
     oh, ow = (
         output_size(size, *of) for size, of in zip((h, w), zip(*geometry, strict=True), strict=True)
     )
-    return Problem(n, k, unit, geometry, (b, h, w), (b, oh, ow), groups, packed)
+    return Problem(n, k, unit, geometry, (b, h, w), (b, oh, ow), groups, packed, tile)
 
 
 class Config(NamedTuple):
-    """Tile sizes over tokens, outputs and inputs; whether the weight is the left operand; warps; stages."""
+    """Tile sizes over tokens, outputs and inputs; whether the weight is the left operand; warps; stages;
+    tiles of tokens that a program walks over.
+    """
 
     t: int
     n: int
@@ -95,6 +99,7 @@ class Config(NamedTuple):
     swap: bool
     warps: int
     stages: int
+    walk: int = 1
 
     def onto(self, constants: dict[str, Any]) -> tuple[dict[str, Any], dict[str, int]]:
         """(constants with the tile's sides, compiler options)."""
@@ -103,11 +108,25 @@ class Config(NamedTuple):
 
 
 ROW_TILE = 128  # rows of the list of open channels that a tile takes
-_SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
+TILES = 3  # that `config_of` knows
+_WIDE, _WALKING = 1, 2
+_WALK = 4
 
 
-def config_of(product: str, unit: Unit, size: int, tokens: int, tiles: int) -> Config:
+def config_of(
+    product: str,
+    unit: Unit,
+    size: int,
+    tokens: int,
+    tiles: int,
+    tile: int = 0,
+    shared: int = SHARED,
+) -> Config:
     """The tiles of a product ("fwd", "dx" or "dgate") with elements of `size` bytes, without a search.
+
+    A planner may try others of "fwd" and "dx": tile 1 has twice the tokens, so that weights and lists are read
+    half as often, in `shared` bytes; in tile 2 a program walks over several tiles of tokens and loads the next
+    while it stores one, for rows of few blocks.  Of a packed gradient they split the tokens further.
 
     `tiles` is the number of tiles across outputs (fwd) or inputs (dx).  Blocks of 64 become the left
     operand, since tensor cores take 64 rows on the left and up to 256 columns on the right; narrower
@@ -119,18 +138,23 @@ def config_of(product: str, unit: Unit, size: int, tokens: int, tiles: int) -> C
         t = deep
         warps = 8 if n * k >= 128 * 128 or unit.w == 0 else 4  # an epilogue over rows holds more
         step = t * (n + k) * size
-        return Config(t, n, k, True, warps, max(2, min(4, _SHARED // step)))
+        return Config(t, n, k, True, warps, max(2, min(4, SHARED // step)))
     side = (unit.h if product == "fwd" else unit.w) if unit.w else ROW_TILE
     t = 128 if size == 2 else 64
     # Fewer tokens a tile where the tiles would not fill two waves of a large GPU.
-    while t > 64 and triton.cdiv(tokens, t) * tiles < PROGRAMS:
+    while tile == 0 and t > 64 and triton.cdiv(tokens, t) * tiles < PROGRAMS:
         t //= 2
-    step = deep * (t + side) * size
-    stages = max(2, min(4, _SHARED // step))
     warps = 8 if side == 128 else 4
+    most = 3 if side == 64 else 4  # with three, three programs find room on an H100
+    if tile == _WIDE:
+        t, most, warps = 2 * t, 3, 8 if side >= 64 else 4
+    elif tile == _WALKING:
+        most = 3
+    step = deep * (t + side) * size
+    stages = max(2, min(most, (shared if tile == _WIDE else SHARED) // step))
     swap = side == 64
     sides = (side, deep) if product == "fwd" else (deep, side)
-    return Config(t, *sides, swap, warps, stages)
+    return Config(t, *sides, swap, warps, stages, _WALK if tile == _WALKING else 1)
 
 
 def shape_constants(problem: Problem, k: int) -> dict[str, Any]:

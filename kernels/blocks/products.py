@@ -130,7 +130,9 @@ def _problem(x: Tensor, plan: BlockPlan, axes: Sequence[int]) -> Problem:
             "expected axes [stride h, w, padding h, w, dilation h, w] of a convolution and [] of a "
             f"matrix, got {list(axes)} for {plan.shape}"
         )
-    problem = problem_of(x.shape, plan.shape, Unit(*plan.block), axes, plan.groups, packed=True)
+    problem = problem_of(
+        x.shape, plan.shape, Unit(*plan.block), axes, plan.groups, packed=True, tile=plan.tile
+    )
     if min(problem.out[1:]) < 1 and x.ndim == 4:
         raise ValueError(
             f"expected a filter within the padded image, got outputs of {problem.out[1:]}"

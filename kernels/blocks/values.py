@@ -98,7 +98,7 @@ def launch_dvalues(
     """
     tokens, tiles = problem.tokens, len(plan.tiles)
     constants, options = dvalues_options(problem, x.element_size(), precision)
-    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits)
+    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits, finer=problem.tile)
     # Splits write apart and are added in order: no atomics, so the result is always the same.
     parts = out
     if splits > 1:

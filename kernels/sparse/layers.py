@@ -6,7 +6,7 @@ and dW may each have a format of their own; what a format keeps of a mask is pre
 state    dense compute on a weight that holds the kept values, for any mask and device;
 csr      compressed rows and columns, on the CPU;
 compact  dense compute on live rows and columns only;
-block    whole blocks that hold anything, on a GPU ("block:64x64").
+block    whole blocks that hold anything, on a GPU ("block:64x64", or in other tiles "block:64x64/2").
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ..blocks.format import BLOCK
+from ..blocks.problem import TILES
 from ..formats import Format, Layer, Storage, check_mask, wide
 from .compact import COMPACT
 from .csr import CSR
@@ -30,6 +31,9 @@ FORMATS: dict[str, Format] = {
 }
 PRODUCTS = ("forward", "dx", "dw")
 FLOOR = "state"  # what can do everything
+BLOCK_TILES = tuple(
+    f"/{tile}" for tile in range(1, TILES)
+)  # that a block format's name may end with
 
 
 class Plan(NamedTuple):
@@ -107,9 +111,12 @@ def plan_of(
         reason = obstacle(name, mask.device, layer, dtype)
         if reason is not None:
             raise ValueError(f"format {name!r}: {reason}; use 'state', which takes everything")
-        if name not in made:
-            kind, options = _parsed(name)
-            made[name] = FORMATS[kind].prepare(mask, layer, dtype, **options)
+        kind, options = _parsed(name)
+        whole, _, tile = name.partition("/")
+        if whole not in made:
+            made[whole] = FORMATS[kind].prepare(mask, layer, dtype, **options)
+        if name not in made and (tiled := FORMATS[kind].tiled):
+            made[name] = tiled(made[whole], int(tile))
     return Plan(layer, names, tuple(made[n] for n in names), int(mask.sum()))  # pyright: ignore[reportArgumentType]
 
 
@@ -129,7 +136,7 @@ def is_format(name: str) -> bool:
 
 
 def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
-    """ "block:64x32" as ("block", {"sides": (64, 32)})."""
+    """ "block:64x32", in whatever tiles, as ("block", {"sides": (64, 32)})."""
     kind, colon, option = name.partition(":")
     if kind not in FORMATS or bool(colon) != (kind == "block"):
         raise ValueError(
@@ -137,10 +144,16 @@ def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
         )
     if not colon:
         return kind, {}
+    sides, slash, tile = option.partition("/")
     try:
-        return kind, {"sides": tuple(int(side) for side in option.split("x"))}
+        if slash and slash + tile not in BLOCK_TILES:
+            raise ValueError(tile)
+        return kind, {"sides": tuple(int(side) for side in sides.split("x"))}
     except ValueError:
-        raise ValueError(f"format block: expected sides as block:64x64, got {name!r}") from None
+        raise ValueError(
+            f"format block: expected sides as block:64x64, with {' or '.join(BLOCK_TILES)} behind them for "
+            f"other tiles, got {name!r}"
+        ) from None
 
 
 # --- Products ---------------------------------------------------------------------------------------

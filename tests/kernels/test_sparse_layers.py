@@ -20,6 +20,7 @@ from sparsecore.kernels.sparse import layers as sparse_layers
 
 CPU = ["state", "csr", "compact"]
 KERNELS = ["block:16x16", "block:32x16"]
+TILED = ("block:16x16/2", "block:16x16", "block:16x16/1")
 DTYPES = [torch.float32, torch.float16] + [torch.bfloat16] * (DEVICE == "cuda")
 MIXED = ("csr", "state", "compact")
 LINEAR = ((7, 13), (), 1, (5, 13))
@@ -150,7 +151,7 @@ def test_images_stay_channels_last(format: str, wanted: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("format", [*KERNELS, ("block:16x16", "block:32x16", "state")])
+@pytest.mark.parametrize("format", [*KERNELS, TILED, ("block:16x16", "block:32x16", "state")])
 def test_formats_of_kernels(format, dtype: torch.dtype) -> None:
     """Whatever the mask: unstructured ones fill their blocks up with zeros."""
     for density in (0.0, 0.03, 1.0):
@@ -257,6 +258,10 @@ def test_the_dense_weight_of_state_never_holds_anything_else() -> None:
     [
         ("nope", "expected state, csr"),
         ("block", "sides as block:64x64"),
+        *(
+            (f"block:64x64{end}", "/1 or /2 behind them")
+            for end in ("/0", "/3", "/", "/1/2", "/01")
+        ),
         ("state:3", "expected state"),
         (("csr", "csr"), "one, or three"),
     ],

@@ -207,6 +207,9 @@ def test_serialised_waits() -> None:
         persistent = "\n".join([*lines[:2], *head, *lines[2:-2], "}", *lines[-2:]])
         assert static.serialised_waits(persistent) == 0  # the wait drains the inner loop
         assert static.serialised_waits(persistent.replace("pendings = 1", "pendings = 0")) == 1
+    stored = loop(inside=0).replace("scf.yield %3", "tt.store %p, %q : t\n        scf.yield %3")
+    assert static.serialised_waits(stored) == 0  # the end of a tile
+    assert static.serialised_waits(stored.replace("isAsync = true", "isAsync = false")) == 1
     while_ = loop(inside=0).replace("scf.for", "scf.while (%t = %u) {\n} do {\n%v = scf.if")
     assert static.serialised_waits(while_.replace("} {tt.", "}\n} {tt.")) == 1
 
@@ -279,8 +282,9 @@ if __name__ == "__main__":
 
 def test_waits_that_the_assembler_adds_are_counted() -> None:
     line = "        /*0d40*/                   WARPGROUP.DEPBAR.LE gsb0, 0x{} ;"
-    assert static.drains("\n".join(line.format(n) for n in (1, 1, 0))) == 0
-    assert static.drains("\n".join(line.format(n) for n in (0, 0, 0))) == 2
+    assert static.drains("\n".join(line.format(n) for n in (1, 1, 0)), loop()) == 0
+    assert static.drains("\n".join(line.format(n) for n in (0, 0, 0)), loop()) == 2
+    assert static.drains("\n".join(line.format(n) for n in (0, 0)), loop(inside=0)) == 0
 
 
 def test_a_loop_is_from_where_it_jumps_back_to() -> None:
