@@ -18,12 +18,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from . import capture, kernels
 from .costs import Facts, Machine, Times, predicted, rounds, seconds, stored
 from .kernels import Layer
-from .patterns import Dense, Masked
+from .products import Products, dense_products, products_of, runs
 
 _WORTH = 0.95  # another format must take less than this share of the floor's time
 _HOPELESS = 1.6  # what should take this many times the best prediction is not measured
@@ -219,7 +218,8 @@ def choose(
     def read(entry: Any) -> Choice:
         times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
         formats = None if entry["formats"] is None else tuple(entry["formats"])
-        if formats is not None and (len(formats) != 3 or not set(formats) <= set(names)):
+        known = {n + end for n in names for end in ("", *kernels.BLOCK_TILES)}
+        if formats is not None and (len(formats) != 3 or not set(formats) <= known):
             raise ValueError(key)
         return Choice(formats, entry["reason"], update=entry["update"], **times)
 
@@ -253,72 +253,26 @@ def _weigh(
     tried = [n for n in names if n == "state" or guesses[n].total <= _HOPELESS * best]
     weight = torch.linspace(-1, 1, math.prod(layer.shape), device=x.device, dtype=x.dtype)
     weight = weight.view(layer.shape)
-    products = {n: _products(n, mask, layer, weight, x) for n in tried}
-    products |= {n: _dense_products(n, mask, layer, weight, x) for n in ("dense", "mask")}
+    products = {n: products_of(n, mask, layer, weight, x) for n in tried}
+    products |= {n: dense_products(n, mask, layer, weight, x) for n in ("dense", "mask")}
     measured = _measured(products, x.device, grad, captured)
+    for name in {min(tried, key=lambda n, i=i: measured[n][i]) for i in range(3)}:
+        if name.startswith("block:"):
+            tiles = [f"{name}{end}" for end in ("", *kernels.BLOCK_TILES)]
+            products = {n: products_of(n, mask, layer, weight, x) for n in tiles}
+            products = {n: steps for n, steps in products.items() if runs(steps)}
+            now = _measured(products, x.device, grad, captured)
+            measured |= now | {name: Times(*map(min, now[name], measured[name]))}
     update = {
         "dense": 1e3 * math.prod(layer.shape) / of.updates,
         "kept": 1e3 * facts.nnz / of.updates,
     }
-    formats, reason = _decided(measured, update, tried)
+    times, tiles = _best_tiles(measured, tried)
+    formats, reason = _decided(times, update, tried)
+    if formats is not None:
+        formats = tuple(tiles[f][i] for i, f in enumerate(formats))
     how = regime(x.device, captured)
     return Choice(formats, f"{reason}, {how}" if how else reason, measured, guesses, update)
-
-
-def _gradient(layer: Layer, x: Tensor) -> Tensor:
-    """dy in the memory format of x, as a model hands it down."""
-    dy = torch.ones(layer.output(x.shape), dtype=x.dtype, device=x.device)
-    last = layer.conv and x.is_contiguous(memory_format=torch.channels_last)
-    return dy.contiguous(memory_format=torch.channels_last) if last else dy
-
-
-Products = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
-
-
-def _products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
-    """Forward, dX and dW of a format, ready to be timed."""
-    plan = kernels.plan_of(mask, name, dtype=x.dtype, slide=layer.slide, groups=layer.groups)
-    format, storage = plan.product("forward")
-    values = weight[mask].float()
-    dy = _gradient(layer, x)
-    if not format.feature_major or layer.conv:
-        return (
-            lambda: format.forward(x, values, None, layer, storage),
-            lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
-            lambda: format.grad_values(dy, x, values, layer, storage),
-        )
-    # x is turned once, before forward, unless it comes turned; gradients come as y went.
-    turned, dy = x.T.contiguous().T, dy.T.contiguous().T
-    return (
-        lambda: format.forward(x.T.contiguous().T, values, None, layer, storage),
-        lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
-        lambda: format.grad_values(dy, turned, values, layer, storage),
-    )
-
-
-def _dense_products(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
-    """The same of a dense weight ("dense") or of weight times mask ("mask")."""
-    # What such a layer computes with, both ways.
-    pattern = Masked(mask) if name == "mask" else Dense()
-    dy = _gradient(layer, x)
-
-    def forward() -> Tensor:
-        if layer.conv:
-            return F.conv2d(x, pattern(weight), None, *layer.pairs, groups=layer.groups)
-        return F.linear(x, pattern(weight))
-
-    def backward(want_x: bool) -> Tensor:
-        if layer.conv:
-            wanted = [want_x, not want_x, False]
-            dx, dw, _ = torch.ops.aten.convolution_backward(
-                dy, x, weight, None, *layer.pairs, False, [0, 0], layer.groups, wanted
-            )
-            result = dx if want_x else dw
-        else:
-            result = dy @ weight if want_x else dy.T @ x
-        return result if want_x else pattern(result)
-
-    return forward, lambda: backward(True), lambda: backward(False)
 
 
 def _measured(
@@ -336,6 +290,23 @@ def _measured(
                 ]
                 found[name] = Times(*map(min, now, found.get(name, now)))
     return found
+
+
+def _best_tiles(
+    measured: Mapping[str, Times], names: Sequence[str]
+) -> tuple[dict[str, Times], dict[str, tuple[str, ...]]]:
+    """Times by format in its fastest tiles, and what their names are."""
+    times, tiles = dict(measured), {}
+    for name in names:
+        ways = [
+            n for n in measured if n.partition("/")[0] == name
+        ]  # itself first, which wins level
+        tiles[name] = tuple(
+            min(ways, key=lambda n, i=i: measured[n][i] / (1 if n == name else _WORTH))
+            for i in range(3)
+        )
+        times[name] = Times(*(measured[n][i] for i, n in enumerate(tiles[name])))
+    return times, tiles
 
 
 def _decided(

@@ -9,6 +9,7 @@ import torch
 from helpers import DEVICE, mlp, rand, randn
 from replay import Recording
 from torch import nn
+from triton import OutOfResources
 
 import sparsecore as sc
 from sparsecore import capture, costs, planner, steptime
@@ -16,13 +17,18 @@ from sparsecore.convert import sparse_layers
 from sparsecore.costs import Machine
 from sparsecore.kernels import Layer
 from sparsecore.planner import cache_of, choose, order
+from sparsecore.products import runs
 from sparsecore.steptime import step_time
 
 LAUNCH = 100e-6
-# Launches of a product, and seconds of its kernels.
+# Launches of a product, and seconds of the kernels of forward, dX and dW.
 FAKE = {
-    "dense": (1, 240e-6), "mask": (1, 250e-6), "state": (2, 245e-6), "block:16x16": (2, 5e-6),
+    "dense": (1, (240e-6,) * 3), "mask": (1, (250e-6,) * 3), "state": (2, (245e-6,) * 3),
+    "block:16x16": (2, (5e-6,) * 3), "block:32x32": (2, (6e-6,) * 3),
+    "block:16x16/1": (2, (4e-6, 9e-6, 4.9e-6)), "block:16x16/2": (2, (3e-6, 9e-6, 9e-6)),
 }  # fmt: skip
+# What is fastest there: tiles by product, where they gain more than noise.
+BLOCKS = ("block:16x16/2", "block:16x16", "block:16x16")
 
 
 class FakeGpu:
@@ -31,13 +37,13 @@ class FakeGpu:
     def __init__(self, model: nn.Module) -> None:
         self.model, self.asked = model, 0
 
-    def products(self, name: str, *_: object) -> tuple[str, str, str]:
-        return name, name, name
+    def products(self, name: str, *_: object) -> list[tuple[str, int]]:
+        return [(name, i) for i in range(3)]
 
-    def seconds(self, product: str, *_: object, captured: bool = False) -> float:
+    def seconds(self, product: tuple[str, int], *_: object, captured: bool = False) -> float:
         self.asked += 1
-        launches, kernels = FAKE[product]
-        return max(0 if captured else launches * LAUNCH, kernels)
+        launches, kernels = FAKE[product[0]]
+        return max(0 if captured else launches * LAUNCH, kernels[product[1]])
 
     def step(self, *_: object, captured: bool = False, **__: object) -> float:
         self.asked += 1
@@ -45,7 +51,7 @@ class FakeGpu:
         for layer in sparse_layers(self.model).values():
             formats = getattr(layer.pattern, "formats", ("mask",) * 3)
             launches += 2 * sum(FAKE[f][0] for f in formats)  # as many around the products
-            kernels += sum(FAKE[f][1] for f in formats)
+            kernels += sum(FAKE[f][1][i] for i, f in enumerate(formats))
         return max(0 if captured else launches * LAUNCH, kernels)
 
 
@@ -61,10 +67,11 @@ def model() -> nn.Module:
 def gpu(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> FakeGpu:
     fake, machine = FakeGpu(model), Machine(flops=1e14, bandwidth=1e12, updates=1e12)
     monkeypatch.setattr(capture, "possible_on", lambda device: True)
-    monkeypatch.setattr(planner, "candidates", lambda *_: ["state", "block:16x16"])
+    monkeypatch.setattr(planner, "candidates", lambda *_: ["state", "block:16x16", "block:32x32"])
     monkeypatch.setattr(planner, "machine", lambda *_: machine)
-    monkeypatch.setattr(planner, "_products", fake.products)
-    monkeypatch.setattr(planner, "_dense_products", fake.products)
+    monkeypatch.setattr(planner, "products_of", fake.products)
+    monkeypatch.setattr(planner, "dense_products", fake.products)
+    monkeypatch.setattr(planner, "runs", lambda products: True)
     monkeypatch.setattr(planner, "seconds", fake.seconds)
     monkeypatch.setattr(steptime, "seconds", fake.step)
     return fake
@@ -79,7 +86,7 @@ def test_a_graph_is_chosen_by_its_kernels_and_a_launched_step_by_its_host(
 ) -> None:
     x, cache = randn(8, 12), tmp_path / "plans.json"
     sc.plan_(model, "auto", x, captured=True, cache=cache)
-    assert chosen(model) == {("block:16x16",) * 3}
+    assert chosen(model) == {BLOCKS}
     assert all(row.choice.reason.endswith("as CUDA graphs") for row in sc.report(model))
     sc.plan_(model, "mask")
     sc.plan_(model, "auto", x, cache=cache)
@@ -89,10 +96,26 @@ def test_a_graph_is_chosen_by_its_kernels_and_a_launched_step_by_its_host(
     keys, asked = json.loads(cache.read_text()), gpu.asked
     for how in ("as CUDA graphs", "launched one by one"):
         assert sum(f"| {how} |" in key for key in keys) == 3  # two layers and the step
-    for captured, formats in ((True, ("block:16x16",) * 3), (False, None)):  # each has its entries
+    for captured, formats in ((True, BLOCKS), (False, None)):  # each has its entries
         sc.plan_(model, "mask")
         sc.plan_(model, "auto", x, captured=captured, cache=cache)
         assert chosen(model) == {formats} and gpu.asked == asked
+
+
+@pytest.mark.usefixtures("gpu")
+def test_tiles_that_the_device_cannot_hold_are_left_out(
+    model: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "runs", lambda products: not products[0][0].endswith("/2"))
+    sc.plan_(model, "auto", randn(8, 12), captured=True, cache=tmp_path / "plans.json")
+    assert chosen(model) == {("block:16x16/1", "block:16x16", "block:16x16")}
+    first, _ = sc.report(model)
+    assert set(first.choice.measured) == {*FAKE} - {"block:16x16/2"}
+
+    def greedy() -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    assert runs((int, int, int)) and not runs((int, int, greedy))
 
 
 @pytest.mark.usefixtures("gpu")

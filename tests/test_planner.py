@@ -9,7 +9,7 @@ from helpers import ChannelsLast, mlp, rand, randn
 from torch import Tensor
 
 import sparsecore as sc
-from sparsecore import costs, planner
+from sparsecore import costs, planner, products
 from sparsecore.convert import sparse_layers
 from sparsecore.costs import Facts, Machine, Times, predicted, stored
 from sparsecore.kernels import Layer
@@ -206,7 +206,7 @@ def test_a_mask_is_measured_as_a_masked_layer_computes() -> None:
     y = x @ Masked(mask)(layer).T
     y.backward(torch.ones_like(y))
     with torch.no_grad():
-        forward, _, dw = planner._dense_products("mask", mask, Layer((30, 20)), weight, x)
+        forward, _, dw = products.dense_products("mask", mask, Layer((30, 20)), weight, x)
         assert torch.equal(forward(), y) and torch.equal(dw(), layer.grad)
 
 
@@ -260,7 +260,7 @@ def test_convolutions_are_measured_in_the_memory_format_of_x(name: str) -> None:
     layer = Layer((6, 5, 3, 3), (1, 1, 1, 1, 1, 1))
     mask, weight = rand(*layer.shape) < 0.4, randn(*layer.shape)
     x = randn(2, 5, 9, 8).contiguous(memory_format=torch.channels_last)
-    make = planner._dense_products if name in ("mask", "dense") else planner._products
+    make = products.dense_products if name in ("mask", "dense") else products.products_of
     for step in make(name, mask, layer, weight, x):
         with ChannelsLast(x.shape):
             step()
