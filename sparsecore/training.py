@@ -18,14 +18,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoints
 from .batches import Batch, EpochBatches
-from .engine import (
-    Evaluation,
-    Timeline,
-    TrainingStep,
-    check_engine,
-    feed_of,
-    launch,
-)
+from .engine import Evaluation, Timeline, TrainingStep, Way, check_engine, feed_of, launch
 from .engine.training_step import Penalty
 from .progress import QUIET, Progress
 from .recipe import Recipe, optimizer_for
@@ -153,10 +146,9 @@ def train(
     done = sum(part.count for part in _parts(start_epoch, reached, (), len(train_batches)))
     parts = _parts(reached, stop, snapshots, len(train_batches))
     left = sum(part.count for part in parts)
-    if parts:
-        run.launch(engine, saved, parts[0].epoch, (done + left) * repeats)
-        history.engine = run.engine.told or str(run.engine.way)
-        progress.tell("engine", run.engine.told)
+    run.launch(engine if parts else "eager", saved, math.floor(reached), (done + left) * repeats)
+    history.engine = run.engine.told or str(run.engine.way)
+    progress.tell("engine", run.engine.told)
     with progress.task("train", total=done + left) as advance:
         advance(done)
         for part in parts:
@@ -329,7 +321,9 @@ class _Run:
         return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
     def finish(self) -> None:
-        """The average, where there is one, is what the caller gets."""
+        """The average, where there is one, is what the caller gets, in the memory format that the model had."""
+        if self.engine.way.channels_last:
+            self.engine.step.become(Way())
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 

@@ -2,8 +2,10 @@
 
 import hashlib
 import logging
+import math
 import statistics
 from collections.abc import Callable
+from functools import cached_property
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -12,12 +14,12 @@ import torch
 from .. import capture
 from ..planner import cache_of, where
 from .engine import AbstractStep, Engine, EngineError, Way, check_engine
-from .feeds import Feed, Given
+from .feeds import Fed, Feed, Given
 
 log = logging.getLogger("sparsecore")
 
-FEW = 20  # steps: a run of fewer is over before anything has been tried
-SHORT = 5.0  # seconds: nor are other ways tried for a shorter one
+FEW = 100  # steps: a run of fewer is over before anything has been tried
+SHORT = 5.0  # seconds: nor is more than a step tried for a shorter one
 COMPILES = 30.0  # seconds that compiling is taken to take, before it has been seen
 _WINS = 0.9  # of the run's time, compiling included: what a compiled one must stay below
 _LAYOUT = 0.97  # and of a step's time in another memory format
@@ -87,11 +89,9 @@ class _Auto:
 
     def way(self, start: Way) -> Way:
         """The fastest.  The step is as it was."""
-        if self.steps < FEW or not self._time(start):
+        if self.steps < FEW or self._is_short(start) or not self._time(start):
             return start
         best = start
-        if self.times[best].step * self.steps < SHORT:
-            return best
         if capture.possible_on(self.make(best).device):
             best = self._faster(best, best._replace(graph=True))
         if self.layouts:
@@ -100,6 +100,12 @@ class _Auto:
         self.told = self._in_words(best)
         log.info("engine %s", self.told)
         return best
+
+    def _is_short(self, start: Way) -> bool:
+        step = self.make(start)
+        known = self.cache.entries.get(self._key(step, start))
+        seconds = known["step"] if known else self._run(step, start, most=1)[0].step
+        return seconds * self.steps < SHORT
 
     def _faster(self, best: Way, way: Way, share: float = 1.0) -> Way:
         faster = self._time(way) and self.times[way].step < share * self.times[best].step
@@ -134,11 +140,13 @@ class _Auto:
         return way in self.times
 
     def _key(self, step: AbstractStep, way: Way) -> str:
-        shapes = [(tuple(t.shape), t.dtype) for t in self._first(step)[0]]
+        shapes = [(tuple(t.shape), t.dtype) for t in self._first[0]]
         digest = hashlib.sha256(repr((step.facts(), shapes)).encode()).hexdigest()[:16]
         return f"engine | {where(step.device)} | {digest} | {way}"
 
-    def _first(self, step: AbstractStep) -> Any:
+    @cached_property
+    def _first(self) -> Fed:
+        """The batch that is tried."""
         self.feed.begin(self.epoch)
         self.feed.move_on()
         return self.feed.batch()
@@ -146,7 +154,7 @@ class _Auto:
     def _tried(self, step: AbstractStep, way: Way) -> Tried:
         found, total = self._run(step, way)
         if way.graph:
-            _, single = self._run(step, way._replace(graph=False), timed=False)
+            _, single = self._run(step, way._replace(graph=False), most=0)
             if not abs(total - single) <= _ALIKE * abs(single):
                 raise EngineError(
                     f"its graph gives other numbers ({total:.6g}, launched one by one {single:.6g}): something "
@@ -154,10 +162,10 @@ class _Auto:
                 )
         return found
 
-    def _run(self, step: AbstractStep, way: Way, *, timed: bool = True) -> tuple[Tried, float]:
+    def _run(self, step: AbstractStep, way: Way, *, most: int = _STEPS) -> tuple[Tried, float]:
         """Some steps on the first batch, and the sum of what the first three measured."""
         given = Given(step.device)
-        given.now = self._first(step)
+        given.now = self._first
         with step.undone():
             began = perf_counter()
             engine = Engine(step, given, way)
@@ -166,17 +174,17 @@ class _Auto:
             _launch(engine, 3)  # by itself, captured, replayed
             total, first = float(step.total.sum()), perf_counter() - began
             seen: list[float] = []
-            while timed and len(seen) < _STEPS and sum(seen) < _SECONDS:
+            while len(seen) < most and sum(seen) < _SECONDS:
                 start = perf_counter()
                 _launch(engine, 1)
                 seen.append(perf_counter() - start)
-        middle = statistics.median(seen) if seen else float("nan")
-        return Tried(middle, first), total
+        return Tried(statistics.median(seen or [math.nan]), first), total
 
     def _in_words(self, best: Way) -> str:
-        words = [f"{way} {1e3 * tried.step:.3g} ms" for way, tried in self.times.items()]
+        words = [f"{best}: {1e3 * self.times[best].step:.3g} ms a step"]
+        words += [f"{w}: {1e3 * t.step:.3g} ms" for w, t in self.times.items() if w != best]
         words += [f"{way}: {why}" for way, why in self.refused.items()]
-        return f"{best}, of {'; '.join(words)} a step"
+        return "; ".join(words)
 
 
 def _launch(engine: Engine, steps: int) -> None:

@@ -142,6 +142,8 @@ class TrainingStep(AbstractStep):
     def become(self, way: Way) -> Self:
         if way.channels_last != self.way.channels_last:
             lay_out_(self.model, self.optimizer, way.channels_last)
+            if self.average is not None:
+                lay_out_(self.average[0], self.optimizer, way.channels_last)
         self.way = way
         self.call = compiled_call(repr(structure(self.model))) if way.compiled else plainly
         return self
