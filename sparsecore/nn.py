@@ -271,6 +271,7 @@ class SparseLinear(SparseLayer, nn.Linear):
             log_gain=gated.log_gain,
             copy=gated.dense,
             impl=gated.impl,
+            captured=gated.captured,
             **gated.address(),
         )
 
@@ -311,6 +312,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             groups=self.groups,
             log_gain=gated.log_gain,
             impl=gated.impl,
+            captured=gated.captured,
             **gated.address(),
         )
 

@@ -378,6 +378,7 @@ class Gated(nn.Module):
         self.granularity = granularity or Weight()
         self.layer, self.impl = layer, impl
         self.open = False  # while True the layer computes with its dense weight
+        self.captured = False  # whether its step is a CUDA graph, which "auto" then measures
         # A search that draws all layers at once puts here what it drew, and the dense weight as it wants it.
         self.drawn: Tensor | None = None
         self.dense: Tensor | None = None

@@ -55,6 +55,7 @@ def gated_linear(
     log_gain: Float[Tensor, ""] | None = None,
     copy: Float[Tensor, "n k"] | None = None,
     impl: str = "auto",
+    captured: bool = False,
 ) -> Float[Tensor, "*batch n"]:
     """x @ (exp(log_gain) * weight * z).T + bias, z ~ gate(logits) at the address (seed, step, layer).
 
@@ -66,10 +67,11 @@ def gated_linear(
         copy: of the weight, in a lower precision.  "fused" reads it in the weight's place if it has the dtype
             that is computed in and the weight does not train: fewer bytes, for one more rounding.
         impl: "auto" chooses by measurement (`choice` tells what and why); a name never falls back.
+        captured: "auto" measures CUDA graphs, as the step is to become one: kernels without their launches.
 
     Errors: ValueError for an unknown impl, one that cannot do this, or shapes that do not fit.
     """
-    call = _Call(gate, unit, seed, step, layer, log_gain, copy=copy)
+    call = _Call(gate, unit, seed, step, layer, log_gain, copy=copy, captured=captured)
     return _apply(call, impl, x, weight, logits, bias)
 
 
@@ -90,10 +92,11 @@ def gated_conv2d(
     layer: int,
     log_gain: Float[Tensor, ""] | None = None,
     impl: str = "auto",
+    captured: bool = False,
 ) -> Float[Tensor, "b n oh ow"]:
     """`gated_linear` as a convolution with zero padding; channels-last is the fast layout."""
     slide = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
-    call = _Call(gate, unit, seed, step, layer, log_gain, slide)
+    call = _Call(gate, unit, seed, step, layer, log_gain, slide, captured=captured)
     return _apply(call, impl, x, weight, logits, bias)
 
 
@@ -108,6 +111,7 @@ class _Call(NamedTuple):
     log_gain: Tensor | None
     slide: dict[str, Any] | None = None  # a convolution's
     copy: Tensor | None = None  # of a weight that does not train
+    captured: bool = False
 
     def run(
         self, impl: str, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None
@@ -181,7 +185,7 @@ def choice(
     call = _Call(
         options["gate"], options.get("unit", Unit()), options["seed"], options["step"],
         options["layer"], options.get("log_gain"), slide if weight.ndim == 4 else None,
-        options.get("copy"),
+        options.get("copy"), options.get("captured", False),
     )  # fmt: skip
     return _choose(call, x, weight, logits, bias)
 
@@ -198,7 +202,7 @@ def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor
     key = (
         x.device, tuple(x.shape), x.dtype, tuple(weight.shape), weight.dtype, weight.requires_grad,
         x.requires_grad, call.gate, call.unit, slide, torch.is_autocast_enabled("cuda"),
-        None if call.copy is None else call.copy.dtype,
+        None if call.copy is None else call.copy.dtype, call.captured,
     )  # fmt: skip
     if key in _measured:
         return _measured[key]
@@ -209,7 +213,8 @@ def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor
     if times[best] > _WORTH * times["materialise"]:
         best = "materialise"
     told = ", ".join(f"{impl} {ms:.3f} ms" for impl, ms in times.items())
-    _measured[key] = Choice(best, f"measured forward and backward: {told}", times)
+    how = " as CUDA graphs" if call.captured else ""
+    _measured[key] = Choice(best, f"measured forward and backward{how}: {told}", times)
     return _measured[key]
 
 
@@ -231,6 +236,12 @@ def _time(
             if wanted:
                 torch.autograd.grad(y, wanted, torch.ones_like(y))
 
+    if call.captured:
+        as_graph: Callable[..., Any] = triton.testing.do_bench_cudagraph
+        try:
+            return float(as_graph(run, rep=40, return_mode="median"))
+        finally:
+            torch.clear_autocast_cache()  # what the graph has cast is gone with it
     bench: Callable[..., Any] = triton.testing.do_bench
     return float(bench(run, warmup=10, rep=40, return_mode="median"))
 

@@ -265,6 +265,11 @@ class LayerwiseStep(FusedStep):
                 pattern.log_gain.data = self.bank.log_gain[1, i]
                 self.leaves.append(pattern.log_gain)
 
+    def become(self, way: Way) -> Self:
+        for pattern in self.gated.values():
+            pattern.captured = way.graph
+        return super().become(way)
+
     def descend(self, batch: Batch) -> Tensor:
         self._aim()
         self.bank.begin_()

@@ -220,6 +220,24 @@ def test_another_strategy_must_be_worth_it(
     assert told.impl == expected and "materialise 1.000 ms" in told.reason
 
 
+def test_graphs_and_launches_are_measured_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where launches cost, what needs fewer of them wins; as a graph, the kernels decide."""
+    kernels = {"materialise": 0.3, "epilogue": 0.2, "fused": 0.4}
+    launches = {"materialise": 0.6, "epilogue": 0.9, "fused": 0.1}
+
+    def time(call: gated_layers._Call, impl: str, *_: object) -> float:
+        return kernels[impl] + (0.0 if call.captured else launches[impl])
+
+    monkeypatch.setattr(gated_layers, "_time", time)
+    monkeypatch.setattr(gated_layers, "_measured", {})
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    _, w, s, b, _ = inputs((48, 64), (3, 64), Unit())
+    for _ in range(2):
+        told = choice(elsewhere(3, 64), w, s, b, **address(), captured=True)
+        assert told.impl == "epilogue" and "as CUDA graphs" in told.reason
+        assert choice(elsewhere(3, 64), w, s, b, **address()).impl == "fused"
+
+
 @pytest.mark.parametrize("kind", ["linear", "conv"])
 def test_modules_compute_with_the_strategy_of_their_pattern(kind: str) -> None:
     linear = kind == "linear"
