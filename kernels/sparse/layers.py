@@ -9,6 +9,7 @@ compact  dense compute on live rows and columns only;
 block    whole blocks that hold anything, on a GPU ("block:64x64", or in other tiles "block:64x64/2").
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -144,16 +145,13 @@ def _parsed(name: str) -> tuple[str, Mapping[str, Any]]:
         )
     if not colon:
         return kind, {}
-    sides, slash, tile = option.partition("/")
-    try:
-        if slash and slash + tile not in BLOCK_TILES:
-            raise ValueError(tile)
-        return kind, {"sides": tuple(int(side) for side in sides.split("x"))}
-    except ValueError:
+    found = re.fullmatch(rf"(\d+)x(\d+)({'|'.join(BLOCK_TILES)})?", option)
+    if found is None:
         raise ValueError(
-            f"format block: expected sides as block:64x64, with {' or '.join(BLOCK_TILES)} behind them for "
-            f"other tiles, got {name!r}"
-        ) from None
+            f"format block: expected sides as block:64x64, with {' or '.join(BLOCK_TILES)} behind for other "
+            f"tiles, got {name!r}"
+        )
+    return kind, {"sides": (int(found[1]), int(found[2]))}
 
 
 # --- Products ---------------------------------------------------------------------------------------

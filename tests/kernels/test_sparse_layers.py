@@ -258,10 +258,7 @@ def test_the_dense_weight_of_state_never_holds_anything_else() -> None:
     [
         ("nope", "expected state, csr"),
         ("block", "sides as block:64x64"),
-        *(
-            (f"block:64x64{end}", "/1 or /2 behind them")
-            for end in ("/0", "/3", "/", "/1/2", "/01")
-        ),
+        *((f"block:64x64{end}", "/1 or /2 behind") for end in ("/0", "/3", "/", "/1/2", "/01")),
         ("state:3", "expected state"),
         (("csr", "csr"), "one, or three"),
     ],
