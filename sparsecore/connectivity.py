@@ -11,12 +11,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from . import checkpoints
 from .batches import EpochBatches
 from .batchnorm import recompute_statistics_, running_norms
 from .convert import plain_state
+from .engine.evaluation import Evaluation
 from .progress import QUIET, Progress
 from .recipe import Recipe
 from .tickets import dense_state
@@ -102,6 +102,7 @@ def path_errors(
     if checkpoint is not None:
         run = _fingerprint(probe, [a, b], [batches, train_batches or batches], points, limit)
         rows = _measured(checkpoint, run)
+    evaluation = Evaluation(probe, batches, engine="auto", times=points - len(rows), loss=True)
     with progress.task("path", total=points) as advance:
         advance(len(rows))
         for i in range(len(rows), points):
@@ -109,7 +110,8 @@ def path_errors(
             probe.load_state_dict(_between(a, b, alpha), strict=False)
             if norms and train_batches is not None:
                 recompute_statistics_(probe, train_batches, limit=limit)
-            error, loss = _error_and_loss(probe, batches)
+            accuracy, loss = evaluation.measure()
+            error = 100 - accuracy
             rows.append((alpha, error, loss))
             if checkpoint is not None:
                 checkpoints.write(checkpoint, {}, {"run": run, "rows": rows})
@@ -142,18 +144,6 @@ def _between(a: State, b: State, alpha: float) -> dict[str, Tensor]:
         k: torch.lerp(a[k], b[k], alpha) if a[k].is_floating_point() else nearer[k]
         for k in a
     }
-
-
-def _error_and_loss(model: nn.Module, batches: EpochBatches) -> tuple[float, float]:
-    """(percent, nats) of a model in evaluation mode."""
-    hits, losses = [], []
-    with torch.inference_mode():
-        for x, y in batches.epoch(0):
-            scores = model(x)
-            hits.append(scores.argmax(-1) == y)
-            losses.append(F.cross_entropy(scores, y, reduction="none"))
-        accuracy = 100 * float(torch.cat(hits).double().mean())
-        return 100 - accuracy, float(torch.cat(losses).double().mean())
 
 
 def _fingerprint(

@@ -288,9 +288,14 @@ def plan_for(
     planned = PlannedModel(model, small, told)
     # Steps become graphs there unless that was refused.
     captured = device.type == "cuda" and engine in ("auto", "graph", "compile-graph")
+    example = [x] if plan == "auto" else []
     with recipe.autocast(device):
-        example = [x] if plan == "auto" else []
-        plan_(planned.model, plan, *example, cache=cache, captured=captured)
+        try:
+            plan_(planned.model, plan, *example, cache=cache, captured=captured)
+        except RuntimeError:  # what no graph can hold is launched one by one
+            if not captured:
+                raise
+            plan_(planned.model, plan, *example, cache=cache)
     return planned
 
 

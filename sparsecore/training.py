@@ -71,7 +71,7 @@ def evaluate(model: nn.Module, batches: EpochBatches) -> float:
 
     Errors: DataEnded for fewer batches than their length says.
     """
-    return Evaluation(model, batches).measure()
+    return Evaluation(model, batches).measure().accuracy
 
 
 def train(
@@ -164,7 +164,7 @@ def train(
                 )
             record = {"epoch": part.end, "lr": recipe.lr_at(part.epoch, run.total), "loss": loss}
             if run.evaluation is not None:
-                record["accuracy"] = run.evaluation.measure()
+                record["accuracy"] = run.evaluation.measure().accuracy
             if watch is not None:
                 record["watched"] = watch(run.evaluated)
             record["seconds"] = perf_counter() - start
@@ -298,7 +298,14 @@ class _Run:
         )
         self.evaluation = None
         if self.test_batches is not None:
-            self.evaluation = Evaluation(self.evaluated, self.test_batches, self.engine.way)
+            way = self.engine.way
+            self.evaluation = Evaluation(
+                self.evaluated,
+                self.test_batches,
+                engine="auto" if engine == "auto" and way.graph else way.name,
+                times=-(-steps // self.steps),
+                channels_last=way.channels_last,
+            )
 
     def part(self, part: _Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""

@@ -12,7 +12,7 @@ from helpers import Blobs, Fixed, equal, generator, mlp, normed, rand, randn
 from torch import Tensor, nn
 
 import sparsecore as sc
-from sparsecore import checkpoints, connectivity
+from sparsecore import checkpoints
 from sparsecore.batches import Batch
 from sparsecore.batchnorm import recompute_statistics_
 from sparsecore.connectivity import (
@@ -25,6 +25,7 @@ from sparsecore.connectivity import (
     path_errors,
     rewind_by_instability,
 )
+from sparsecore.engine.evaluation import Evaluation
 from sparsecore.tickets import dense_state
 from sparsecore.training import Recipe, evaluate, train
 
@@ -182,7 +183,7 @@ def test_statistics_are_measured_anew_at_every_point() -> None:
 def test_a_path_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     a, b, file = mlp(seed=1).state_dict(), mlp(seed=2).state_dict(), tmp_path / "p"
     whole = path_errors(mlp(), a, b, Noisy(), points=5)
-    measure, count = connectivity._error_and_loss, 0
+    measure, count = Evaluation.measure, 0
 
     def counted(*args):
         nonlocal count
@@ -191,7 +192,7 @@ def test_a_path_that_is_killed_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
             raise KeyboardInterrupt
         return measure(*args)
 
-    monkeypatch.setattr(connectivity, "_error_and_loss", counted)
+    monkeypatch.setattr(Evaluation, "measure", counted)
     with pytest.raises(KeyboardInterrupt):
         path_errors(mlp(), a, b, Noisy(), points=5, checkpoint=file)
     assert path_errors(mlp(), a, b, Noisy(), points=5, checkpoint=file) == whole

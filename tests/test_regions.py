@@ -13,8 +13,8 @@ from helpers import Blobs, mlp, rand, randn, seeded
 from torch import Tensor, nn
 
 import sparsecore as sc
-from sparsecore import connectivity
 from sparsecore.connectivity import path_errors
+from sparsecore.engine.evaluation import Evaluation
 from sparsecore.regions import Repellent, angular_distances, round_paths
 from sparsecore.tickets import dense_state
 from sparsecore.training import Recipe, evaluate, train
@@ -135,7 +135,7 @@ def test_paths_between_rounds_are_under_their_own_masks() -> None:
 def test_paths_between_rounds_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rounds, model, folder = [random_round(s) for s in range(3)], sc.sparsify_(mlp()), tmp_path / "p"
     paths = round_paths(model, rounds, Blobs(), points=3, folder=folder)
-    monkeypatch.setattr(connectivity, "_error_and_loss", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(Evaluation, "measure", lambda _: pytest.fail("measured again"))
     assert round_paths(model, rounds, Blobs(), points=3, folder=folder) == paths
 
 

@@ -1,53 +1,97 @@
 """How often a model is right, in evaluation mode: the same feed and the same engine as for training."""
 
-from collections.abc import Hashable
-from typing import Any
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from .. import capture
 from ..batches import Batch, EpochBatches
-from .engine import AbstractStep, Engine, Way, stamp
+from .auto import launch
+from .engine import AbstractStep, stamp, structure
 from .feeds import feed_of
 
 
+class Measured(NamedTuple):
+    """accuracy in percent; loss: cross-entropy in nats, NaN where it was not asked for."""
+
+    accuracy: float
+    loss: float
+
+
 class Evaluation(AbstractStep):
-    """Accuracy of one model on the same batches, as often as asked.
+    """One model on the same batches, as often as asked; `total` sums hits, samples and their losses.
 
     Args:
-        way: of which a graph counts; a forward alone is not worth compiling.
+        engine: of the steps; a forward alone is not worth compiling.
+        times: about how often it will be asked.
+        loss: whether that is wanted too.
     """
 
-    def __init__(self, model: nn.Module, batches: EpochBatches, way: Way = Way()) -> None:  # noqa: B008  a value
-        self.model, self.length = model, len(batches)
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: EpochBatches,
+        *,
+        engine: str = "eager",
+        times: int = 1,
+        loss: bool = False,
+        channels_last: bool = False,
+    ) -> None:
+        self.model, self.length, self.loss = model, len(batches), loss
         self.device = next(model.parameters()).device
-        self.total = torch.zeros(2, dtype=torch.int64, device=self.device)  # hits, of how many
-        self.channels_last = way.channels_last
-        self.engine = Engine(self, feed_of(batches, self.device), Way(graph=way.graph))
+        self.total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        self.channels_last = channels_last
+        if not capture.possible_on(self.device):
+            engine = "eager"
+        self.engine = launch(
+            lambda way: self,
+            feed_of(batches, self.device),
+            engine={"compile": "eager", "compile-graph": "graph"}.get(engine, engine),
+            steps=times * self.length,
+        )
 
-    def measure(self) -> float:
-        """Accuracy in percent, in evaluation mode; every module's mode is put back.  One host sync."""
+    def measure(self) -> Measured:
+        """In evaluation mode; every module's mode is put back.  One host sync."""
+        with self._evaluating():
+            self.clear()
+            self.engine.begin(0)
+            for _ in range(self.length):
+                self.engine()
+            hits, count, losses = self.total.tolist()
+        return Measured(100 * (hits / count), losses / count if self.loss else float("nan"))
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[None]:
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
             with torch.inference_mode():
-                self.clear()
-                self.engine.begin(0)
-                for _ in range(self.length):
-                    self.engine()
-                hits, count = self.total.tolist()
+                yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
-        return 100 * (hits / count)
+
+    @contextmanager
+    def undone(self) -> Iterator[None]:
+        with self._evaluating(), super().undone():
+            yield
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
         x, y = batch
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
-        hits = self.model(x).argmax(-1) == y
+        scores = self.model(x)
+        hits = scores.argmax(-1) == y
         self.total[0].add_(hits.sum())
         self.total[1].add_(hits.numel())
+        if self.loss:
+            self.total[2].add_(
+                F.cross_entropy(scores, y, reduction="none").sum(dtype=torch.float64)
+            )
 
     def changes(self) -> list[Tensor]:
         return [self.total]
@@ -57,3 +101,6 @@ class Evaluation(AbstractStep):
 
     def keep(self) -> Any:
         return list(self.model.modules())
+
+    def facts(self) -> Any:
+        return super().facts(), structure(self.model), self.loss
