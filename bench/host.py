@@ -2,9 +2,9 @@
 
 Kernels are compiled for sm_90 and launched on tensors of the CPU through a driver that does nothing, so all
 Python and C++ between a layer's call and the driver is timed, autograd included: forward, dX, dW and dbias of
-one layer.  What a GPU adds is not in it: the driver's own call, its allocator, and autograd's second thread.  What
-the vendor's products compute is, so layers are small.  What is read is the thread's own clock, of steps back to
-back, and of several medians the least is written.
+a layer among several alike.  What a GPU adds is not in it: the driver's own call, its allocator, and autograd's
+second thread.  What the vendor's products compute is, so layers are small.  What is read is the thread's own
+clock, of steps back to back, and of several medians the least is written.
 """
 
 import sys
@@ -30,6 +30,8 @@ from .rows import Rows, number, path_of
 
 PLANS = ("state", "block:64x64")
 SUITE = "host"
+LAYERS = 10
+_SHARED = 227 * 1024  # bytes a program may have
 
 
 class _Launcher:
@@ -48,12 +50,12 @@ class _Driver:
     launcher_cls = _Launcher
     utils = SimpleNamespace(
         load_binary=lambda name, binary, shared, device: (object(), 0, 0, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 227 * 1024},
+        get_device_properties=lambda device: {"max_shared_mem": _SHARED},
         unload_module=lambda module: None,
     )
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # as `Tensor.get_device` says of the CPU
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -72,8 +74,9 @@ def launch_nothing() -> None:
         "_exchange_device": 0,
         "_maybe_exchange_device": 0,
         "_get_device_index": 0,
-        "current_device": -1,  # as `Tensor.get_device` says of the CPU
+        "current_device": -1,
         "is_current_stream_capturing": False,
+        "get_device_properties": SimpleNamespace(shared_memory_per_block_optin=_SHARED),
     }.items():
         setattr(torch.cuda, name, lambda *args, value=value, **options: value)
 
@@ -91,10 +94,10 @@ def layer_of(provider: str, conv: bool) -> nn.Module:
     return layer if provider == "masked" else layer.plan_(provider)
 
 
-def training_step(layer: nn.Module, x: Tensor) -> None:
-    """The products of one layer in one step."""
-    y = layer(x)
-    torch.autograd.grad(y, [x, *layer.parameters()], y)
+def training_step(layers: nn.Module, inputs: list[Tensor]) -> None:
+    """All gradients of a chain of layers."""
+    y = layers(inputs[0])
+    torch.autograd.grad(y, inputs, y)
 
 
 def steps() -> dict[str, dict[str, Callable[[], None]]]:
@@ -104,19 +107,20 @@ def steps() -> dict[str, dict[str, Callable[[], None]]]:
     for case, shape in shapes.items():
         x = torch.zeros(shape, requires_grad=True)
         for provider in ("dense", "masked", *PLANS):
-            layer = layer_of(provider, len(shape) == 4)
-            made.setdefault(case, {})[provider] = partial(training_step, layer, x)
+            layers = nn.Sequential(*(layer_of(provider, len(shape) == 4) for _ in range(LAYERS)))
+            step = partial(training_step, layers, [x, *layers.parameters()])
+            made.setdefault(case, {})[provider] = step
     return made
 
 
 def seconds(step: Callable[[], None], samples: int, calls: int) -> Spread:
-    """Of a step among `calls` back to back."""
+    """Of one layer in a step among `calls` back to back."""
     found = []
     for _ in range(samples + 1):  # the first compiles, or fills caches again
         start = thread_time()
         for _ in range(calls):
             step()
-        found.append((thread_time() - start) / calls)
+        found.append((thread_time() - start) / calls / LAYERS)
     return spread_of(found[1:])
 
 
@@ -137,7 +141,7 @@ def main(folder: Path, *, quick: bool = False) -> int:
     device = torch.device("cpu")
     suite = f"{SUITE}-quick" if quick else SUITE
     rows = Rows(path_of(folder, device, suite), suite, device)
-    for (case, provider), spread in host_times(*((1, 2, 2) if quick else (7, 11, 40))).items():
+    for (case, provider), spread in host_times(*((1, 2, 1) if quick else (10, 11, 4))).items():
         found = (number(1e6 * s) for s in spread)
         rows.add(case, provider, "forward and backward", "host time", "us", *found)
     print(f"rows  {rows.path}")

@@ -40,6 +40,7 @@ from .sparse.layers import (
     plan_of,
     sparse_layer,
 )
+from .sparse.state import one_graph
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 
 __all__ = [
@@ -83,6 +84,7 @@ __all__ = [
     "kept_index",
     "laid_out_as",
     "obstacle",
+    "one_graph",
     "pack",
     "plan_of",
     "project_ref",

@@ -7,7 +7,7 @@ another one for each of forward, dX and dW, without its parameter noticing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,32 +63,48 @@ class Layer(NamedTuple):
         return [x[0], self.shape[0], *size]
 
 
-class Storage(NamedTuple):
-    """What a format keeps beside the values: index tensors or workspaces, and numbers."""
+class Storage:
+    """What a format keeps beside the values: index tensors or workspaces, and numbers.
 
-    tensors: list[Tensor]
-    numbers: list[int]
+    made: what the format has made of both, once.  fill: stands for what a weight of its own holds now; every
+    filling has another one.  replayed: graphs fill that weight, and no `fill` tells of their replays.
+    """
+
+    __slots__ = ("fill", "made", "numbers", "replayed", "tensors")
+
+    def __init__(self, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+        self.tensors, self.numbers = list(tensors), list(numbers)
+        self.made: Any = None
+        self.fill: Any = None
+        self.replayed = False
 
 
 class Format(NamedTuple):
     """One way to multiply by a sparse weight.
 
     prepare(mask, layer, dtype, **options) -> Storage: once for a mask; may synchronise.
-    forward(x, values, bias, layer, storage) -> y; x [T, k] or [B, k, H, W], bias [n] or None.
-    grad_input(dy, values, layer, storage, shape of x) -> dx.
+    weight(values, layer, storage, dtype, fill) -> (values as the products take them, None): made once a step,
+        and dX finds it again.  Where it lies in the storage, (it, `storage.fill`): who comes back with that as
+        `fill` finds it as it was, or has it filled again.
+    forward(x, weight, bias, layer, storage) -> y; x [T, k] or [B, k, H, W], bias [n] or None.
+    grad_input(dy, weight, layer, storage, shape of x) -> dx.
     grad_values(dy, x, values, layer, storage) -> gradient of values, of their shape and dtype.
-    grad_both(dy, x, values, layer, storage) -> both gradients of a convolution, where that saves work.
+    grad_both(dy, x, values, weight, layer, storage) -> both gradients of a convolution, where that saves work.
+    traced(values, layer, storage, dtype) -> the weight by operations that a compiler sees through and autograd
+        differentiates, where forward does so too.
     obstacle(device, layer, dtype, **options) -> why it cannot do this at all, or None.
     tiled(storage, tile) -> the same storage for other tiles of its kernels, where they have several.
     """
 
     prepare: Callable[..., Storage]
+    weight: Callable[[Tensor, Layer, Storage, torch.dtype, Any], tuple[Tensor, Any]]
     forward: Callable[[Tensor, Tensor, Tensor | None, Layer, Storage], Tensor]
     grad_input: Callable[[Tensor, Tensor, Layer, Storage, Sequence[int]], Tensor]
     grad_values: Callable[[Tensor, Tensor, Tensor, Layer, Storage], Tensor]
     obstacle: Callable[..., str | None]
     feature_major: bool = False  # y and dX of a linear layer have strides (1, T)
     grad_both: Callable[..., tuple[Tensor, Tensor]] | None = None
+    traced: Callable[[Tensor, Layer, Storage, torch.dtype], Tensor] | None = None
     tiled: Callable[[Storage, int], Storage] | None = None
 
 

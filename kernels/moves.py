@@ -5,14 +5,16 @@ elements is left to the first program.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import on_gpu, on_its_device
+from .device import on_gpu
 from .formats import check_device
+from .launching import Launch, remembered
 from .static import StaticCase, static_case
 
 _BLOCK = 1024
@@ -57,20 +59,29 @@ def _gather_kernel(out_ptr, dense_ptr, index_ptr, EVEN, NNZ, BLOCK: tl.constexpr
 # --- Launchers --------------------------------------------------------------------------------------
 
 
-@on_its_device
+def _launch(kernel: Any, nnz: int) -> Launch:
+    grid, numbers = (triton.cdiv(nnz, _BLOCK),), (nnz // 16 * 16, nnz)
+    return Launch(kernel, grid, numbers, {"BLOCK": _BLOCK}, {"num_warps": 4})
+
+
+@remembered
+def _scatter(nnz: int) -> Launch:
+    return _launch(_scatter_kernel, nnz)
+
+
+@remembered
+def _gather(nnz: int) -> Launch:
+    return _launch(_gather_kernel, nnz)
+
+
 def launch_scatter(dense: Tensor, values: Tensor, index: Tensor) -> None:
     """dense at each index = its value; dense is taken as flat, an index has each place once."""
-    nnz = index.numel()
-    grid = (triton.cdiv(nnz, _BLOCK),)
-    _scatter_kernel[grid](dense, values, index, nnz // 16 * 16, nnz, BLOCK=_BLOCK, num_warps=4)
+    _scatter(index.numel())(dense, values, index)
 
 
-@on_its_device
 def launch_gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
     """out = dense at each index, 0 where that is negative, in out's dtype; all are taken as flat."""
-    nnz = index.numel()
-    grid = (triton.cdiv(nnz, _BLOCK),)
-    _gather_kernel[grid](out, dense, index, nnz // 16 * 16, nnz, BLOCK=_BLOCK, num_warps=4)
+    _gather(index.numel())(out, dense, index)
 
 
 def pack_values(
@@ -88,7 +99,8 @@ def pack_values(
         )
     check_device(values, source)
     if on_gpu(values):
-        return Packed.apply(values, source, slot, shape, dtype)
+        packed = Packed.apply if torch.is_grad_enabled() else _packed
+        return packed(values, source, slot, shape, dtype)
     out = values.new_zeros(len(source), dtype=dtype)
     out[slot] = values.to(dtype)
     return out.view(shape)
@@ -102,19 +114,24 @@ class Packed(torch.autograd.Function):
         ctx, values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         ctx.slot, ctx.dtype = slot, values.dtype
-        return packed_by_kernel(values, source, shape, dtype)
+        return _packed(values, source, slot, shape, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.reshape(-1)[ctx.slot].to(ctx.dtype), None, None, None, None
 
 
-@on_its_device
+def _packed(
+    values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
+) -> Tensor:
+    return packed_by_kernel(values, source, shape, dtype)
+
+
 def packed_by_kernel(
     values: Tensor, source: Tensor, shape: Sequence[int], dtype: torch.dtype
 ) -> Tensor:
     """`pack_values` without checks, by the kernel."""
-    out = torch.empty(shape, dtype=dtype, device=values.device)
+    out = values.new_empty(shape, dtype=dtype)
     if out.numel():
         launch_gather(values.contiguous(), source, out)
     return out

@@ -136,10 +136,19 @@ def uniform_(out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool
         return _launch_uniform(out, seed, step, layer)
     if exact:
         return out.copy_(uniform_ref(out.numel(), seed, step, layer).view_as(out))
+    draw = _draw_in_graph if torch.compiler.is_compiling() else _draw
+    draw(out, seed, step, layer)
+    return out
+
+
+def _draw(out: Tensor, seed: Tensor, step: Tensor, layer: int) -> None:
+    """NumPy's."""
     entropy = [int(seed) & (2**64 - 1), int(step) & (2**64 - 1), layer]
     generator = np.random.Generator(np.random.SFC64(np.random.SeedSequence(entropy)))
     generator.random(out=out.detach().numpy(), dtype=np.float32)
-    return out
+
+
+_draw_in_graph = torch.library.custom_op("sparsecore::uniform", _draw, mutates_args=("out",))
 
 
 def storage_noise(

@@ -26,20 +26,25 @@ Products = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
 def products_of(name: str, mask: Tensor, layer: Layer, weight: Tensor, x: Tensor) -> Products:
     """Forward, dX and dW of a format, ready to be timed."""
     plan = kernels.plan_of(mask, name, dtype=x.dtype, slide=layer.slide, groups=layer.groups)
-    format, storage = plan.product("forward")
+    format, storage = plan.forward
     values = weight[mask].float()
     dy = _gradient(layer, x)
+
+    def made() -> Tensor:
+        return format.weight(values, layer, storage, x.dtype, None)[0]
+
+    again = made()  # dX takes what forward has made
     if not format.feature_major or layer.conv:
         return (
-            lambda: format.forward(x, values, None, layer, storage),
-            lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
+            lambda: format.forward(x, made(), None, layer, storage),
+            lambda: format.grad_input(dy, again, layer, storage, list(x.shape)),
             lambda: format.grad_values(dy, x, values, layer, storage),
         )
     # x is turned once, before forward, unless it comes turned; gradients come as y went.
     turned, dy = x.T.contiguous().T, dy.T.contiguous().T
     return (
-        lambda: format.forward(x.T.contiguous().T, values, None, layer, storage),
-        lambda: format.grad_input(dy, values, layer, storage, list(x.shape)),
+        lambda: format.forward(x.T.contiguous().T, made(), None, layer, storage),
+        lambda: format.grad_input(dy, again, layer, storage, list(x.shape)),
         lambda: format.grad_values(dy, turned, values, layer, storage),
     )
 

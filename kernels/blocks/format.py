@@ -1,7 +1,11 @@
-"""Blocks as a format: values are packed into whole blocks in the compute dtype, and stored blocks multiplied."""
+"""Blocks as a format: values are packed into whole blocks in the compute dtype, and stored blocks multiplied.
+
+They are packed once a step, and packed blocks live from a layer's forward to its backward.
+"""
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,7 +13,7 @@ from torch import Tensor
 from ..formats import Format, Layer, Storage, kernel_obstacle
 from .lists import SIDES
 from .plan import BlockPlan
-from .products import block_forward, block_grad_input, block_grad_values, pack
+from .products import fitting, forward, grad_input, gradient, pack
 
 
 def _obstacle(
@@ -28,27 +32,40 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype, sides: tuple[int, i
     return Storage(*BlockPlan.from_mask(mask, sides, layer.groups).flatten())
 
 
+def _plan(storage: Storage) -> BlockPlan:
+    if storage.made is None:
+        storage.made = BlockPlan.unflatten(storage.tensors, storage.numbers)
+    return storage.made
+
+
+def _weight(
+    values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype, fill: Any
+) -> tuple[Tensor, None]:
+    return pack(values, _plan(storage), dtype), None
+
+
 def _forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+    x: Tensor, packed: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    plan = BlockPlan.unflatten(*storage)
-    return block_forward(x, pack(values, plan, x.dtype), bias, plan, layer.slide)
+    plan = _plan(storage)
+    return forward(x, packed, bias, plan, fitting(x, x.shape, plan, layer.slide))
 
 
 def _grad_input(
-    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+    dy: Tensor, packed: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    plan = BlockPlan.unflatten(*storage)
-    return block_grad_input(dy, pack(values, plan, dy.dtype), plan, list(shape[2:]), layer.slide)
+    plan = _plan(storage)
+    return grad_input(dy, packed, plan, shape, fitting(dy, shape, plan, layer.slide))
 
 
 def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage) -> Tensor:
-    plan = BlockPlan.unflatten(*storage)
-    return block_grad_values(dy, x, plan, layer.slide, values.dtype)
+    plan = _plan(storage)
+    problem = fitting(x, x.shape, plan, layer.slide)
+    return gradient(dy, x, plan, problem, torch.empty_like(values))
 
 
 def _tiled(storage: Storage, tile: int) -> Storage:
-    return Storage(*replace(BlockPlan.unflatten(*storage), tile=tile).flatten())
+    return Storage(*replace(_plan(storage), tile=tile).flatten())
 
 
-BLOCK = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, tiled=_tiled)
+BLOCK = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, tiled=_tiled)

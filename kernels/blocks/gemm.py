@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..conv_tiles import input_pixel, output_pixel, pixel_at
 from ..device import SHARED, shared_memory
+from ..launching import Launch, remembered
 from .lists import Lists
 from .plan import Walk
 from .problem import (
@@ -346,14 +347,22 @@ def launch_fwd(
     y: Tensor, x: Tensor, scaled: Tensor, bias: Tensor | None, gain: Tensor | None,
     lists: Lists | Walk, problem: Problem, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """Fills y [T, n] (contiguous rows); x [T, k] or [B, k, H, W] of unit channel stride."""
-    constants, options = fwd_options(problem, x.element_size(), precision, shared_memory(x.device))
+    """Fills y, of contiguous rows [T, n]; x [T, k] or [B, k, H, W] of unit channel stride."""
+    launch = _fwd(problem, x.element_size(), precision, image_strides(x), shared_memory(x.device))
+    launch(y, x, scaled, bias, gain, lists.order, *_ends(lists))
+
+
+@remembered
+def _fwd(
+    problem: Problem, size: int, precision: str, strides: tuple[int, int, int], shared: int
+) -> Launch:
+    constants, options = fwd_options(problem, size, precision, shared)
     tiles = triton.cdiv(problem.n, constants["BLOCK_N"])
-    _fwd_kernel[(tiles * triton.cdiv(problem.tokens, constants["BLOCK_T"] * constants["WALK"]),)](
-        y, x, scaled, bias, gain, lists.order, *_ends(lists),
-        problem.tokens, problem.n, problem.k, entries_per_row(problem, constants["UNIT_K"]),
-        *problem.image[1:], *problem.out[1:], *image_strides(x), **constants, **options,
-    )  # fmt: skip
+    grid = (tiles * triton.cdiv(problem.tokens, constants["BLOCK_T"] * constants["WALK"]),)
+    entries = entries_per_row(problem, constants["UNIT_K"])
+    numbers = (problem.tokens, problem.n, problem.k, entries)
+    numbers += (*problem.image[1:], *problem.out[1:], *strides)
+    return Launch(_fwd_kernel, grid, numbers, constants, options)
 
 
 def dx_options(
@@ -370,16 +379,22 @@ def launch_dx(
     dx: Tensor, dy: Tensor, scaled: Tensor, gain: Tensor | None, lists: Lists | Walk,
     problem: Problem, precision: str = "ieee",
 ) -> None:  # fmt: skip
-    """Fills contiguous dx [P, groups * k] from contiguous dy.
+    """Fills dx, of contiguous rows [P, groups * k], from such a dy.
 
-    Blocks: dy [T, n] and transposed lists.  Rows: dy from `weights.open_columns`, lists as drawn.
+    Blocks: dy [T, n], or images of n channels, and transposed lists.  Rows: dy from `weights.open_columns`,
+    lists as drawn.
     """
-    constants, options = dx_options(problem, dy.element_size(), precision, shared_memory(dy.device))
+    launch = _dx(problem, dy.element_size(), precision, dy.shape[1], shared_memory(dy.device))
+    slot = lists.slot if isinstance(lists, Walk) else None
+    launch(dx, dy, scaled, gain, lists.order, *_ends(lists), slot)
+
+
+@remembered
+def _dx(problem: Problem, size: int, precision: str, width: int, shared: int) -> Launch:
+    constants, options = dx_options(problem, size, precision, shared)
     tiles = triton.cdiv(problem.k, constants["BLOCK_K"]) * problem.groups
+    grid = (tiles * triton.cdiv(problem.pixels, constants["BLOCK_T"] * constants["WALK"]),)
     entries = triton.cdiv(problem.n, problem.unit.h) * constants["TAPS"]
-    _dx_kernel[(tiles * triton.cdiv(problem.pixels, constants["BLOCK_T"] * constants["WALK"]),)](
-        dx, dy, scaled, gain, lists.order, *_ends(lists),
-        lists.slot if isinstance(lists, Walk) else None,
-        problem.pixels, problem.n, problem.k, entries, dy.shape[1], *problem.image[1:], *problem.out[1:],
-        **constants, **options,
-    )  # fmt: skip
+    numbers = (problem.pixels, problem.n, problem.k, entries, width)
+    numbers += (*problem.image[1:], *problem.out[1:])
+    return Launch(_dx_kernel, grid, numbers, constants, options)

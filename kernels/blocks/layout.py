@@ -5,18 +5,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..launching import remembered
 from .problem import ROW_TILE, Problem
 
 
 def empty(x: Tensor, shape: Sequence[int], last: bool) -> Tensor:
     """Unset, of x's dtype and device; images channels last if asked."""
-    layout = torch.channels_last if last and len(shape) == 4 else torch.contiguous_format
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+    if not last or len(shape) != 4:
+        return x.new_empty(shape)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-def output_shape(x: Tensor, problem: Problem) -> tuple[int, ...]:
+def output_shape(x: Sequence[int], problem: Problem) -> tuple[int, ...]:
+    """Of x's."""
     b, oh, ow = problem.out
-    return (problem.tokens, problem.n) if x.ndim == 2 else (b, problem.n, oh, ow)
+    return (problem.tokens, problem.n) if len(x) == 2 else (b, problem.n, oh, ow)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -35,6 +38,7 @@ def readable(x: Tensor, problem: Problem) -> Tensor:
     return x
 
 
+@remembered
 def check_reach(problem: Problem, row: int, column: int) -> None:
     """Errors: ValueError unless int32 holds the kernels' offsets in an image, whose rows and columns
     stand this far apart.  A part for the pixel and one for the tap each leave the image by its padding.
@@ -56,8 +60,11 @@ def check_reach(problem: Problem, row: int, column: int) -> None:
         )
 
 
+def contiguous(dy: Tensor) -> Tensor:
+    """dy of an output as contiguous rows: [T, n], or images channels last."""
+    return dy.contiguous() if dy.ndim == 2 else dy.contiguous(memory_format=torch.channels_last)
+
+
 def gradient_rows(dy: Tensor) -> Tensor:
     """dy of an output as contiguous [T, n]."""
-    if dy.ndim == 4:
-        return rows(dy.contiguous(memory_format=torch.channels_last))
-    return dy.contiguous()
+    return rows(contiguous(dy))

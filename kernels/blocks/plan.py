@@ -126,11 +126,16 @@ class BlockPlan:
 
     @property
     def blocks(self) -> int:
-        return len(self.rows.order)
+        return self.rows.order.shape[0]
 
     @property
     def nnz(self) -> int:
-        return len(self.slot)
+        return self.slot.shape[0]
+
+    @property
+    def packed(self) -> tuple[int, int, int]:
+        """The shape of packed blocks."""
+        return (self.blocks, *self.block)
 
     @property
     def taps(self) -> int:

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..device import token_splits
+from ..launching import Launch, remembered
 from .gemm import input_tile
 from .plan import BlockPlan
 from .problem import Problem, config_of, image_strides, shape_constants
@@ -96,17 +97,32 @@ def launch_dvalues(
 
     splits: over tokens; None chooses by the number of tiles.
     """
-    tokens, tiles = problem.tokens, len(plan.tiles)
-    constants, options = dvalues_options(problem, x.element_size(), precision)
-    splits, span = token_splits(tokens, tiles, constants["BLOCK_T"], splits, finer=problem.tile)
+    source, tiles = plan.source if out.ndim == 1 else None, plan.tiles
+    launch = _dvalues(
+        problem, x.element_size(), precision, image_strides(x), tiles.shape[0], out.numel(), splits
+    )
+    splits = launch.grid[1]
+    if splits == 1:
+        launch(out, x, dy, source, plan.rows.order, plan.rows.start, tiles)
+        return
     # Splits write apart and are added in order: no atomics, so the result is always the same.
-    parts = out
-    if splits > 1:
-        parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
-    _dvalues_kernel[(tiles, splits)](
-        parts, x, dy, plan.source if out.ndim == 1 else None, plan.rows.order, plan.rows.start,
-        plan.tiles, tokens, problem.n, problem.k, span, out.numel(), *problem.image[1:],
-        *problem.out[1:], *image_strides(x), **constants, **options,
-    )  # fmt: skip
-    if splits > 1:
+    parts = torch.empty(splits, *out.shape, dtype=torch.float32, device=x.device)
+    launch(parts, x, dy, source, plan.rows.order, plan.rows.start, tiles)
+    if out.dtype == torch.float32:
+        torch.sum(parts, 0, out=out)
+    else:
         out.copy_(parts.sum(0))
+
+
+@remembered
+def _dvalues(
+    problem: Problem, size: int, precision: str, strides: tuple[int, int, int], tiles: int,
+    stride: int, splits: int | None,
+) -> Launch:  # fmt: skip
+    constants, options = dvalues_options(problem, size, precision)
+    splits, span = token_splits(
+        problem.tokens, tiles, constants["BLOCK_T"], splits, finer=problem.tile
+    )
+    numbers = (problem.tokens, problem.n, problem.k, span, stride)
+    numbers += (*problem.image[1:], *problem.out[1:], *strides)
+    return Launch(_dvalues_kernel, (tiles, splits), numbers, constants, options)

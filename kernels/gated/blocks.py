@@ -52,7 +52,7 @@ def launch_forward(
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
 ) -> Tensor:  # fmt: skip
     problem, spec = problem_of(x.shape, weight.shape, Unit(*unit), axes), GateSpec.of(gate)
-    y = empty(x, output_shape(x, problem), last=True)
+    y = empty(x, output_shape(x.shape, problem), last=True)
     if y.numel() == 0:
         return y
     lists = draw(logits, seed, step, layer, spec, problem.unit, problem.n)
@@ -116,7 +116,7 @@ def _block_gated(
     product = apply_ref(weight, z, problem.unit)
     product = (product if gain is None else product * gain).to(x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
-    y = empty(x, output_shape(x, problem), _last(x))
+    y = empty(x, output_shape(x.shape, problem), _last(x))
     if x.ndim == 2:
         return y.copy_(F.linear(x, product, bias))
     return y.copy_(F.conv2d(x, product, bias, *problem.geometry[1:]))
@@ -127,7 +127,9 @@ _block_gated.register_kernel("cuda")(launch_forward)
 
 @_block_gated.register_fake
 def _(x, weight, logits, bias, gain, seed, step, layer, gate, unit, axes):
-    return empty(x, output_shape(x, problem_of(x.shape, weight.shape, Unit(*unit), axes)), _last(x))
+    return empty(
+        x, output_shape(x.shape, problem_of(x.shape, weight.shape, Unit(*unit), axes)), _last(x)
+    )
 
 
 @torch.library.custom_op("sparsecore::block_gated_backward", mutates_args=(), device_types="cpu")

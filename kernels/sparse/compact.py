@@ -6,6 +6,7 @@ compaction of a whole model, which saves the gathering too.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,12 +27,14 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
     return Storage([rows, columns, kept_index(small).long()], [])
 
 
-def _small(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
-    """The weight of live rows and columns."""
+def _weight(
+    values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype, fill: Any
+) -> tuple[Tensor, None]:
+    """Of live rows and columns."""
     rows, columns, places = storage.tensors
     weight = values.new_zeros(len(rows), len(columns), *layer.shape[2:], dtype=dtype)
     weight.view(-1).index_copy_(0, places, values.to(dtype))
-    return weight
+    return weight, None
 
 
 def _live(x: Tensor, index: Tensor) -> Tensor:
@@ -49,10 +52,9 @@ def _empty(small: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def _forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
     rows, columns, _ = storage.tensors
-    weight = _small(values, layer, storage, x.dtype)
     live = _live(x, columns)
     small = F.conv2d(live, weight, None, *layer.pairs) if layer.conv else F.linear(live, weight)
     y = _empty(small, layer.output(x.shape))
@@ -66,10 +68,10 @@ def _forward(
 
 
 def _grad_input(
-    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+    dy: Tensor, weight: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
     rows, columns, _ = storage.tensors
-    weight, live = _small(values, layer, storage, dy.dtype), _live(dy, rows)
+    live = _live(dy, rows)
     if layer.conv:
         small = conv_grad_input(live, weight, layer, shape)
     else:
@@ -88,4 +90,4 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     return dw.reshape(-1).index_select(0, places).to(values.dtype)
 
 
-COMPACT = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle)
+COMPACT = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle)

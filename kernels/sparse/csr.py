@@ -12,6 +12,7 @@ A convolution unfolds its input image by image; the weight is then [n, k * taps]
 import math
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -103,11 +104,16 @@ def _tile(k: int, tokens: int, share: float) -> int:
     return _TILE if share >= _MANY else 2 * _TILE
 
 
+def _weight(
+    values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype, fill: Any
+) -> tuple[Tensor, None]:
+    return values.to(dtype), None
+
+
 def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
     offsets, places, *_ = storage.tensors
-    values = values.to(x.dtype)
     if layer.conv:
         y = x.new_empty(layer.output(x.shape))
         for image, columns in zip(y.flatten(2), _unfolded(x, layer), strict=True):
@@ -121,7 +127,7 @@ def _grad_input(
     dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
     offsets, places, way = storage.tensors[2:]
-    values = _transposed(values.to(dy.dtype), way)
+    values = _transposed(values, way)
     if not layer.conv:
         return _spmm(dy.T, offsets, places, values).T
     dx = dy.new_empty(list(shape))
@@ -171,4 +177,4 @@ def _unfolded(x: Tensor, layer: Layer) -> Iterator[Tensor]:
             yield F.unfold(image[None], layer.shape[2:], dilation, pad, stride)[0]
 
 
-CSR = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, feature_major=True)
+CSR = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, feature_major=True)

@@ -11,7 +11,8 @@ block    whole blocks that hold anything, on a GPU ("block:64x64", or in other t
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from jaxtyping import Bool, Float
@@ -37,16 +38,29 @@ BLOCK_TILES = tuple(
 )  # that a block format's name may end with
 
 
-class Plan(NamedTuple):
+class Plan:
     """How one layer multiplies: a format and its storage for each of forward, dX and dW.
 
     Made by `plan_of`; belongs to one mask, device and compute dtype.
     """
 
-    layer: Layer
-    formats: tuple[str, ...]
-    storages: tuple[Storage, ...]
-    nnz: int
+    def __init__(
+        self, layer: Layer, formats: Sequence[str], storages: Sequence[Storage], nnz: int
+    ) -> None:
+        self.layer, self.nnz = layer, nnz
+        self.formats, self.storages = tuple(formats), tuple(storages)
+        kinds = [FORMATS[name.partition(":")[0]] for name in formats]
+        self.forward, self.dx, self.dw = zip(kinds, storages, strict=True)
+        self.major = tuple(kind.feature_major and not layer.conv for kind in kinds)
+        self.device = storages[0].tensors[0].device
+        # The smallest images that the filter fits.
+        _, pad, dilation = layer.pairs if layer.conv else ((), (), ())
+        least = [
+            d * (r - 1) + 1 - 2 * p for r, p, d in zip(layer.shape[2:], pad, dilation, strict=True)
+        ]
+        self.least = tuple(least)
+        # Whether dX takes the weight that forward has made.
+        self.once = formats[0].partition("/")[0] == formats[1].partition("/")[0]
 
     def flat(self) -> tuple[str, list[Tensor], list[int]]:
         """All of it as an operator's schema takes it."""
@@ -63,14 +77,21 @@ class Plan(NamedTuple):
         layer, rest, storages = Layer.of(rest[:size]), rest[size:], []
         for _ in PRODUCTS:
             count, size, *rest = rest
-            storages.append(Storage(list(tensors[:count]), rest[:size]))
+            storages.append(Storage(tensors[:count], rest[:size]))
             tensors, rest = tensors[count:], rest[size:]
-        return cls(layer, tuple(formats.split(",")), tuple(storages), nnz)
+        return cls(layer, formats.split(","), storages, nnz)
 
-    def product(self, name: str) -> tuple[Format, Storage]:
-        """The format of "forward", "dx" or "dw", and what it keeps."""
-        at = PRODUCTS.index(name)
-        return FORMATS[self.formats[at].partition(":")[0]], self.storages[at]
+    @classmethod
+    def alive(cls, formats: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> "Plan":
+        """The very plan that `flat` gave them, with what it has made so far, if it is still there."""
+        return _alive.get(_key(formats, tensors, numbers)) or cls.of(formats, tensors, numbers)
+
+
+def _key(formats: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> tuple:
+    return (formats, *numbers, *(t.data_ptr() for t in tensors))
+
+
+_alive: WeakValueDictionary[tuple, Plan] = WeakValueDictionary()
 
 
 @torch.inference_mode(False)  # a plan made while evaluating may be trained with later
@@ -118,7 +139,9 @@ def plan_of(
             made[whole] = FORMATS[kind].prepare(mask, layer, dtype, **options)
         if name not in made and (tiled := FORMATS[kind].tiled):
             made[name] = tiled(made[whole], int(tile))
-    return Plan(layer, names, tuple(made[n] for n in names), int(mask.sum()))  # pyright: ignore[reportArgumentType]
+    plan = Plan(layer, names, [made[n] for n in names], int(mask.sum()))  # pyright: ignore[reportArgumentType]
+    _alive[_key(*plan.flat())] = plan
+    return plan
 
 
 def obstacle(name: str, device: torch.device, layer: Layer, dtype: torch.dtype) -> str | None:
@@ -180,36 +203,58 @@ def _strided(result: Tensor, x: Tensor, format: Format) -> Tensor:
     return result.contiguous()
 
 
-def _run_forward(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
-    format, storage = plan.product("forward")
+def _run_forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan
+) -> tuple[Tensor, Tensor | None, Any]:
+    """(y, the weight that made it, its filling)."""
+    format, storage = plan.forward
     if x.numel() and plan.nnz:
-        return _strided(format.forward(x, values, bias, plan.layer, storage), x, format)
+        weight, fill = format.weight(values, plan.layer, storage, x.dtype, None)
+        y = format.forward(x, weight, bias, plan.layer, storage)
+        return _strided(y, x, format), weight, fill
     y = _like(x, plan.layer.output(x.shape), format).zero_()
-    return y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+    y = y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
+    return y, None, None
 
 
-def _run_dx(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
-    format, storage = plan.product("dx")
+def _weight_again(
+    values: Tensor, dtype: torch.dtype, plan: Plan, weight: Tensor | None, fill: Any
+) -> Tensor:
+    """The weight of forward, if it is still there."""
+    if weight is not None and weight.dtype == dtype:
+        return weight
+    format, storage = plan.dx
+    return format.weight(values, plan.layer, storage, dtype, fill)[0]
+
+
+def _run_dx(
+    dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan,
+    weight: Tensor | None = None, fill: Any = None,
+) -> Tensor:  # fmt: skip
+    format, storage = plan.dx
     if dy.numel() and plan.nnz:
-        return _strided(format.grad_input(dy, values, plan.layer, storage, shape), dy, format)
+        weight = _weight_again(values, dy.dtype, plan, weight, fill)
+        return _strided(format.grad_input(dy, weight, plan.layer, storage, shape), dy, format)
     return _like(dy, shape, format).zero_()
 
 
 def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
-    format, storage = plan.product("dw")
+    format, storage = plan.dw
     if dy.numel() and plan.nnz:
         return format.grad_values(dy, x, values, plan.layer, storage)
     return torch.zeros_like(values)
 
 
-def _run_both(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor, Tensor] | None:
-    """dX and dW by one call, where their format has one."""
-    (format, storage), (other, _) = plan.product("dx"), plan.product("dw")
-    if not plan.layer.conv or format is not other or format.grad_both is None:
-        return None
-    if not (dy.numel() and plan.nnz):
-        return None
-    dx, dw = format.grad_both(dy, x, values, plan.layer, storage)
+def _run_both(
+    dy: Tensor, x: Tensor, values: Tensor, plan: Plan, weight: Tensor | None, fill: Any
+) -> tuple[Tensor, Tensor]:
+    """dX and dW, by one call where their format has one."""
+    format, storage = plan.dx
+    one = plan.layer.conv and format is plan.dw[0] and dy.numel() and plan.nnz
+    if not one or format.grad_both is None:
+        return _run_dx(dy, values, x.shape, plan, weight, fill), _run_dw(dy, x, values, plan)
+    weight = _weight_again(values, dy.dtype, plan, weight, fill)
+    dx, dw = format.grad_both(dy, x, values, weight, plan.layer, storage)
     return _strided(dx, dy, format), dw
 
 
@@ -220,12 +265,11 @@ def _run_both(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> tuple[Tensor
 # plain functions of autograd, whose overhead is a tenth of an operator's.
 
 
-def _prepared(x: Tensor, plan: Plan, *products: str) -> Tensor:
-    """x [T, k], feature-major if all these products want it so: copied once, not in each of them."""
-    if plan.layer.conv or not all(plan.product(name)[0].feature_major for name in products):
+def _prepared(x: Tensor, wanted: bool) -> Tensor:
+    """x [T, k], feature-major if all products of it want it so: copied once, not in each of them."""
+    if not wanted or x.T.is_contiguous():
         return x
-    turned = x.T
-    return x if turned.is_contiguous() else turned.contiguous().T
+    return x.T.contiguous().T
 
 
 def _in_graph(x: Tensor) -> bool:
@@ -234,9 +278,14 @@ def _in_graph(x: Tensor) -> bool:
 
 def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if _in_graph(x):
-        return _forward(x, values, bias, *plan.flat())
-    product = _Forward.apply if torch.is_grad_enabled() else _run_forward
-    return product(x, values, bias, plan)
+        format, storage = plan.forward
+        if format.traced is None or len(set(plan.formats)) > 1 or not (x.numel() and plan.nnz):
+            return _forward(x, values, bias, *plan.flat())
+        weight = format.traced(values, plan.layer, storage, x.dtype)
+        return format.forward(x, weight, bias, plan.layer, storage)
+    if torch.is_grad_enabled():
+        return _Forward.apply(x, values, bias, plan)
+    return _run_forward(x, values, bias, plan)[0]
 
 
 def _dx_of(dy: Tensor, values: Tensor, shape: Sequence[int], plan: Plan) -> Tensor:
@@ -257,33 +306,43 @@ class _Forward(torch.autograd.Function):
     # The older form, without `setup_context`, which would look at signatures at each call.
     @staticmethod
     def forward(ctx, *inputs):
-        _Forward.keep(ctx, inputs)
-        return _run_forward(*inputs)
+        y, weight, fill = _run_forward(*inputs)
+        _Forward.keep(ctx, inputs, weight, fill)
+        return y
 
     @staticmethod
-    def keep(ctx, inputs) -> None:
+    def keep(ctx, inputs, weight: Tensor | None = None, fill: Any = None) -> None:
         x, values, bias, ctx.plan = inputs
-        ctx.save_for_backward(x, values)
+        if not ctx.needs_input_grad[0] or not ctx.plan.once:
+            weight = fill = None
+        # A filled weight is the plan's and may be filled again.  Values are kept beside one that was made of
+        # them, since dW needs their size, and so that autograd sees whether they have changed.
+        ctx.save_for_backward(x, values, weight if fill is None else None)
+        ctx.fill = fill
         ctx.bias = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, dy: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        x, values = ctx.saved_tensors
+        x, values, weight = ctx.saved_tensors
+        plan, fill = ctx.plan, ctx.fill
         want_x, want_values, want_bias = ctx.needs_input_grad[:3]
+        _, major_x, major_values = plan.major
         if want_x or want_values:
-            dy = _prepared(dy, ctx.plan, "dx" if want_x else "dw", "dw")
-        both = None
-        if want_x and want_values and not torch.is_grad_enabled() and not _in_graph(dy):
-            both = _run_both(dy, x, values, ctx.plan)
-        if both is not None:
-            dx, dw = both
-        else:
-            dx = _dx_of(dy, values, x.shape, ctx.plan) if want_x else None
-            dw = _dw_of(dy, x, values, ctx.plan) if want_values else None
-        dbias = None
+            dy = _prepared(dy, (major_x or not want_x) and (major_values or not want_values))
+        dx = dw = dbias = None
+        if torch.is_grad_enabled() or _in_graph(dy):
+            dx = _dx_of(dy, values, x.shape, plan) if want_x else None
+            dw = _dw_of(dy, x, values, plan) if want_values else None
+        elif want_x and want_values:
+            dx, dw = _run_both(dy, x, values, plan, weight, fill)
+        elif want_x:
+            dx = _run_dx(dy, values, x.shape, plan, weight, fill)
+        elif want_values:
+            dw = _run_dw(dy, x, values, plan)
         if want_bias:
-            over = [d for d in range(dy.ndim) if d != 1]
-            dbias = dy.sum(over, dtype=wide(dy.dtype)).to(ctx.bias)
+            over = (0,) if dy.ndim == 2 else (0, 2, 3)
+            dbias = dy.sum(over, dtype=wide(dy.dtype))
+            dbias = dbias if dbias.dtype == ctx.bias else dbias.to(ctx.bias)
         return dx, dw, dbias, None
 
 
@@ -341,13 +400,13 @@ def _forward(
     x: Tensor, values: Tensor, bias: Tensor | None,
     formats: str, tensors: list[Tensor], numbers: list[int],
 ) -> Tensor:  # fmt: skip
-    return _run_forward(x, values, bias, Plan.of(formats, tensors, numbers))
+    return _run_forward(x, values, bias, Plan.alive(formats, tensors, numbers))[0]
 
 
 @_forward.register_fake
 def _(x, values, bias, formats, tensors, numbers):
     plan = Plan.of(formats, tensors, numbers)
-    return _like(x, plan.layer.output(x.shape), plan.product("forward")[0])
+    return _like(x, plan.layer.output(x.shape), plan.forward[0])
 
 
 @torch.library.custom_op("sparsecore::sparse_dx", mutates_args=())
@@ -355,19 +414,19 @@ def _dx(
     dy: Tensor, values: Tensor, shape: list[int],
     formats: str, tensors: list[Tensor], numbers: list[int],
 ) -> Tensor:  # fmt: skip
-    return _run_dx(dy, values, shape, Plan.of(formats, tensors, numbers))
+    return _run_dx(dy, values, shape, Plan.alive(formats, tensors, numbers))
 
 
 @_dx.register_fake
 def _(dy, values, shape, formats, tensors, numbers):
-    return _like(dy, shape, Plan.of(formats, tensors, numbers).product("dx")[0])
+    return _like(dy, shape, Plan.of(formats, tensors, numbers).dx[0])
 
 
 @torch.library.custom_op("sparsecore::sparse_dw", mutates_args=())
 def _dw(
     dy: Tensor, x: Tensor, values: Tensor, formats: str, tensors: list[Tensor], numbers: list[int]
 ) -> Tensor:
-    return _run_dw(dy, x, values, Plan.of(formats, tensors, numbers))
+    return _run_dw(dy, x, values, Plan.alive(formats, tensors, numbers))
 
 
 @_dw.register_fake
@@ -400,10 +459,10 @@ _differentiate(_dw, _Dw)
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a product of x is computed in; autocast leaves float64 alone, as everywhere in torch."""
-    kind = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(kind):
+    dtype = x.dtype
+    if dtype != torch.float64 and torch.is_autocast_enabled(kind := x.device.type):
         return torch.get_autocast_dtype(kind)
-    return x.dtype
+    return dtype
 
 
 def sparse_layer(
@@ -419,7 +478,7 @@ def sparse_layer(
 
     Errors: ValueError for shapes or devices that are not the plan's.
     """
-    layer, device = plan.layer, plan.storages[0].tensors[0].device
+    layer, device, dtype = plan.layer, plan.device, compute_dtype(x)
     if values.shape != (plan.nnz,):
         raise ValueError(
             f"values: expected ({plan.nnz},) for the plan's mask, got {tuple(values.shape)}; "
@@ -435,16 +494,16 @@ def sparse_layer(
         )
     if bias is not None and bias.shape != layer.shape[:1]:
         raise ValueError(f"bias: expected ({layer.shape[0]},), got {tuple(bias.shape)}")
-    for name, value in (("x", x), ("values", values), ("bias", bias)):
-        if value is not None and value.device != device:
-            raise ValueError(f"{name}: expected it on {device} as the plan is, got {value.device}")
-    x = x.to(compute_dtype(x))
+    if x.device != device or values.device != device or not (bias is None or bias.device == device):
+        raise ValueError(
+            f"expected x, values and bias on {device} as the plan is, got {x.device}, {values.device} and "
+            f"{None if bias is None else bias.device}"
+        )
+    x = x if x.dtype == dtype else x.to(dtype)
     if layer.conv:
-        if min(layer.output(x.shape)[2:]) < 1:
+        if x.shape[2] < plan.least[0] or x.shape[3] < plan.least[1]:
             raise ValueError(f"x: expected images that the filter fits, got {tuple(x.shape)}")
         return _forward_of(x, values, bias, plan)
-    flat = x.flatten(0, -2) if x.ndim > 1 else x[None]
-    y = _forward_of(_prepared(flat, plan, "forward", "dw"), values, bias, plan)
-    if x.ndim == 1:
-        return y[0]
-    return y.unflatten(0, x.shape[:-1]) if x.ndim != 2 else y
+    flat = x if x.ndim == 2 else x.flatten(0, -2) if x.ndim > 1 else x[None]
+    y = _forward_of(_prepared(flat, plan.major[0] and plan.major[2]), values, bias, plan)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], layer.shape[0])

@@ -1,19 +1,23 @@
 """Dense compute, sparse state (K9): the vendor's dense product of a weight that only holds the kept values.
 
 A dense weight in the compute dtype, zero but for the kept places, is written once and kept: each
-forward scatters the values into it, so nothing weight-sized is allocated or cleared, and dX scatters
-again, since the values may have changed in between (4 to 12 bytes a kept weight, a few percent of a
-product).  dW is made a slab of rows at a time and gathered, so it never exists as a whole; a slab fits
-the cache.  The optimiser sees the kept values alone: its state and its time are theirs.
+forward scatters the values into it, so nothing weight-sized is allocated or cleared.  dX scatters again only
+where another forward has done so in between, or may have: in graphs that are parts of a step, whose replays
+nobody tells (4 to 12 bytes a kept weight, a few percent of a product).  dW is made a slab of rows at a time and
+gathered, so it never exists as a whole; a slab fits the cache.  The optimiser sees the kept values alone: its
+state and its time are theirs.
 
-Where nothing is pruned the values are the dense weight as they are, and nothing is kept or moved.
+Where nothing is pruned the values are the dense weight as they are, and nothing is kept or moved.  Within
+torch.compile all of it is the compiler's, on a weight and a dW of its own.
 
 The dense weight is scratch of these operators: whoever reads it has filled it before.  So a plan is for one
 stream at a time.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,17 +31,22 @@ _SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a t
 
 
 def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
+    """Into the places of dense's storage."""
     if on_gpu(dense):
         launch_scatter(dense, values.contiguous(), index)
     else:
         # `data`: scratch has no version that autograd should watch.
-        dense.data.index_copy_(0, index, values.to(dense.dtype))
+        flat = dense.data.as_strided((dense.numel(),), (1,))
+        flat.index_copy_(0, index, values.to(dense.dtype))
 
 
 def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
+    """Out of the places of dense's storage."""
     if on_gpu(dense):
         launch_gather(dense, index, out)
-    elif dense.dtype == out.dtype:
+        return
+    dense = dense.as_strided((dense.numel(),), (1,))
+    if dense.dtype == out.dtype:
         torch.index_select(dense, 0, index, out=out)
     else:
         out.copy_(dense.index_select(0, index))
@@ -78,21 +87,56 @@ def _whole(storage: Storage) -> bool:
     return len(storage.tensors) == 1
 
 
-def dense_weight(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
+def _weight(
+    values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype, fill: Any
+) -> tuple[Tensor, Any]:
     """The layer's dense weight, holding the values; a new one in another dtype than was prepared for."""
     if _whole(storage):
-        return values.to(dtype).view(layer.shape)
+        return values.to(dtype).view(layer.shape), None
     index, weight = storage.tensors[:2]
     if weight.dtype != dtype:
         weight = torch.zeros_like(weight, dtype=dtype)
-    _scatter_(weight.as_strided((weight.numel(),), (1,)), values, index)
-    return weight
+        _scatter_(weight, values, index)
+        return weight, None
+    captured = on_gpu(weight) and torch.cuda.is_current_stream_capturing()
+    storage.replayed |= captured
+    graph = _graph if captured else None
+    known = graph is not None or not storage.replayed
+    if not known or fill is None or fill is not storage.fill or fill[0] is not graph:
+        _scatter_(weight, values, index)
+        storage.fill = [graph]
+    return weight, storage.fill
+
+
+def _traced(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
+    values = values.to(dtype)
+    if _whole(storage):
+        return values.view(layer.shape)
+    index, weight = storage.tensors[:2]
+    flat = values.new_zeros(weight.numel()).index_put((index,), values)
+    if not layer.conv or weight.is_contiguous():
+        return flat.view(layer.shape)
+    n, k, r, s = layer.shape
+    return flat.view(n, r, s, k).permute(0, 3, 1, 2)
+
+
+_graph: object | None = None  # the one that is being captured as a whole
+
+
+@contextmanager
+def one_graph() -> Iterator[None]:
+    """What is captured within becomes one graph, whose kernels find what others of it have filled."""
+    global _graph
+    before, _graph = _graph, object()
+    try:
+        yield
+    finally:
+        _graph = before
 
 
 def _forward(
-    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
-    weight = dense_weight(values, layer, storage, x.dtype)
     bias = None if bias is None else bias.to(x.dtype)
     if layer.conv:
         return F.conv2d(x, weight, bias, *layer.pairs, groups=layer.groups)
@@ -100,9 +144,8 @@ def _forward(
 
 
 def _grad_input(
-    dy: Tensor, values: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
+    dy: Tensor, weight: Tensor, layer: Layer, storage: Storage, shape: Sequence[int]
 ) -> Tensor:
-    weight = dense_weight(values, layer, storage, dy.dtype)
     if layer.conv:
         return conv_grad_input(dy, weight, layer, shape)
     return dy @ weight
@@ -119,19 +162,21 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     out = torch.empty_like(values)
     (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
     slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
+    if len(ends) == 1:
+        _gather(torch.mm(dy.T, x.detach(), out=slab), local, out)
+        return out
     for first, end in zip(range(0, layer.shape[0], rows), ends, strict=True):
         part = dy[:, first : first + rows]
         dw = torch.mm(part.T, x.detach(), out=slab[: part.shape[1]])
-        _gather(dw.flatten(), local[start:end], out[start:end])
+        _gather(dw, local[start:end], out[start:end])
         start = end
     return out
 
 
 def _grad_both(
-    dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: Storage
+    dy: Tensor, x: Tensor, values: Tensor, weight: Tensor, layer: Layer, storage: Storage
 ) -> tuple[Tensor, Tensor]:
     """One call of the library, which then reorders dy once."""
-    weight = dense_weight(values, layer, storage, dy.dtype)
     dx, dw, _ = conv_backward(dy, x, weight, layer, [True, True, False])
     return dx, _kept(dw, weight, storage, values)
 
@@ -144,8 +189,10 @@ def _kept(dw: Tensor, weight: Tensor, storage: Storage, values: Tensor) -> Tenso
     if any(found != wanted for found, wanted, size in strides if size > 1):
         dw = torch.empty_like(weight, dtype=dw.dtype).copy_(dw)
     out = torch.empty_like(values)
-    _gather(dw.as_strided((dw.numel(),), (1,)), storage.tensors[0], out)
+    _gather(dw, storage.tensors[0], out)
     return out
 
 
-STATE = Format(_prepare, _forward, _grad_input, _grad_values, _obstacle, grad_both=_grad_both)
+STATE = Format(
+    _prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, grad_both=_grad_both, traced=_traced
+)  # fmt: skip

@@ -1,0 +1,94 @@
+"""What reaches Triton's driver, as JSON: run by `test_launching` without the interpreter, and without a GPU."""
+
+import json
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from bench import host
+from sparsecore.kernels.launching import Launch
+
+launched: list[tuple[str, tuple]] = []
+
+
+@triton.jit
+def _add_kernel(out_ptr, a_ptr, b_ptr, n, one, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.load(a_ptr + at, mask=at < n)
+    if b_ptr is not None:
+        total += tl.load(b_ptr + at, mask=at < n)
+    tl.store(out_ptr + at, total * one, mask=at < n)
+
+
+class Noting(host._Launcher):
+    """Arguments as a driver takes them: addresses for tensors, and the binary that would run."""
+
+    def __init__(self, source: Any, metadata: Any) -> None:
+        self.name = metadata.name
+
+    def __call__(self, *args: Any) -> None:
+        plain = (a.data_ptr() if isinstance(a, Tensor) else a for a in args[9:])
+        launched.append((self.name, (*args[:3], id(args[5]), *plain)))
+
+
+def notes(run: Callable[[], Any]) -> list[tuple[str, tuple]]:
+    launched.clear()
+    run()
+    return list(launched)
+
+
+def as_triton_launches() -> dict[str, Any]:
+    """Of kinds of arguments: whether later launches are Triton's, and whether they go around it."""
+    space = torch.zeros(4096, dtype=torch.uint8)
+    memory = space[-space.data_ptr() % 16 :]
+
+    def at(offset: int, dtype: torch.dtype) -> Tensor:
+        return memory[offset : offset + 400].view(dtype)
+
+    kinds = {
+        "aligned": (at(0, torch.float32), at(512, torch.float32), at(1024, torch.float32)),
+        "half": (at(0, torch.float16), at(512, torch.float16), at(1024, torch.float16)),
+        "mixed": (at(0, torch.float16), at(512, torch.float32), at(1024, torch.float16)),
+        "none": (at(0, torch.float32), at(512, torch.float32), None),
+        "misaligned": (at(0, torch.float32), at(516, torch.float32), at(1024, torch.float32)),
+        "aligned again": (at(1024, torch.float32), at(0, torch.float32), at(512, torch.float32)),
+    }
+    launch = Launch(_add_kernel, (1,), (96, 1), {"BLOCK": 128}, {"num_warps": 2})
+    found, direct, through = {}, [], Launch.launch
+
+    def noted(self: Launch, tensors: Any) -> Any:
+        direct.append(False)
+        return through(self, tensors)
+
+    def compare(tensors: tuple) -> tuple[bool, bool]:
+        wanted = notes(partial(_add_kernel[(1, 1, 1)], *tensors, 96, 1, BLOCK=128, num_warps=2))
+        direct.clear()
+        return notes(partial(launch, *tensors)) == wanted, not direct
+
+    Launch.launch = noted
+    for _ in range(2):
+        found |= {name: compare(tensors) for name, tensors in kinds.items()}
+    knobs.runtime.launch_enter_hook.add(lambda metadata: None)
+    return found | {"hooked": compare(kinds["aligned"])}
+
+
+def launches_of_a_step(format: str, steps: int) -> list[str]:
+    """Names of what the last of several steps of a layer launches."""
+    layer = host.layer_of(format, False)
+    x = torch.zeros(8, 128, requires_grad=True)
+    for _ in range(steps):
+        found = notes(partial(host.training_step, layer, [x, *layer.parameters()]))
+    return sorted(name for name, _ in found)
+
+
+if __name__ == "__main__":
+    host._Driver.launcher_cls = Noting
+    host.launch_nothing()
+    plans = {name: launches_of_a_step(name, 2) for name in host.PLANS}
+    print(json.dumps({"kinds": as_triton_launches(), "plans": plans}))
