@@ -100,12 +100,17 @@ def dense(p: Problem) -> Products:
 def ours(p: Problem, name: str) -> Products:
     """A format's products.  Errors: ValueError for one that does not exist or cannot do this."""
     plan = kernels.plan_of(p.mask, name, dtype=p.x.dtype, slide=p.layer.slide)
-    format, storage = plan.product("forward")
+    format, storage = plan.forward
     values = p.weight[p.mask].float()
     shape = list(p.x.shape)
+
+    def made() -> Tensor:
+        return format.weight(values, p.layer, storage, p.x.dtype, None)[0]
+
+    again = made()  # dX takes what forward has made
     return {
-        FORWARD: Product(lambda: format.forward(p.x, values, None, p.layer, storage)),
-        DX: Product(lambda: format.grad_input(p.dy, values, p.layer, storage, shape)),
+        FORWARD: Product(lambda: format.forward(p.x, made(), None, p.layer, storage)),
+        DX: Product(lambda: format.grad_input(p.dy, again, p.layer, storage, shape)),
         DW: Product(lambda: format.grad_values(p.dy, p.x, values, p.layer, storage)),
     }
 
