@@ -84,10 +84,11 @@ def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
 
     `torch.cuda.make_graphed_callables` underneath, with its conditions: the forward makes no host sync, and calls come
     one at a time.  Here other shapes, keywords, evaluation and a forward without gradients run as before, and
-    another mask or plan is captured anew.  Wrap it in DDP afterwards.  Without a GPU nothing changes.
+    another mask, plan or autocast is captured anew, at the next call.  Wrap it in DDP afterwards.  Without a
+    GPU nothing changes.
 
     Args:
-        example: inputs of a training step, under the autocast of the calls to come.
+        example: inputs of a training step: their shapes and dtypes count.
     """
     if not capture.possible_on(next(model.parameters()).device):
         return model
@@ -98,7 +99,9 @@ def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
         usual = not named and len(inputs) == len(example) and all(map(_alike, inputs, example))
         if not (usual and model.training and torch.is_grad_enabled()):
             return plain(*inputs, **named)
-        if (now := stamp(model)) != made_of:
+        kind = inputs[0].device.type
+        cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        if (now := (stamp(model), cast)) != made_of:
             model.forward = plain
             run = _captured(model, example)
             model.forward = forward
@@ -114,8 +117,14 @@ def _captured(model: nn.Module, example: tuple[Tensor, ...]) -> Any:
     """A graphed forward; the passes that it is tried with leave no trace."""
     buffers = [(b, b.clone()) for b in model.buffers()]
     grads = [(p, p.grad) for p in model.parameters()]
-    with capture.aside(example[0].device):
-        torch.cuda.make_graphed_callables(model, tuple(t.detach().clone() for t in example))
+    inputs = tuple(t.detach().clone().requires_grad_(t.requires_grad) for t in example)
+    cached = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)  # what is cast in a graph stays in the graph
+    try:
+        with capture.aside(example[0].device):
+            torch.cuda.make_graphed_callables(model, inputs)
+    finally:
+        torch.set_autocast_cache_enabled(cached)
     with torch.no_grad():
         for b, before in buffers:
             b.copy_(before)

@@ -254,6 +254,11 @@ def test_a_graphed_model_is_the_model(
     assert frozen.calls == 2
     torch.testing.assert_close(model.eval()(x), plain.eval()(x))
     assert frozen.calls == 2
+    model.train(), plain.train()
+    for _ in range(2):  # in another precision the graph would be another one
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(x).dtype == torch.bfloat16
+    assert frozen.calls == 3
 
 
 # --- What cannot be ---------------------------------------------------------------------------------
