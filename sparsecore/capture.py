@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import kernels
+
 
 class Captured:
     """`run` as a graph: calling it replays.
@@ -71,7 +73,11 @@ def record(
         for generator in generators:
             graph.register_generator_state(generator)
         # A stream of its own, since the default one is one device's; threads of loaders go on with their own work.
-        with torch.cuda.graph(graph, stream=torch.cuda.Stream(), capture_error_mode="thread_local"):
+        stream = torch.cuda.Stream()
+        with (
+            torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"),
+            kernels.one_graph(),
+        ):
             run()
     return graph.replay
 
