@@ -16,7 +16,8 @@ from sparsecore.kernels.gates.weight import storage_noise
 from sparsecore.objectives import TeacherMemory
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
-from sparsecore.search.steps import FusedStep, ManyStep
+from sparsecore.search.many_step import ManyStep
+from sparsecore.search.steps import FusedStep
 
 from .measure import require_as_exact, require_close
 

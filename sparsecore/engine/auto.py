@@ -103,9 +103,9 @@ class _Auto:
 
     def _is_short(self, start: Way) -> bool:
         step = self.make(start)
-        known = self.cache.entries.get(self._key(step, start))
-        seconds = known["step"] if known else self._run(step, start, most=1)[0].step
-        return seconds * self.steps < SHORT
+        known = self._key(step, start) in self.cache.entries and self._time(start)
+        one = self.times[start] if known else self._run(step, start, most=1)[0]
+        return one.step * self.steps < SHORT
 
     def _faster(self, best: Way, way: Way, share: float = 1.0) -> Way:
         faster = self._time(way) and self.times[way].step < share * self.times[best].step

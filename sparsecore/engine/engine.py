@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from .. import capture
 from ..batches import Batch
@@ -97,12 +98,16 @@ class AbstractStep(ABC):
         """Before a part of the run that `total` is of."""
         self.total.zero_()
 
-    def become(self, way: Way) -> None:
-        """Computes with a compiled forward or not."""
+    def become(self, way: Way) -> Self:
+        """Computes that way from here on: with a compiled forward, in another memory format.
+
+        Errors: EngineError for what this step cannot.
+        """
         if way.compiled:
             raise EngineError(
                 f"engine {way.name}: {type(self).__name__} is not compiled; use eager or graph"
             )
+        return self
 
     @contextmanager
     def undone(self) -> Iterator[None]:
@@ -137,9 +142,8 @@ class Engine:
         self.step, self.feed, self.way = step, feed, way
         self.captured: capture.Captured | None = None
         self.version: Hashable = None
-        self.begun = (
-            False  # whether all that a first step makes is there: what a graph reads must be
-        )
+        # Whether all that a first step makes is there: what a graph reads must be.
+        self.begun = False
         self.steps = self.captures = 0
         self.told = ""
         step.become(way)

@@ -1,9 +1,9 @@
 """What all searches by trained gates share: gates put into a model, epochs of steps, a ticket of the best-scored."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,22 +11,25 @@ import torch
 from torch import nn
 
 from .. import checkpoints
-from ..batches import EpochBatches, Numbered
+from ..batches import EpochBatches
 from ..control import AbstractController, FixedPenalty, GradBalance, falling
 from ..convert import batch_statistics, require_dense_parameters
-from ..engine import Way, check_engine, feed_of, launch
+from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
-from ..objectives import Objective, TeacherMemory, reverse_kl
-from ..patterns import Gated, Masked
-from ..progress import QUIET, Advance, Progress
-from ..sparsities import check_possible, check_sparsity, masks_from_scores
+from ..objectives import Objective, reverse_kl
+from ..patterns import Gated
+from ..progress import QUIET, Progress
+from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
-from .epochs import Epochs, Record, check_finite, run_epochs, way_of
+from .epochs import run_epochs, way_of
+from .gate_epochs import GateEpochs
+from .many_step import ManyStep
 from .penalty import fit_penalty
+from .plain_step import PlainStep
 from .protocol import Watch
-from .steps import FusedStep, ManyStep, Members, PlainStep, SearchStep
+from .steps import FusedStep, Members, SearchStep
 
 T = TypeVar("T")
 Member = tuple[float, int]  # a ticket's sparsity, and the seed of its gates' noise
@@ -171,7 +174,7 @@ class AbstractGateSearch(ABC):
         with self._gated(model, layers, members[0][0]) as gated:
             epochs = self.epochs_for(members[0][0])
             saved = way_of(checkpoint, run)
-            work = _GateEpochs(self, model, gated, members, batches, watch, saved)
+            work = GateEpochs(self, model, gated, members, batches, watch, saved)
             progress.tell("engine", work.engine.told)
             records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
             found = work.scores()
@@ -289,131 +292,3 @@ class AbstractGateSearch(ABC):
                     p.data, p.grad = memory[p], grads[p]
                     if p in values:
                         p.data.copy_(values[p])
-
-
-class _GateEpochs(Epochs):
-    """Epochs of gate steps; a record holds "objective" (the mean) and of each ticket "tickets"."""
-
-    def __init__(
-        self,
-        search: AbstractGateSearch,
-        model: nn.Module,
-        gated: dict[str, Gated],
-        members: list[Member],
-        batches: EpochBatches,
-        watch: Watch | None,
-        saved: str | None,
-    ) -> None:
-        self.search, self.members, self.batches, self.watch = search, members, batches, watch
-        self.model, self.gated, self.length = model, gated, len(batches)
-        self.steps = search.epochs_for(members[0][0]) * self.length
-        self.drop_at, self.dropped = int(search.lr_drop_at * self.steps), False
-        self._made: SearchStep | None = None
-        free = search.channels_last is None and search.fusible and len(members) == 1
-        self.engine = launch(
-            self._make,
-            feed_of(batches, next(model.parameters()).device),
-            engine=search.engine,
-            steps=self.steps,
-            saved=saved,
-            start=Way(channels_last=bool(search.channels_last)),
-            layouts=free and any(p.ndim == 4 for p in model.parameters()),
-        )
-
-    @property
-    def step(self) -> SearchStep:
-        assert self._made is not None
-        return self._made
-
-    def _make(self, way: Way) -> SearchStep:
-        """The step for a way; one for another memory format is made anew."""
-        if self._made is None or self._made.search.channels_last != way.channels_last:
-            search = replace(self.search, channels_last=way.channels_last)
-            members = [(1 - sparsity, seed) for sparsity, seed in self.members]
-            self._made = search._step(self.model, self.gated, members)
-            self._made.schedule(self.steps)
-        return self._made
-
-    def epoch(self, index: int, advance: Advance) -> Record:
-        order = self.batches.order(index) if isinstance(self.batches, Numbered) else None
-        self.step.begin_epoch(None if order is None else len(order))
-        self.step.clear()
-        self.engine.begin(index)
-        for i in range(self.length):
-            if index * self.length + i == self.drop_at:
-                self._drop_lr()
-            self.engine()
-            advance()
-        means = (self.step.total / self.length).tolist()
-        mean = check_finite(sum(means) / len(means), index, self.search.objective.name)
-        tickets = [
-            {"objective": objective, "progress": self._record(index, logits)}
-            for objective, logits in zip(means, self.step.logits(), strict=True)
-        ]
-        return {"objective": mean, "tickets": tickets}
-
-    def _drop_lr(self) -> None:
-        self.step.drop_lr(self.search.lr_drop)
-        self.dropped = True
-
-    def scores(self) -> list[dict[str, torch.Tensor]]:
-        """Of each ticket, by layer."""
-        return [
-            {name: self.step.gate.score(s.detach()) for name, s in logits.items()}
-            for logits in self.step.logits()
-        ]
-
-    def _record(self, index: int, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
-        """Expected sparsity by layer, and what `watch` says of soft gates and of the ticket by then."""
-        layers, gated = self.step.net.layers, self.step.gated
-        kept = self.step.kept.by_layer(self.step.gate, [*logits.values()]).tolist()
-        counts = [layers[name].raw_weight.numel() for name in logits]
-        record = {
-            "epoch": index + 1,
-            "sparsity": 1 - sum(kept) / sum(counts),
-            "layers": {n: 1 - k / c for n, k, c in zip(gated, kept, counts, strict=True)},
-        }
-        if self.watch is not None:  # of one ticket alone
-            record["accuracy"] = self._watched(self.watch, dict.fromkeys(gated))
-            shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-            sparsity = self.members[0][0]
-            record["hard_accuracy"] = self._watched(
-                self.watch,
-                masks_from_scores(self.scores()[0], shapes, sparsity, self.search.granularity),
-            )
-        return record
-
-    def _watched(
-        self, watch: Watch, masks: Mapping[str, torch.Tensor] | Mapping[str, None]
-    ) -> float:
-        """`watch` of the network under masks, or with its gates at their mean."""
-        layers = self.step.net.layers
-        drawn = {name: pattern.drawn for name, pattern in self.step.gated.items()}
-        try:
-            for name, pattern in self.step.gated.items():
-                pattern.drawn = None
-                mask = masks[name]
-                if mask is not None:
-                    layers[name].pattern = Masked(mask)
-            return watch(self.step.net.model)
-        finally:
-            for name, pattern in self.step.gated.items():
-                pattern.drawn = drawn[name]
-                layers[name].pattern = pattern
-
-    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        tensors = {name: value.contiguous() for name, value in self.step.tensors().items()}
-        memory = self.step.net.memory
-        if memory is not None and memory.table is not None:
-            tensors["teacher"] = memory.table
-        return tensors, {"dropped": self.dropped, "engine": str(self.engine.way)}
-
-    @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-        for name, value in self.step.tensors().items():
-            value.copy_(tensors[name])
-        if "teacher" in tensors:
-            self.step.net.memory = TeacherMemory(len(tensors["teacher"]))
-            self.step.net.memory.table = tensors["teacher"].to(self.step.device)
-        if rest["dropped"]:
-            self._drop_lr()

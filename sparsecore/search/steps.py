@@ -1,14 +1,14 @@
 """One search step: descend g_R + lambda g_S in the logits of all gates, and let the gains follow.
 
-`FusedStep` leaves the gates to `kernels.GateBank` (three launches on a GPU), `ManyStep` does so for several
-tickets at once, `LayerwiseStep` lets every layer draw by itself.  `PlainStep` is the same in autograd, for
+`FusedStep` leaves the gates to `kernels.GateBank` (three launches on a GPU), `many_step.ManyStep` does so for several
+tickets at once, `LayerwiseStep` lets every layer draw by itself.  `plain_step.PlainStep` is the same in autograd, for
 what the bank does not know: gates without a `spec`, objectives that differentiate twice.
 """
 
 from abc import abstractmethod
 from collections.abc import Hashable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -277,146 +277,3 @@ class LayerwiseStep(FusedStep):
         found = self.gradients(loss)
         self.bank.take_(found[: len(self.gated)], found[len(self.gated) :])
         return self._end(loss)
-
-
-class ManyStep(FusedStep):
-    """Several tickets' steps side by side: one bank, and one model mapped over stacks of weights."""
-
-    compiles = False
-
-    def __init__(
-        self,
-        search: "AbstractGateSearch",
-        model: nn.Module,
-        gated: dict[str, Gated],
-        members: Members,
-    ) -> None:
-        SearchStep.__init__(self, search, model, gated, members)
-        if search.channels_last or search.control.rule is None:
-            raise ValueError(
-                "many searches at once: expected channels_last=False and a controller with a rule, "
-                f"got {search.channels_last} and {search.control}"
-            )
-        shapes = [layer.raw_weight.shape for layer in self.net.layers.values()]
-        count, made = len(members), {"dtype": search.dtype, "device": self.device}
-        stacks = [torch.empty(count, *shape, **made) for shape in shapes]
-        self._build([stack[i] for i in range(count) for stack in stacks])
-        self.leaves = [stack.requires_grad_() for stack in stacks]
-
-    def _objective(self, batch: Batch) -> Tensor:
-        def forward(*weights: Tensor) -> Tensor:
-            for pattern, weight in zip(self.gated.values(), weights, strict=True):
-                pattern.drawn = weight
-            return self.net.model(batch[0])
-
-        try:
-            scores = torch.vmap(forward)(*self.leaves)  # [tickets, B, classes]
-        finally:
-            for pattern in self.gated.values():
-                pattern.drawn = None
-        shared = _Shared(self.net)
-        return torch.stack([self.search.objective(_Member(shared, s), batch) for s in scores])
-
-    def gradients(self, loss: Tensor) -> Sequence[Tensor]:
-        stacks = super().gradients(loss.sum())
-        return [stack[i] for i in range(len(self.members)) for stack in stacks]
-
-
-class _Shared:
-    """The one teacher of several tickets, asked once a batch."""
-
-    def __init__(self, net: Net) -> None:
-        self.net = net
-        self.scores: Tensor | None = None
-
-
-class _Member(Net):
-    """One ticket's view: its own sparse scores, the teacher of all."""
-
-    def __init__(self, shared: _Shared, scores: Tensor) -> None:
-        self.__dict__ |= shared.net.__dict__
-        self.shared, self.scores = shared, scores
-
-    def sparse(self, x: Tensor) -> Tensor:
-        return self.scores
-
-    def teacher(self, x: Tensor) -> Tensor:
-        if self.shared.scores is None:
-            self.shared.scores = super().teacher(x)
-        return self.shared.scores
-
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.scores, self.teacher(x)
-
-    def activations(self) -> NoReturn:
-        raise ValueError(
-            "many searches at once: expected an objective of class scores, got one of activations; "
-            "search one by one"
-        )
-
-
-class PlainStep(SearchStep):
-    """The same in autograd, one gate pattern at a time, with PyTorch's Adam."""
-
-    def __init__(
-        self,
-        search: "AbstractGateSearch",
-        model: nn.Module,
-        gated: dict[str, Gated],
-        members: Members,
-    ) -> None:
-        super().__init__(search, model, gated, members)
-        (self.target,) = self.first_targets()
-        for pattern in gated.values():
-            pattern.impl = "materialise"  # the one that can be differentiated twice
-        self.params = [g.logits for g in gated.values()]
-        self.state: State = search.control.init(self.device)
-        groups: list[dict[str, Any]] = [{"params": self.params, "lr": search.lr}]
-        self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
-        if self.gains:
-            groups.append({"params": self.gains, "lr": search.gain_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
-        # The moments exist from the start, so that a checkpoint can be loaded into them.
-        for p in (*self.params, *self.gains):
-            p.grad = torch.zeros_like(p)
-            slots = {"step": torch.zeros((), device=self.device)}
-            slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
-            self.optimizer.state[p] = slots
-
-    def descend(self, batch: Batch) -> Tensor:
-        target = self._aim()
-        for g in self.gated.values():
-            g.step += 1
-        loss = self.search.objective(self.net, batch)
-        grads = torch.autograd.grad(
-            loss, [*self.params, *self.gains], allow_unused=True, materialize_grads=True
-        )
-        found, follow = grads[: len(self.params)], grads[len(self.params) :]
-        search = self.search
-        pulled, self.state = self.kept.pulled(
-            search.control, self.state, self.gate, self.params, found, target
-        )
-        for p, grad in zip((*self.params, *self.gains), (*pulled, *follow), strict=True):
-            p.grad = grad
-        self.optimizer.step()
-        return loss.detach()
-
-    def _aim(self) -> Tensor | float:
-        """The step's target."""
-        if self.aims is None:
-            return self.target
-        return self.aims.index_select(0, next(iter(self.gated.values())).step)[0, 0]
-
-    def drop_lr(self, factor: float) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] *= factor
-
-    def tensors(self) -> dict[str, Tensor]:
-        found = {f"step/{name}": g.step for name, g in self.gated.items()}
-        for i, p in enumerate((*self.params, *self.gains)):
-            found[f"value/{i}"] = p.detach()
-            found |= {f"{slot}/{i}": v for slot, v in self.optimizer.state[p].items()}
-        return found | {f"state/{name}": value for name, value in self.state.items()}
-
-    def logits(self) -> list[dict[str, Tensor]]:
-        return [{name: g.logits.detach() for name, g in self.gated.items()}]

@@ -18,7 +18,8 @@ from sparsecore.granularity import NM, Block, Channel
 from sparsecore.objectives import task
 from sparsecore.search import ConcreteSearch, JointSearch
 from sparsecore.search.gated import AbstractGateSearch
-from sparsecore.search.steps import FusedStep, LayerwiseStep, ManyStep
+from sparsecore.search.many_step import ManyStep
+from sparsecore.search.steps import FusedStep, LayerwiseStep
 from sparsecore.training import Recipe
 
 EPOCHS = 2

@@ -26,7 +26,8 @@ from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl, task
 from sparsecore.patterns import Gated
 from sparsecore.recipes import build
 from sparsecore.search import ConcreteSearch
-from sparsecore.search.steps import FusedStep, LayerwiseStep, PlainStep, SearchStep
+from sparsecore.search.plain_step import PlainStep
+from sparsecore.search.steps import FusedStep, LayerwiseStep, SearchStep
 
 
 def test_gradbalance_by_hand() -> None:

@@ -1,0 +1,81 @@
+"""A search step in autograd, for what `kernels.GateBank` does not know."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ..batches import Batch
+from ..control import State
+from ..patterns import Gated
+from .steps import Members, SearchStep
+
+if TYPE_CHECKING:
+    from .gated import AbstractGateSearch
+
+
+class PlainStep(SearchStep):
+    """The same in autograd, one gate pattern at a time, with PyTorch's Adam."""
+
+    def __init__(
+        self,
+        search: "AbstractGateSearch",
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
+    ) -> None:
+        super().__init__(search, model, gated, members)
+        (self.target,) = self.first_targets()
+        for pattern in gated.values():
+            pattern.impl = "materialise"  # the one that can be differentiated twice
+        self.params = [g.logits for g in gated.values()]
+        self.state: State = search.control.init(self.device)
+        groups: list[dict[str, Any]] = [{"params": self.params, "lr": search.lr}]
+        self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
+        if self.gains:
+            groups.append({"params": self.gains, "lr": search.gain_lr})
+        self.optimizer = torch.optim.Adam(groups, fused=True)
+        # The moments exist from the start, so that a checkpoint can be loaded into them.
+        for p in (*self.params, *self.gains):
+            p.grad = torch.zeros_like(p)
+            slots = {"step": torch.zeros((), device=self.device)}
+            slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
+            self.optimizer.state[p] = slots
+
+    def descend(self, batch: Batch) -> Tensor:
+        target = self._aim()
+        for g in self.gated.values():
+            g.step += 1
+        loss = self.search.objective(self.net, batch)
+        grads = torch.autograd.grad(
+            loss, [*self.params, *self.gains], allow_unused=True, materialize_grads=True
+        )
+        found, follow = grads[: len(self.params)], grads[len(self.params) :]
+        search = self.search
+        pulled, self.state = self.kept.pulled(
+            search.control, self.state, self.gate, self.params, found, target
+        )
+        for p, grad in zip((*self.params, *self.gains), (*pulled, *follow), strict=True):
+            p.grad = grad
+        self.optimizer.step()
+        return loss.detach()
+
+    def _aim(self) -> Tensor | float:
+        """The step's target."""
+        if self.aims is None:
+            return self.target
+        return self.aims.index_select(0, next(iter(self.gated.values())).step)[0, 0]
+
+    def drop_lr(self, factor: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] *= factor
+
+    def tensors(self) -> dict[str, Tensor]:
+        found = {f"step/{name}": g.step for name, g in self.gated.items()}
+        for i, p in enumerate((*self.params, *self.gains)):
+            found[f"value/{i}"] = p.detach()
+            found |= {f"{slot}/{i}": v for slot, v in self.optimizer.state[p].items()}
+        return found | {f"state/{name}": value for name, value in self.state.items()}
+
+    def logits(self) -> list[dict[str, Tensor]]:
+        return [{name: g.logits.detach() for name, g in self.gated.items()}]
