@@ -105,7 +105,12 @@ class Ticket:
         return {name: 1 - int(m.sum()) / m.numel() for name, m in self.masks.items()}
 
     def apply_(
-        self, model: nn.Module, *example: Any, weights: bool = True, plan: str = "mask"
+        self,
+        model: nn.Module,
+        *example: Any,
+        weights: bool = True,
+        plan: str = "mask",
+        captured: bool = False,
     ) -> nn.Module:
         """Loads the start weights and fixes the masks; returns the model.
 
@@ -117,6 +122,7 @@ class Ticket:
             weights: False keeps the model's own weights under the masks.
             plan: how layers compute, as `plan_` takes it; "mask": a mask over dense weights, "auto": the
                 fastest way.  "block" takes the ticket's own sides where it has some.
+            captured: whether "auto" is to measure CUDA graphs, since steps will be some.
 
         Errors: TicketError for a ticket of another model, ValueError for an unknown plan; other errors of
         `plan_` leave it masked.
@@ -145,7 +151,7 @@ class Ticket:
                 layer.set_mask_(self.masks[name])
             else:
                 layer.pattern = Dense()
-        return plan_(model, self._sided(plan), *example)
+        return plan_(model, self._sided(plan), *example, captured=captured)
 
     def _sided(self, plan: str) -> str:
         """ "block" with the sides that the masks were searched with."""
