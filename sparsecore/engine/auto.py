@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import math
 import statistics
 from collections.abc import Callable
 from functools import cached_property
@@ -23,7 +22,7 @@ SHORT = 5.0  # seconds: nor is more than a step tried for a shorter one
 COMPILES = 30.0  # seconds that compiling is taken to take, before it has been seen
 _WINS = 0.9  # of the run's time, compiling included: what a compiled one must stay below
 _LAYOUT = 0.97  # and of a step's time in another memory format
-_STEPS, _SECONDS = 9, 1.0  # that are timed in each way, at most
+_STEPS, _SECONDS = 9, 1.0  # that are timed in each way; at most one step more
 _ALIKE = 1e-3  # relative: sums of the same steps, launched one by one and as a graph
 
 Make = Callable[[Way], AbstractStep]
@@ -104,7 +103,7 @@ class _Auto:
     def _is_short(self, start: Way) -> bool:
         step = self.make(start)
         known = self._key(step, start) in self.cache.entries and self._time(start)
-        one = self.times[start] if known else self._run(step, start, most=1)[0]
+        one = self.times[start] if known else self._run(step, start, most=0)[0]
         return one.step * self.steps < SHORT
 
     def _faster(self, best: Way, way: Way, share: float = 1.0) -> Way:
@@ -167,18 +166,14 @@ class _Auto:
         given = Given(step.device)
         given.now = self._first
         with step.undone():
-            began = perf_counter()
             engine = Engine(step, given, way)
             engine.begin(self.epoch)
             step.clear()
-            _launch(engine, 3)  # by itself, captured, replayed
-            total, first = float(step.total.sum()), perf_counter() - began
-            seen: list[float] = []
-            while len(seen) < most and sum(seen) < _SECONDS:
-                start = perf_counter()
-                _launch(engine, 1)
-                seen.append(perf_counter() - start)
-        return Tried(statistics.median(seen or [math.nan]), first), total
+            seen = [_seconds(engine) for _ in range(3)]  # by itself, captured, replayed
+            total, begun = float(step.total.sum()), 2 if way.graph else 1
+            while len(seen) - begun < most and sum(seen[begun:]) < _SECONDS:
+                seen.append(_seconds(engine))
+        return Tried(statistics.median(seen[begun:]), sum(seen[:begun])), total
 
     def _in_words(self, best: Way) -> str:
         words = [f"{best}: {1e3 * self.times[best].step:.3g} ms a step"]
@@ -187,11 +182,11 @@ class _Auto:
         return "; ".join(words)
 
 
-def _launch(engine: Engine, steps: int) -> None:
-    """Steps to their end.  Errors: EngineError also for what cannot be compiled."""
+def _seconds(engine: Engine) -> float:
+    """A step to its end.  Errors: EngineError also for what cannot be compiled."""
+    start = perf_counter()
     try:
-        for _ in range(steps):
-            engine()
+        engine()
         if engine.step.device.type == "cuda":
             torch.cuda.synchronize(engine.step.device)
     except Exception as error:
@@ -199,3 +194,4 @@ def _launch(engine: Engine, steps: int) -> None:
             raise
         why = (str(error).strip().splitlines() or [""])[0]
         raise EngineError(f"cannot be compiled ({type(error).__name__}: {why})") from error
+    return perf_counter() - start
