@@ -28,18 +28,8 @@ from .reference import (
     slope_ref,
     squares_ref,
 )
-from .sparse.layers import (
-    BLOCK_TILES,
-    FLOOR,
-    FORMATS,
-    PRODUCTS,
-    Plan,
-    compute_dtype,
-    is_format,
-    obstacle,
-    plan_of,
-    sparse_layer,
-)
+from .sparse.layers import compute_dtype, sparse_layer
+from .sparse.plan import BLOCK_TILES, FLOOR, FORMATS, PRODUCTS, Plan, is_format, obstacle, plan_of
 from .sparse.state import one_graph
 from .units import Unit, allowed_ref, apply_ref, gather_ref, project_ref, unit_shape
 

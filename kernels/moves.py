@@ -99,8 +99,9 @@ def pack_values(
         )
     check_device(values, source)
     if on_gpu(values):
-        packed = Packed.apply if torch.is_grad_enabled() else _packed
-        return packed(values, source, slot, shape, dtype)
+        if torch.is_grad_enabled():
+            return Packed.apply(values, source, slot, shape, dtype)
+        return packed_by_kernel(values, source, shape, dtype)
     out = values.new_zeros(len(source), dtype=dtype)
     out[slot] = values.to(dtype)
     return out.view(shape)
@@ -114,17 +115,11 @@ class Packed(torch.autograd.Function):
         ctx, values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
     ) -> Tensor:
         ctx.slot, ctx.dtype = slot, values.dtype
-        return _packed(values, source, slot, shape, dtype)
+        return packed_by_kernel(values, source, shape, dtype)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         return grad.reshape(-1)[ctx.slot].to(ctx.dtype), None, None, None, None
-
-
-def _packed(
-    values: Tensor, source: Tensor, slot: Tensor, shape: Sequence[int], dtype: torch.dtype
-) -> Tensor:
-    return packed_by_kernel(values, source, shape, dtype)
 
 
 def packed_by_kernel(

@@ -258,8 +258,9 @@ class SparseLinear(SparseLayer, nn.Linear):
         self.pattern = Dense()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.pattern, Planned):
-            return self.pattern.multiply(input, self.raw_weight, self.bias)
+        pattern = self.pattern
+        if isinstance(pattern, Planned):
+            return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
             return super().forward(input)
@@ -284,13 +285,14 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
         self.pattern = Dense()
 
     def forward(self, input: Tensor) -> Tensor:
-        if isinstance(self.pattern, Planned):
+        pattern = self.pattern
+        if isinstance(pattern, Planned):
             if self._pads:
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode)
             if input.ndim == 3:  # one image, as nn.Conv2d takes it
-                return self.pattern.multiply(input[None], self.raw_weight, self.bias).squeeze(0)
-            return self.pattern.multiply(input, self.raw_weight, self.bias)
+                return pattern.multiply(input[None], self.raw_weight, self.bias).squeeze(0)
+            return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
             return super().forward(input)
