@@ -69,7 +69,11 @@ def launch(
         way, told = start, f"{start}, {unless}"
     else:
         auto = _Auto(make, feed, epoch, steps, layouts)
-        way = auto.way(start)
+        try:
+            way = auto.way(start)
+        except BaseException:
+            make(start)  # in whose memory format the step was given
+            raise
         told = auto.told
     made = Engine(make(way), feed, way)
     made.told = told
@@ -81,13 +85,14 @@ class _Auto:
 
     def __init__(self, make: Make, feed: Feed, epoch: int, steps: int, layouts: bool) -> None:
         self.make, self.feed, self.epoch, self.steps = make, feed, epoch, steps
-        self.layouts, self.cache = layouts, cache_of()
+        self.layouts, self.cache, self.start = layouts, cache_of(), Way()
         self.times: dict[Way, Tried] = {}
         self.refused: dict[Way, str] = {}
         self.told = ""  # what was taken and why; empty where there was nothing to choose
 
     def way(self, start: Way) -> Way:
         """The fastest.  The step is as it was."""
+        self.start = start
         if self.steps < FEW or self._is_short(start) or not self._time(start):
             return start
         best = start
@@ -136,6 +141,13 @@ class _Auto:
             self.times[way] = self.cache.get(self._key(step, way), made, read)
         except EngineError as error:
             self.refused[way] = str(error)
+        except (
+            Exception
+        ) as error:  # what the step says to another memory format, a compiler, full memory
+            if way == self.start:
+                raise
+            why = (str(error).strip().splitlines() or [""])[0]
+            self.refused[way] = f"{type(error).__name__}: {why}"
         return way in self.times
 
     def _key(self, step: AbstractStep, way: Way) -> str:
@@ -183,15 +195,9 @@ class _Auto:
 
 
 def _seconds(engine: Engine) -> float:
-    """A step to its end.  Errors: EngineError also for what cannot be compiled."""
+    """A step to its end."""
     start = perf_counter()
-    try:
-        engine()
-        if engine.step.device.type == "cuda":
-            torch.cuda.synchronize(engine.step.device)
-    except Exception as error:
-        if isinstance(error, EngineError) or not engine.way.compiled:
-            raise
-        why = (str(error).strip().splitlines() or [""])[0]
-        raise EngineError(f"cannot be compiled ({type(error).__name__}: {why})") from error
+    engine()
+    if engine.step.device.type == "cuda":
+        torch.cuda.synchronize(engine.step.device)
     return perf_counter() - start

@@ -250,12 +250,14 @@ def compiled_call(facts: str) -> Callable[..., Any]:
 
 
 def stamp(model: nn.Module) -> Hashable:
-    """Another one whenever the model's modules, modes or the places of its tensors have changed."""
+    """Another one whenever the model's modules, modes, frozen parameters or the places of its tensors have changed."""
     found: list[Any] = []
     for module in model.modules():
         found += [id(module), module.training]
         for table in (module._parameters, module._buffers):
-            found += [None if t is None else t.data_ptr() for t in table.values()]
+            found += [
+                None if t is None else (t.data_ptr(), t.requires_grad) for t in table.values()
+            ]
     return tuple(found)
 
 

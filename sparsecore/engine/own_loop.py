@@ -20,9 +20,10 @@ class TrainStep:
         for x, y in loader:
             loss = step(x, y)
 
-    Between steps everything may change: the rate (by torch's schedulers, or in place), masks and plans, modes of
-    modules, weights that are loaded; a graph of another model is captured anew.  A batch of another shape than
-    the example's, as the last of an epoch, is launched by itself.
+    Between steps everything may change: the rate, masks and plans, modes of modules, frozen parameters, what is
+    loaded; a graph of another model is captured anew.  A batch of another shape than the example's, as the last of
+    an epoch, is launched by itself.  Other numbers are the graph's own: one of the optimiser's that changes in every
+    step (OneCycleLR's momentum: `cycle_momentum=False`) leaves no graph, and a dropout's p that changes is not seen.
 
     Args:
         model: on its device, in training mode, planned already if it is to be.
@@ -32,7 +33,7 @@ class TrainStep:
         example: a batch (x, y) like those to come.
         engine: "auto" tries some steps, which leave no trace; or "eager", "graph", "compile", "compile-graph".
         steps: about how many there will be: compiling has to pay in them.
-        amp: the dtype of autocast; fp16 wants a `scaler`.
+        amp: the dtype of autocast, that around a call by default; fp16 wants a `scaler`.
         clip_norm: of all gradients together.
         accumulate: micro-batches that a batch is cut into.
         penalty: of the model, added to the loss.
@@ -59,11 +60,14 @@ class TrainStep:
         penalty: Penalty | None = None,
     ) -> None:
         device = next(model.parameters()).device
-        if check_engine(engine) not in ("eager", "compile") and capture.possible_on(device):
-            capturable_(optimizer)
+        wanted = check_engine(engine) not in ("eager", "compile")
+        self._graphs = wanted and capture.possible_on(device)
+        self._rates: dict[int, Tensor] = {}  # of graphs, by the optimiser's group
+        self._optimizer, self._amp = optimizer, amp
+        self._hold_rates()
         step = TrainingStep(
-            model, loss, optimizer, amp=amp, scaler=scaler, clip_norm=clip_norm, accumulate=accumulate,
-            penalty=penalty,
+            model, loss, optimizer, amp=self._precision(device), scaler=scaler, clip_norm=clip_norm,
+            accumulate=accumulate, penalty=penalty,
         )  # fmt: skip
         self._step, self._feed = step, Given(device)
         self._feed.now = example, None
@@ -73,10 +77,29 @@ class TrainStep:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss before the step, 0-dim, on the device; no host sync."""
+        self._step.amp = self._precision(self._step.device)
+        self._hold_rates()
         self._feed.now = (x, y), None
         self._engine.refresh()
         self._engine()
         return self._step.last.clone()
+
+    def _precision(self, device: torch.device) -> torch.dtype | None:
+        if self._amp is None and torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self._amp
+
+    def _hold_rates(self) -> None:
+        """Rates go where a graph reads them, those too that somebody set as numbers."""
+        if not self._graphs:
+            return
+        groups = self._optimizer.param_groups
+        for i, group in enumerate(groups):
+            if i in self._rates and not isinstance(group["lr"], Tensor):
+                group["lr"] = self._rates[i].fill_(group["lr"])
+        capturable_(self._optimizer)
+        rates = {i: group["lr"] for i, group in enumerate(groups)}
+        self._rates = {i: rate for i, rate in rates.items() if isinstance(rate, Tensor)}
 
 
 def graphed(model: nn.Module, *example: Tensor) -> nn.Module:

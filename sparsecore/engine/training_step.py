@@ -58,12 +58,19 @@ class TrainingStep(AbstractStep):
         if self.timeline is not None:
             self.timeline.advance()
         self.optimizer.zero_grad()
+        if (
+            self.amp is not None
+        ):  # what has been cast under an autocast around this is older than the weights
+            torch.clear_autocast_cache()
         mean = self._backward(x, y)
+        if self.amp is not None:  # and what is cast here may be a graph's memory
+            torch.clear_autocast_cache()
         if self.penalty is not None:
             self.scaler.scale(self.penalty(self.model)).backward()
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_norm)
+            clipped = [p for group in self.optimizer.param_groups for p in group["params"]]
+            nn.utils.clip_grad_norm_(clipped, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._average()
@@ -123,17 +130,18 @@ class TrainingStep(AbstractStep):
         finally:
             if not begun:  # what the first step makes is made by the run's own
                 self.optimizer.state.clear()
-            self.optimizer.zero_grad()
+            self.model.zero_grad()
             self.averaged = averaged
             if scale:  # {} where none is wanted
                 self.scaler.load_state_dict(scale)
 
     def version(self) -> Hashable:
-        numbers = [v for g in self.optimizer.param_groups for v in g.values() if _plain(v)]
-        return stamp(self.model), *numbers
+        optimizer = self.optimizer
+        numbers = [_number(v) for g in optimizer.param_groups for v in g.values()]
+        return stamp(self.model), self.amp, id(optimizer.state), *numbers
 
-    def keep(self) -> Any:
-        return list(self.model.modules())  # their `id`s are part of the version
+    def keep(self) -> Any:  # whose `id`s are part of the version
+        return list(self.model.modules()), self.optimizer.state
 
     def facts(self) -> Any:
         how = (self.amp, self.accumulate, self.clip_norm, type(self.optimizer).__name__)
@@ -149,8 +157,11 @@ class TrainingStep(AbstractStep):
         return self
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, (bool, int, float, str, tuple))
+def _number(value: Any) -> Any:
+    """What a graph knows of an entry of an optimiser's group: a number, or where a tensor lies."""
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return value if isinstance(value, (bool, int, float, str, tuple)) else None
 
 
 def lay_out_(model: nn.Module, optimizer: torch.optim.Optimizer, channels_last: bool) -> None:

@@ -229,6 +229,33 @@ def test_a_model_that_counts_in_python_is_no_graph(
     assert "its graph gives other numbers" in history.engine
 
 
+class Flattening(nn.Module):
+    """`view` takes no activations in channels_last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.last = images()[:3], images()[5]  # type: ignore[index]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.net(x).view(len(x), -1))
+
+
+@pytest.mark.parametrize("search", [None, ConcreteSearch(epochs=3), JointSearch(epochs=3)])
+def test_a_model_that_another_memory_format_breaks_keeps_its_own(
+    search: ConcreteSearch | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, compiles=1e9)
+    model = sc.sparsify_(Flattening())
+    if search is None:
+        told = train(model, resident(), None, replace(RECIPE, ema=None)).engine
+    else:
+        told = search(model, resident(), sparsity=0.5).meta["engine"]
+    assert told.startswith("eager") and "eager, channels_last:" not in told.partition(";")[0]
+    assert all(p.is_contiguous() for p in model.parameters())
+    if search is None:
+        assert "eager, channels_last: RuntimeError: view size is not compatible" in told
+
+
 def test_a_penalty_that_may_count_is_no_graph(
     recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
