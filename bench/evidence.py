@@ -21,12 +21,13 @@ def stages(setting: Setting) -> list[Stage]:
 
     def part(name: str, share: float, suite: str, *parts: str) -> Measured:
         work = [one for one in (searches if suite == "search" else tickets) if one.part in parts]
-        limit = 240.0 if "models" in parts else 120.0  # whole models are compiled
+        whole = {"models", "networks"} & {*parts}  # which are compiled
+        limit = 240.0 if whole else 120.0
         return Measured(name, share, limit, suite=suite + suffix, work=work)
 
     return [
         _tests("smoke tests", "gpu and smoke", 0.25, setting),
-        part("search step", 0.2, "search", "networks"),
+        part("search step", 0.3, "search", "networks"),
         _ticket(setting),
         _resume(setting),
         _memory(setting),

@@ -2,6 +2,7 @@
 
 import gc
 import statistics
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -11,6 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from sparsecore import capture
+from sparsecore.engine import Way
+from sparsecore.engine.auto import COMPILES
 
 from .rows import Rows, number
 
@@ -191,7 +196,42 @@ def spread_of(values: Sequence[float]) -> Spread:
 
 def modes(device: torch.device) -> tuple[str, ...]:
     """How a step is launched: operation by operation, and on a GPU also as one CUDA graph."""
-    return ("eager", "graph") if device.type == "cuda" else ("eager",)
+    return ("eager", "graph") if capture.possible_on(device) else ("eager",)
+
+
+def ways(
+    device: torch.device, layouts: Sequence[bool] = (False,), *, compiled: bool = True
+) -> list[Way]:
+    """In which the engine can launch a step on a device: what is compiled comes last in each layout."""
+    graphs = (False, True) if capture.possible_on(device) else (False,)
+    compilers = (False, True) if compiled else (False,)
+    return [Way(g, c, last) for last in layouts for c in compilers for g in graphs]
+
+
+class Compiling:
+    """The time that a case has for compiling: what may not end in it is left out, so that all else is measured.
+
+    A turn of a run in slices is as long: a case that took longer would begin anew in the next.
+    """
+
+    def __init__(self, seconds: float = 150.0) -> None:
+        self.end, self.longest = perf_counter() + seconds, COMPILES
+
+    def refused(self) -> str:
+        """Why nothing more is compiled; empty while there is time."""
+        left = self.end - perf_counter()
+        if left >= self.longest:
+            return ""
+        return f"compiling takes up to {self.longest:.0f} s, of which {max(left, 0):.0f} s are left"
+
+    def took(self, seconds: float) -> float:
+        self.longest = max(self.longest, seconds)
+        return seconds
+
+
+def say(text: str) -> None:
+    """How it goes."""
+    print(text, file=sys.stderr, flush=True)
 
 
 # --- How much memory does it take? ------------------------------------------------------------------

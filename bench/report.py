@@ -17,9 +17,10 @@ PARTS = SEARCH_PARTS + TICKET_PARTS
 METRICS = (
     "time", "bandwidth", "share of copy bandwidth", "rate", "time over dense", "speed-up over eager",
     "speed-up over compiled", "speed-up over dense*mask", "speed-up over dense",
-    "speed-up over dense*mask, compiled", "speed-up over dense, compiled", "optimiser state", "parameters",
-    "formats", "peak memory", "peak memory beyond state", "density kept", "accuracy", "rewind time",
-    "search time", "search epoch", "training time", "training epoch",
+    "speed-up over dense, compile-graph", "speed-up over dense*mask, compiled", "speed-up over dense, compiled",
+    "compile time", "optimiser state", "parameters", "formats", "peak memory", "peak memory beyond state",
+    "density kept", "accuracy", "rewind time", "search time", "search epoch", "training time", "training epoch",
+    "search and training time",
 )  # fmt: skip
 
 
@@ -161,7 +162,7 @@ def plot(folder: Path, suite: str, out: Path | None = None) -> list[Path]:
                     continue  # 1 by definition
                 x = sorted(points)
                 colour = colours.setdefault(provider, f"C{len(colours) % 10}")
-                style = "--" if mode == "graph" else "-"
+                style = ("-", "--", ":", "-.")[2 * ("compile" in mode) + ("graph" in mode)]
                 label = f"{provider} ({mode})"
                 axes.plot(x, [points[t] for t in x], style, color=colour, marker="o", ms=3, label=label)  # fmt: skip
             axes.axhline(1, color="grey", linewidth=1)

@@ -124,16 +124,25 @@ def read(path: Path) -> list[Row]:
         return list(reader)
 
 
+Times = tuple[float, float, float]  # median, 20 % and 80 % quantiles, in seconds
+
+
 def add_times(
-    rows: Rows, case: str, mode: str, spreads: Mapping[str, tuple[float, float, float]], *against: str
-) -> None:  # fmt: skip
+    rows: Rows, case: str, mode: str, spreads: Mapping[str, Times], *against: str
+) -> None:
     """A time row a provider, and its speed-up over each provider `against` that was timed with it.
 
-    Speed-ups have the same mode on both sides; below 1 they are losses, and stay.
+    These have the same mode on both sides; below 1 they are losses, and stay.
     """
     for provider, spread in spreads.items():
         rows.add(case, provider, mode, "time", "ms", *(number(1e3 * s) for s in spread))
         for other in against:
             if other in spreads:
-                ratio = spreads[other][0] / spread[0]
-                rows.add(case, provider, mode, f"speed-up over {other}", "x", f"{ratio:.2f}")
+                add_speed_up(rows, case, provider, mode, other, spreads[other], spread)
+
+
+def add_speed_up(
+    rows: Rows, case: str, provider: str, mode: str, over: str, other: Times, spread: Times
+) -> None:
+    """How many times faster it is than something `other` in the same run."""
+    rows.add(case, provider, mode, f"speed-up over {over}", "x", f"{other[0] / spread[0]:.2f}")

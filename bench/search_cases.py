@@ -101,7 +101,6 @@ class SearchCases:
     rounds: int = 0  # 0: by time
 
 
-_RESNET = StepCase("resnet-20", (3, 32, 32), 512, 0)
 _BLOCKS = (Unit(16, 16), Unit(32, 32), Unit(64, 64), Unit(128, 128), Unit(1, 0))
 
 FULL = SearchCases(
@@ -113,8 +112,8 @@ FULL = SearchCases(
     ),
     networks=(
         (
-            _RESNET,
             StepCase("resnet-20", (3, 32, 32), 512, 0, torch.bfloat16, channels_last=True),
+            StepCase("resnet-20", (3, 32, 32), 512, 0),
         ),
         (  # the models of which several searches run in one program on a GPU
             StepCase("lenet-300-100", (1, 28, 28), 512, 0, torch.bfloat16),

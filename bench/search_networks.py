@@ -1,19 +1,21 @@
-"""A whole search step of a network: as a user would write it, ours, ours as one CUDA graph, several at once."""
+"""A whole search step of a network: as a user would write it, and ours in every way that the engine launches."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from time import perf_counter
 from typing import Any
 
 import torch
 
 from sparsecore.capture import Captured
 from sparsecore.data import Batches, Dataset, Split
-from sparsecore.engine import Engine, Way, feed_of
+from sparsecore.engine import Engine, EngineError, Way, feed_of
 from sparsecore.search.steps import SearchStep
 
 from . import measure
 from .cases import StepBench, StepCase
-from .measure import Job, WrongResult, timed
-from .rows import Rows, add_times
+from .measure import Compiling, Job, Spread, WrongResult, say, timed
+from .rows import Rows, add_speed_up, add_times, number
 from .search_cases import SearchCases
 
 
@@ -23,50 +25,114 @@ def network(
     """Times all providers of a network's cases together, so that they are compared under the same conditions.
 
     A step of several searches counts as its time divided by their number.  fp32 is PyTorch's default on a
-    GPU, for every provider: convolutions in TF32, matrix products in float32.  Errors: WrongResult.
+    GPU, for every provider: convolutions in TF32, matrix products in float32.  Eager autograd is not compiled:
+    our compiled steps are held against it as it was launched otherwise, one by one or as a graph.
+
+    Errors: WrongResult, and the first of our own, when everything else has been timed.
     """
-    batches = synthetic(group[0], cases.samples, device)
-    benches: list[StepBench] = []
-    wrong: list[WrongResult] = []
-    for case in group:
-        bench = StepBench(case, device)
-        try:
-            bench.check()
-            benches.append(bench)
-        except WrongResult as found:
-            wrong.append(found)
-            bench.close()
-    plain, ours = {}, {}
-    for bench in benches:
-        case = bench.case
-        name = _name(case)
-        if case.members == 1:
-            plain[f"eager autograd, {_dtype(case)}"] = bench
-        ours[name] = bench
-    for mode in measure.modes(device):
-        graph = mode == "graph"
-        jobs: dict[str, Job] = {}
-        for name, bench in plain.items():
+    run = _Network(group, cases, rows, device)
+    try:
+        for way in measure.ways(device):
+            run.time(way)
+    finally:
+        run.close()
+    if run.problems:
+        raise run.problems[0]
+
+
+class _Network:
+    """The cases of a network that compute the right thing."""
+
+    def __init__(
+        self, group: Sequence[StepCase], cases: SearchCases, rows: Rows, device: torch.device
+    ) -> None:
+        torch._dynamo.reset()
+        self.label = f"network/{group[0].name}"
+        self.cases, self.rows, self.device = cases, rows, device
+        self.batches = synthetic(group[0], cases.samples, device)
+        self.compiling = Compiling()
+        self.problems: list[Exception] = []
+        self.ours: dict[str, StepBench] = {}
+        self.plain: dict[str, StepBench] = {}
+        self.plain_times: dict[bool, dict[str, Spread]] = {}  # by whether they are graphs
+        for case in group:
+            bench = StepBench(case, device)
+            try:
+                bench.check()
+            except WrongResult as error:  # the others are timed all the same
+                self.problems.append(error)
+                bench.close()
+                continue
+            self.ours[_name(case)] = bench
+            if case.members == 1:
+                self.plain[f"eager autograd, {_dtype(case)}"] = bench
+
+    def time(self, way: Way) -> None:
+        """Times in turn all that can be launched so, from the start on."""
+        with ExitStack() as scopes:
+            for bench in self.ours.values():
+                scopes.enter_context(bench.step.undone())
+            self._time(way)
+
+    def _time(self, way: Way) -> None:
+        jobs: dict[str, Job] = {} if way.compiled else dict(self._plain_jobs(way.graph))
+        jobs |= self._our_jobs(way)
+        if not (way.graph or way.compiled):
+            steps = {name: job.step for name, job in jobs.items()}
+            measure.add_peaks(self.rows, self.label, str(way), steps, self.device)
+        if not jobs:
+            return
+        found = timed(jobs, self.device, rounds=self.cases.rounds, budget=0.5)
+        for name, bench in self.ours.items():
+            if name in found:
+                found[name] = Spread(*(s / bench.case.members for s in found[name]))
+        add_times(self.rows, self.label, str(way), found, *self.plain)
+        if not way.compiled:
+            self.plain_times[way.graph] = {name: found[name] for name in self.plain}
+            return
+        for name, spread in found.items():
+            for other, time in self.plain_times[way.graph].items():
+                add_speed_up(self.rows, self.label, name, str(way), other, time, spread)
+
+    def _plain_jobs(self, graph: bool) -> Iterator[tuple[str, Job]]:
+        for name, bench in self.plain.items():
             bench.prepare_plain(capturable=graph)
             step: Callable[[], Any] = bench.plain_step
-            jobs[name] = Job(Captured(step, generators=[bench.plain_noise]) if graph else step)
-        for name, bench in ours.items():
-            jobs[name] = Job(endless(bench.step, batches, Way(graph=graph)))
-        label = f"network/{group[0].name}"
-        if not graph:
-            steps = {name: job.step for name, job in jobs.items()}
-            measure.add_peaks(rows, label, mode, steps, device)
-        found = timed(jobs, device, rounds=cases.rounds, budget=0.5)
-        members = {name: bench.case.members for name, bench in ours.items()}
-        found = {
-            name: type(spread)(*(seconds / members.get(name, 1) for seconds in spread))
-            for name, spread in found.items()
-        }
-        add_times(rows, label, mode, found, *plain)
-    for bench in benches:
-        bench.close()
-    if wrong:  # the others are timed all the same
-        raise wrong[0]
+            yield name, Job(Captured(step, generators=[bench.plain_noise]) if graph else step)
+
+    def _our_jobs(self, way: Way) -> Iterator[tuple[str, Job]]:
+        for name, bench in self.ours.items():
+            what, reason = f"{name} of {self.label}, {way}", ""
+            try:
+                reason = self.compiling.refused() if way.compiled else ""
+                if not reason:
+                    yield name, Job(self._launched(name, bench, way))
+            except EngineError as error:  # it is not compiled, or the device has no graphs
+                reason = str(error)
+            except Exception as error:
+                if not way.compiled:
+                    raise
+                self.problems.append(error)
+                said, _, _ = str(error).partition("\n")
+                reason = f"{type(error).__name__}: {said}"
+            if reason:
+                say(f"left out: {what}: {reason}")
+
+    def _launched(self, name: str, bench: StepBench, way: Way) -> Callable[[], None]:
+        """Ours; what is compiled has computed the right thing."""
+        step = endless(bench.step, self.batches, way)
+        if way.compiled:
+            start = perf_counter()
+            bench.check()
+            step()
+            seconds = self.compiling.took(perf_counter() - start)
+            if not way.graph:
+                self.rows.add(self.label, name, str(way), "compile time", "s", number(seconds))
+        return step
+
+    def close(self) -> None:
+        for bench in self.ours.values():
+            bench.close()
 
 
 def _dtype(case: StepCase) -> str:

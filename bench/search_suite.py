@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .measure import say
 from .rows import Rows
 from .search_cases import FULL, QUICK
 from .search_layers import layer_step
@@ -82,7 +83,3 @@ def run_all(work: Sequence[Work], rows: Rows, device: torch.device) -> int:
             say(f"FAILED {one.name}: {type(error).__name__}: {error}")
             traceback.print_exc(file=sys.stderr)
     return failed
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

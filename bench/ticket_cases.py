@@ -17,7 +17,6 @@ from sparsecore.granularity import parse_granularity
 from sparsecore.recipes import build
 
 MASKED, DENSE = "dense*mask", "dense"
-COMPILED = ", compiled"  # ends the name of a provider whose model torch.compile has taken
 SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 
 
@@ -25,14 +24,17 @@ SPARSITIES = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 class TrainCase:
     """Whole training steps of a model at one batch size, under random tickets of several sparsities.
 
+    Every provider is launched in every way that its device knows.
+
     Args:
         model: of `network`.
         shape: of one sample of x.
         providers: as `ticket_steps.make` knows them; "plan auto" only at the sparsities of `autos`, if any
             are named, since it measures every layer before it begins.
         left_dense: globs of layers that stay dense; so do those with fewer than ten units.
-        graph: on a GPU, time the step as one CUDA graph too.
-        seconds: about how long the CPU's clock runs over all sparsities together.
+        compiled: providers that are compiled too, the more telling ones first: it takes most of the time.
+        layouts: whether images lie in channels_last: as they are, so, or both in turn.
+        seconds: about how long the CPU's clock runs over all sparsities together, in each way.
     """
 
     part: str
@@ -45,10 +47,9 @@ class TrainCase:
     autos: tuple[float, ...] = ()
     granularity: str = "weight"
     left_dense: tuple[str, ...] = ()
-    channels_last: bool = False
-    graph: bool = False
+    compiled: tuple[str, ...] = ()
+    layouts: tuple[bool, ...] = (False,)
     seconds: float = 10.0
-    backend: str = "inductor"
 
     @property
     def name(self) -> str:
@@ -144,7 +145,7 @@ def random_masks(case: TrainCase, model: nn.Module, sparsity: float) -> dict[str
 # --- On the CPU -------------------------------------------------------------------------------------
 
 _CPU = (
-    DENSE, MASKED, "plan mask", MASKED + COMPILED, "torch.sparse CSR, own backward", "sparselab",
+    DENSE, MASKED, "plan mask", "torch.sparse CSR, own backward", "sparselab",
     "plan state", "plan csr", "plan auto",
 )  # fmt: skip
 # Through autograd the gradient of a CSR tensor's values is made dense first, which takes seconds.
@@ -164,21 +165,24 @@ def _mlp(
         providers,
         sparsities,
         autos,
+        compiled=(MASKED, DENSE),
         seconds=seconds,
     )
 
 
 def _lenet(batch: int, providers: tuple[str, ...] = _CPU) -> TrainCase:
     return TrainCase(
-        "lenet", "lenet", "lenet-300-100", (1, 28, 28), batch, providers, SPARSITIES, seconds=4.0
-    )
+        "lenet", "lenet", "lenet-300-100", (1, 28, 28), batch, providers, SPARSITIES,
+        compiled=(MASKED, DENSE), seconds=4.0,
+    )  # fmt: skip
 
 
-def _whole(model: str, batch: int) -> TrainCase:
+def _whole(model: str, batch: int, layouts: tuple[bool, ...] = (False,)) -> TrainCase:
     """Where layers are small, or few of them sparse enough: what "auto" must not make slower."""
     providers = (DENSE, MASKED, "plan mask", "plan state", "plan auto")
     return TrainCase(
-        "models", f"model/{model}", model, (3, 32, 32), batch, providers, (0.9, 0.95, 0.99), seconds=40
+        "models", f"model/{model}", model, (3, 32, 32), batch, providers, (0.9, 0.95, 0.99),
+        compiled=(MASKED, DENSE), layouts=layouts, seconds=40,
     )  # fmt: skip
 
 
@@ -187,7 +191,7 @@ CPU = (
     _mlp(128, 30, _AUTOGRAD),
     *(_lenet(batch, _AUTOGRAD if batch == 128 else _CPU) for batch in (128, 256, 512, 2048)),
     _whole("vit-small", 64),
-    _whole("resnet-20", 128),
+    _whole("resnet-20", 128, (False, True)),
     _mlp(512, 40),
     _mlp(256, 30),
     _mlp(2048, 60, sparsities=(0.9, 0.95, 0.98, 0.99), autos=(0.9, 0.98)),
@@ -196,32 +200,46 @@ CPU = (
 # --- On a GPU: what tells most comes first, so that a run that is cut short has it --------------------
 
 # "plan auto" compiles and measures many kernels in each layer's shape first, so it comes apart, and later.
-_PLANS = (DENSE, MASKED, "plan state", "plan block")
-_COMPILED = (
-    DENSE, MASKED, "plan block", "plan auto",
-    *(name + COMPILED for name in (DENSE, MASKED, "plan block", "plan auto")),
-)  # fmt: skip
+_PLANS = (DENSE, MASKED, "plan block", "plan state")
+_TELLS = (DENSE, MASKED, "plan block")  # what is compiled of a large model
+_AUTO = (DENSE, MASKED, "plan auto")
 
 
-def _vit(providers: tuple[str, ...], label: str = "") -> TrainCase:
+def _small(batch: int) -> TrainCase:
+    """Launches are what it costs: its ways tell, not its plans."""
     return TrainCase(
-        "models", f"model/vit_b_16, attention too, block 64{label}", "torchvision:vit_b_16", (3, 224, 224), 64,
-        providers, granularity="block:64x64", left_dense=("conv_proj", "heads.*"),
+        "models", "model/resnet-20", "resnet-20", (3, 32, 32), batch,
+        (DENSE, MASKED, "plan mask", "plan state"),
+        sparsities=(0.99,), compiled=(DENSE, MASKED, "plan mask"), layouts=(True,),
     )  # fmt: skip
 
 
-def _resnet(batch: int, providers: tuple[str, ...] = _PLANS, label: str = "") -> TrainCase:
+def _vit(
+    providers: tuple[str, ...] = _PLANS, compiled: tuple[str, ...] = _TELLS, label: str = ""
+) -> TrainCase:
+    return TrainCase(
+        "models", f"model/vit_b_16, attention too, block 64{label}", "torchvision:vit_b_16", (3, 224, 224), 64,
+        providers, granularity="block:64x64", left_dense=("conv_proj", "heads.*"), compiled=compiled,
+    )  # fmt: skip
+
+
+def _resnet(
+    batch: int,
+    providers: tuple[str, ...] = _PLANS,
+    compiled: tuple[str, ...] = (),
+    label: str = "",
+) -> TrainCase:
     return TrainCase(
         "models", f"model/resnet50, block 64{label}", "torchvision:resnet50", (3, 224, 224), batch,
-        providers, granularity="block:64x64", left_dense=("conv1", "fc"), channels_last=True,
+        providers, granularity="block:64x64", left_dense=("conv1", "fc"), compiled=compiled, layouts=(True,),
     )  # fmt: skip
 
 
 def _square(batch: int) -> TrainCase:
+    providers = (*_PLANS, "plan auto")
     return TrainCase(
-        "models", "model/mlp 4096, block 64", "4096-4096-4096", (4096,), batch,
-        (*_PLANS, "plan auto"),
-        sparsities=(0.95,), granularity="block:64x64", graph=True,
+        "models", "model/mlp 4096, block 64", "4096-4096-4096", (4096,), batch, providers,
+        sparsities=(0.95,), granularity="block:64x64", compiled=providers,
     )  # fmt: skip
 
 
@@ -241,14 +259,15 @@ _WIDE, _VIT = (4096, 4096), (768, 3072)
 _TELLING: tuple[Case, ...] = (
     *_linear(*_WIDE, 2048, ("block:64x64",), (0.9,)),
     *_linear(*_WIDE, 8192, ("block:64x64",), (0.9,)),
+    _small(512),
     _square(2048),
     *_linear(*_VIT, 12608, ("block:64x64",), (0.9,)),
-    _vit(_PLANS),
+    _vit(),
     *_linear(*_WIDE, 8192, ("block:128x128",), (0.9,)),
     _conv(256, 256, 14, 256), _conv(512, 512, 7, 1024),
-    _resnet(64),
+    _resnet(64, compiled=_TELLS),
     *_linear(*_WIDE, 8192, ("block:64x64", "block:32x32"), (0.95,)),
-    _vit(_COMPILED, ", plan auto and torch.compile"),
+    _vit(_AUTO, (DENSE, "plan auto"), ", plan auto"),
     _square(8192),
 )  # fmt: skip
 _BEHIND: tuple[Case, ...] = (
@@ -260,7 +279,7 @@ _BEHIND: tuple[Case, ...] = (
       for shape, tokens in ((_WIDE, 2048), (_WIDE, 8192), (_VIT, 12608))
       for case in _linear(*shape, tokens, _BLOCKS, (sparsity,))),
     _resnet(32),
-    _resnet(64, (DENSE, MASKED, "plan auto"), ", plan auto"),
+    _resnet(64, _AUTO, label=", plan auto"),
 )  # fmt: skip
 # Last, because its kernels try many configurations before they run at all.
 _SLOW = _linear(*_WIDE, 2048, ("block:64x64",), (0.95,), others=True)
@@ -271,17 +290,17 @@ GPU: tuple[Case, ...] = (*(case for case in _NAMED.values() if case), *_SLOW)
 
 QUICK: tuple[Case, ...] = (
     TrainCase(
-        "mlp", "mlp", "24-64-48-10", (24,), 16, _AUTOGRAD, (0.8, 0.95), (0.95,), seconds=0.0,
-        backend="aot_eager",
+        "mlp", "mlp", "24-64-48-10", (24,), 16, _AUTOGRAD, (0.8, 0.95), (0.95,), compiled=(MASKED,),
+        seconds=0.0,
     ),
     TrainCase(
         "models", "model/resnet-20, block 8", "resnet-20", (3, 8, 8), 8, (DENSE, MASKED, "plan state"),
-        granularity="block:8x8", left_dense=("conv1", "fc"), channels_last=True, seconds=0.0,
+        granularity="block:8x8", left_dense=("conv1", "fc"), layouts=(False, True), seconds=0.0,
     ),
     TrainCase(
         "models", "model/mlp 64, block 16", "64-64-64", (64,), 16,
-        (DENSE, MASKED, DENSE + COMPILED, "plan block", "plan state" + COMPILED),
-        granularity="block:16x16", graph=True, seconds=0.0, backend="aot_eager",
+        (DENSE, MASKED, "plan block", "plan state"), granularity="block:16x16",
+        compiled=(DENSE, "plan state"), seconds=0.0,
     ),
     OpCase("ops", 32, 64, 16, "block:16x16", 0.75, others=True),
     OpCase("convs", 32, 32, 32, "block:16x16", 0.75, taps=1, side=4),

@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from sparsecore import kernels
 from sparsecore.kernels import Layer
 
-from .measure import Job, require_as_exact, timed
+from .measure import Job, require_as_exact, say, timed
 from .rows import Rows, add_times
-from .search_suite import say
 from .ticket_cases import DENSE, OpCase, random_mask
 
 FORWARD, DX, DW = "forward", "dX", "dW"

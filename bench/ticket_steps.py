@@ -1,8 +1,9 @@
 """A whole training step of a decided ticket: as a user would write it, by other packages, by our plans.
 
-Every provider starts from the same weights and takes the same step: zero_grad, forward, cross-entropy,
-backward, fused AdamW; on a GPU under autocast to bf16.  Before it is timed, its first step must give the
-outputs, the gradients and the weights of the dense*mask step.
+Every provider starts from the same weights and takes the same step, which the engine launches: zero_grad,
+forward, cross-entropy, backward, fused AdamW; on a GPU under autocast to bf16.  Before it is timed in some way, its
+first step so must give the outputs, the gradients and the weights of the dense*mask step; of a graph its first
+replay, the second step.
 """
 
 import copy
@@ -20,10 +21,12 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 import sparsecore as sc
+from sparsecore import capture
+from sparsecore.engine import Engine, Given, TrainingStep, Way, capturable_
 from sparsecore.nn import weight_key
 
 from .measure import require_as_exact, require_close
-from .ticket_cases import COMPILED, DENSE, MASKED, TrainCase
+from .ticket_cases import DENSE, MASKED, TrainCase
 
 # A layer's parameter, and where the kept weights stand in it; None: it holds nothing else.
 Kept = dict[str, tuple[nn.Parameter, Tensor | None]]
@@ -37,7 +40,6 @@ class Task:
         model: dense, with the weights that every step starts from.
         cache: where "plan auto" remembers.
         low: whether to compute in bf16.
-        captured: whether steps will be CUDA graphs, as "plan auto" is told.
     """
 
     case: TrainCase
@@ -47,39 +49,53 @@ class Task:
     y: Tensor
     cache: Path
     low: bool
-    captured: bool = False
 
-    def autocast(self) -> torch.autocast:
-        # Weights are cast once a step anyway, and a cache does not survive a graph's capture.
-        return torch.autocast(self.x.device.type, torch.bfloat16, self.low, cache_enabled=False)
+    @property
+    def amp(self) -> torch.dtype | None:
+        return torch.bfloat16 if self.low else None
+
+
+class _Loss:
+    """Cross-entropy, and the scores that it was last of."""
+
+    scores: Tensor
+
+    def __call__(self, scores: Tensor, y: Tensor) -> Tensor:
+        self.scores = scores.detach()
+        return F.cross_entropy(scores, y)
 
 
 class Step:
-    """One training step a call; returns the outputs.
+    """One training step of a provider.
 
     Args:
         task: whose dense*mask step it equals.
-        call: the model as it is called, if not itself.
     """
 
-    def __init__(
-        self, task: Task, model: nn.Module, kept: Kept, call: Callable[[Tensor], Tensor] | None = None
-    ) -> None:  # fmt: skip
+    def __init__(self, task: Task, model: nn.Module, kept: Kept) -> None:
         self.task, self.model, self.kept = task, model, kept
-        self.call = model if call is None else call  # a compiled model has no truth value
         held = {id(parameter) for parameter, _ in kept.values()}
         self.others = [p for p in model.parameters() if id(p) not in held]
-        on_gpu = task.x.is_cuda
-        self.optimiser = torch.optim.AdamW(model.parameters(), fused=True, capturable=on_gpu)
+        self.optimiser = torch.optim.AdamW(model.parameters(), fused=True)
+        if capture.possible_on(task.x.device):
+            capturable_(self.optimiser)
+        self.loss = _Loss()
+        self.training = TrainingStep(model, self.loss, self.optimiser, amp=task.amp)
 
-    def __call__(self) -> Tensor:
-        self.optimiser.zero_grad()
-        with self.task.autocast():
-            scores = self.call(self.task.x)
-            loss = F.cross_entropy(scores, self.task.y)
-        loss.backward()
-        self.optimiser.step()
-        return scores.detach()
+    @contextmanager
+    def launched(self, way: Way) -> Iterator[Engine]:
+        """The step from the task's weights on, one a call; it leaves no trace."""
+        x = self.task.x
+        if way.channels_last and x.ndim == 4:
+            x = x.contiguous(memory_format=torch.channels_last)
+        feed = Given(x.device)
+        feed.now = (x, self.task.y), None
+        with self.training.undone():
+            yield Engine(self.training, feed, way)
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The last step's outputs and gradients, and the weights behind it."""
+        return self.loss.scores.clone(), self.gradients(), self.weights()
 
     def gradients(self) -> Tensor:
         """Of the kept weights in row-major order, layer by layer, and of all other parameters."""
@@ -135,31 +151,27 @@ def _text(formats: tuple[str, ...] | None) -> str:
 # --- Providers --------------------------------------------------------------------------------------
 
 
-def make(provider: str, task: Task) -> Step:
+def make(provider: str, task: Task, *, captured: bool = False) -> Step:
     """A provider's step.
+
+    Args:
+        captured: whether steps will be CUDA graphs, as "plan auto" is told.
 
     Errors: ImportError for a package that is not there, ValueError for a format that cannot do this, and
     what other packages raise.
     """
-    name, compiled, _ = provider.partition(COMPILED)
-    if name == "sparselab":
+    if provider == "sparselab":
         return _sparselab(task)
     model = copy.deepcopy(task.model)
-    if name == DENSE:
+    if provider == DENSE:
         kept = Kept()
-    elif name == MASKED:
+    elif provider == MASKED:
         kept = _masked(model, task.masks)
-    elif name.startswith("plan "):
-        kept = _planned(model, task, name.removeprefix("plan "))
+    elif provider.startswith("plan "):
+        kept = _planned(model, task, provider.removeprefix("plan "), captured)
     else:
-        kept = _csr(model, task.masks, by_hand=name.endswith("own backward"))
-    if not compiled:
-        return Step(task, model, kept)
-    if name.startswith("plan "):
-        with task.autocast(), torch.no_grad():
-            model(task.x)  # prepares what the compute dtype needs, which no compiler can look into
-    call: Any = torch.compile(model, backend=task.case.backend, dynamic=False)
-    return Step(task, model, kept, call)
+        kept = _csr(model, task.masks, by_hand=provider.endswith("own backward"))
+    return Step(task, model, kept)
 
 
 class _Times(nn.Module):
@@ -184,13 +196,13 @@ def _masked(model: nn.Module, masks: Mapping[str, Tensor]) -> Kept:
     return kept
 
 
-def _planned(model: nn.Module, task: Task, plan: str) -> Kept:
+def _planned(model: nn.Module, task: Task, plan: str, captured: bool) -> Kept:
     sc.sparsify_(model, lambda name, _: name in task.masks)
     layers = sc.sparse_layers(model)
     for name, mask in task.masks.items():
         layers[name].set_mask_(mask)
-    with task.autocast():
-        sc.plan_(model, plan, task.x, captured=task.captured, cache=task.cache)
+    with torch.autocast(task.x.device.type, task.amp, enabled=task.low):
+        sc.plan_(model, plan, task.x, captured=captured, cache=task.cache)
     kept = Kept()
     for name, mask in task.masks.items():
         raw = layers[name].raw_weight
@@ -299,18 +311,22 @@ def _sparselab(task: Task) -> Step:
 
 
 class Reference:
-    """The first dense*mask step of a task: in float32, and in the precision that is timed."""
+    """The first dense*mask steps of a task: in float32, and in the precision that is timed."""
 
     WHAT = ("outputs", "gradients", "weights after the step")
 
     def __init__(self, task: Task) -> None:
+        count = 2 if capture.possible_on(task.x.device) else 1
         with _exact():
-            self.exact = _first(make(MASKED, replace(task, low=False)))
-        self.plain = _first(make(MASKED, task)) if task.low else self.exact
+            self.exact = _taken(make(MASKED, replace(task, low=False)), count)
+        self.plain = _taken(make(MASKED, task), count) if task.low else self.exact
 
-    def require(self, what: str, step: Step) -> None:
-        """Takes the step's first step and compares.  Errors: WrongResult."""
-        found = zip(self.WHAT, _first(step), self.plain, self.exact, strict=True)
+    def require(self, what: str, step: Step, engine: Engine) -> None:
+        """Takes the step's first one, of a graph its first two, and compares the last.  Errors: WrongResult."""
+        at = int(engine.way.graph)
+        for _ in range(at + 1):
+            engine()
+        found = zip(self.WHAT, step.found(), self.plain[at], self.exact[at], strict=True)
         for of, mine, plain, exact in found:
             if step.task.low:
                 require_as_exact(f"{what}: {of}", mine, plain, exact)
@@ -318,8 +334,14 @@ class Reference:
                 require_close(f"{what}: {of} against dense*mask's", mine, exact, 1e-3)
 
 
-def _first(step: Step) -> tuple[Tensor, Tensor, Tensor]:
-    return step(), step.gradients().clone(), step.weights().clone()
+def _taken(step: Step, count: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What each of the first steps gives."""
+    found = []
+    with step.launched(Way()) as engine:
+        for _ in range(count):
+            engine()
+            found.append(step.found())
+    return found
 
 
 @contextmanager

@@ -25,9 +25,8 @@ from sparsecore.search import ConcreteSearch
 from sparsecore.tickets import Ticket
 from sparsecore.training import train
 
-from .measure import spread_of
+from .measure import say, spread_of
 from .rows import Rows, path_of
-from .search_suite import say
 
 LENGTHS = ("short", "half", "long")
 SPARSITY = 1 - 0.8**22  # 22 rounds that remove a fifth each
@@ -150,10 +149,6 @@ class _Run:
         self.rows, self.folder, self.device = rows, folder, device
         self.case = f"{plan.setup.model}/{plan.setup.data}/sparsity={plan.sparsity:.4f}/seed={seed}"
         self.last = device.type == "cuda"  # convolutions in channels_last
-        recipe = plan.setup.recipe
-        graph = "graph" if device.type == "cuda" else "eager"
-        self.search_mode = f"{'bf16' if plan.half else 'fp32'} {graph}"
-        self.training_mode = f"{recipe.amp or 'fp32'} eager"
         self.rewind = folder / f"{plan.suite}-seed{seed}-rewind.safetensors"
 
     def length(self, length: str) -> None:
@@ -167,7 +162,8 @@ class _Run:
             self._search(length, path)
         ticket = Ticket.load(path)
         self._same_plan(ticket, path, length)
-        found, mode = ticket.meta["seconds"], self.search_mode
+        found = ticket.meta["seconds"]
+        mode = f"{'bf16' if self.plan.half else 'fp32'} {ticket.meta['engine']}"
         self._once(provider, mode, "rewind time", "s", f"{found['rewind']:.1f}")
         self._once(provider, mode, "search time", "s", f"{found['search']:.1f}")
         # Apart from the first, which compiles and captures, where the others only compute.
@@ -177,18 +173,22 @@ class _Run:
         plan, checkpoint = self.plan, self.folder / f"{name}.training"
         say(f"{self.case}: training the {length} search's ticket, {plan.training_epochs} epochs")
         model = self._laid_out(model_of(ticket, self.dataset, self.device))
+        start = perf_counter() - checkpoints.seconds(checkpoint)
         history = train_on(
             model, plan.setup, self.dataset, plan.training_epochs, seed=self.seed,
             metrics=self.folder / f"{name}.jsonl", checkpoint=checkpoint,
         )  # fmt: skip
-        mode = self.training_mode
+        seconds = perf_counter() - start  # the choice of the engine too
+        mode = f"{plan.setup.recipe.amp or 'fp32'} {checkpoints.read(checkpoint)[1]['engine']}"
         epochs = spread_of([epoch["seconds"] for epoch in history.epochs])
         self._once(provider, mode, "accuracy", "%", f"{history.accuracy:.2f}")
         self._once(provider, mode, "training epoch", "s", *(f"{value:.3f}" for value in epochs))
+        both = found["search"] + seconds
+        self._once(provider, mode, "search and training time", "s", f"{both:.1f}")
         # The row that says that all is done comes last.
-        self._once(provider, mode, "training time", "s", f"{history.seconds:.1f}")
+        self._once(provider, mode, "training time", "s", f"{seconds:.1f}")
         checkpoint.unlink(missing_ok=True)
-        say(f"{self.case}, {provider}: {history.accuracy:.2f} %, {history.seconds:.1f} s")
+        say(f"{self.case}, {provider}: {history.accuracy:.2f} %, {seconds:.1f} s, {history.engine}")
 
     def clear(self) -> None:
         """All is done: the rewind point is in every ticket."""

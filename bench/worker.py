@@ -13,8 +13,9 @@ from time import perf_counter
 
 import torch
 
+from .measure import say
 from .rows import Rows, path_of
-from .search_suite import run_one, say
+from .search_suite import run_one
 from .stages import Journal, Measured, Setting
 
 

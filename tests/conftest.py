@@ -1,5 +1,6 @@
 """Fixtures: offline data where it is at hand, and a global generator that must stay untouched."""
 
+import functools
 import os
 import subprocess
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 from replay import recordings  # noqa: E402, F401  a fixture; imports kernels
+
+from sparsecore import engine  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,6 +43,14 @@ def global_generator_untouched() -> Iterator[None]:
     before = torch.get_rng_state()
     yield
     assert torch.equal(before, torch.get_rng_state()), "torch's global generator was used"
+
+
+@pytest.fixture
+def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything of torch.compile but machine code, which takes its time."""
+    engine.compiled_call.cache_clear()
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
 
 
 @pytest.fixture(scope="session")

@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import seeded
 from replay import Recording
+from torch import nn
 
 import bench.tickets
-from bench import measure, report, search_cases, search_suite
+from bench import report, search_cases, search_suite
 from bench.__main__ import main
 from bench.cases import QUICK_STEP_CASES, StepBench, StepCase
 from bench.measure import Job, WrongResult, large_allocations, require_as_exact, timed, times
@@ -23,6 +25,7 @@ from bench.search_layers import BankStep, Layer, layer_step
 from bench.search_networks import network
 from bench.search_ops import build_bank, bytes_a_weight, check_bank
 from bench.search_strategies import GatedLayer, strategy
+from sparsecore import engine
 from sparsecore.kernels import Unit, reference
 from sparsecore.kernels.gates import bank as gate_bank
 from sparsecore.tickets import Ticket
@@ -194,7 +197,9 @@ def test_the_step_suite(tmp_path: Path) -> None:
     assert report.plot(tmp_path, "step-quick") == [tmp_path / "cpu-step-quick.png"]
 
 
-def test_the_search_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_search_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_compiler: None
+) -> None:
     command = ["run", "--suite", "search", "--quick", "--device", "cpu", "--out", str(tmp_path)]
     assert main(command) == 0
     rows = read(tmp_path / "cpu-search-quick.csv")
@@ -209,8 +214,14 @@ def test_the_search_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert providers == Counter(
         ["eager", "compiled", "no gates", "sparsecore", "sparsecore, stored q"]
     )
-    networks = {row["provider"] for row in rows if row["case"].startswith("network")}
-    assert "sparsecore, fp32, 2 searches at once" in networks
+    networks = [row for row in rows if row["case"].startswith("network")]
+    times = {(r["provider"], r["mode"]) for r in networks if r["metric"] == "time"}
+    several = "sparsecore, fp32, 2 searches at once"
+    assert (several, "eager") in times and (several, "compile") not in times
+    assert ("eager autograd, fp32", "compile") not in times
+    # What is compiled is held against eager autograd all the same.
+    over = [r["mode"] for r in networks if r["metric"] == "speed-up over eager autograd, fp32"]
+    assert set(over) == {"eager", "compile"}
     capsys.readouterr()
     (picture,) = report.plot(tmp_path, "search-quick")
     assert picture.read_bytes()[:4] == b"\x89PNG"
@@ -229,7 +240,7 @@ def test_what_is_captured_on_a_gpu_runs(
 ) -> None:
     """The paths of CUDA graphs, replayed as graphs would be."""
     adam = torch.optim.Adam
-    monkeypatch.setattr(measure, "modes", lambda device: ("eager", "graph"))
+    engine.compiled_call.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)  # hides its operations
     # Capturable optimisers take parameters of a GPU only, unless they are fused.
     monkeypatch.setattr(
@@ -238,10 +249,13 @@ def test_what_is_captured_on_a_gpu_runs(
     rows = Rows(tmp_path / "r.csv", "search", CPU)
     layer_step(LayerCase(16, 16, 8), QUICK, rows, CPU)
     strategy(StrategyCase(16, 8), QUICK, rows, CPU)
-    few = search_cases.SearchCases((), (), (), (), 0, 0, 16, 2)
-    network([StepCase("lenet-300-100", (1, 8, 8), 8, 0)], few, rows, CPU)
+    few = search_cases.SearchCases((), (), (), (), 0, 0, 16, 1)
+    small = lambda *_: seeded(lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 10)))  # noqa: E731
+    monkeypatch.setattr("bench.cases.build", small)
+    network([StepCase("small", (1, 8, 8), 8, 0)], few, rows, CPU)
     modes = {(row["case"].split("/")[0], row["mode"]) for row in rows.rows}
-    assert modes == {(p, m) for p in ("layer", "strategy", "network") for m in ("eager", "graph")}
+    both = {(p, m) for p in ("layer", "strategy", "network") for m in ("eager", "graph")}
+    assert modes == both | {("network", "compile"), ("network", "compile-graph")}
     # The baselines' alone, whose optimiser is no capturable one here: the layer's and the network's.
     assert sum(bool(recording.touches) for recording in recordings) == 2 < len(recordings)
 

@@ -28,10 +28,11 @@ from bench.ticket_cases import (
     random_masks,
 )
 from bench.ticket_ops import DW, FORWARD, check, ours, problem_of, torch_bsr
-from bench.ticket_steps import Reference, Task, make
+from bench.ticket_steps import Reference, Step, Task, make
 from bench.ticket_suite import parts_on
-from bench.ticket_training import train_case
-from sparsecore import capture
+from bench.ticket_training import tasks_of, train_case
+from sparsecore import capture, engine
+from sparsecore.engine import EngineError, Way
 from sparsecore.kernels.sparse import state
 
 HERE = torch.device("cpu")
@@ -55,27 +56,34 @@ def found(rows: list[Row], metric: str) -> dict[tuple[str, str, str], str]:
 
 
 def the_task(tmp_path: Path, case: TrainCase = SMALL, sparsity: float = 0.8) -> Task:
-    return ticket_training._tasks(case, HERE, tmp_path / "plans.json")[sparsity]
+    return tasks_of(case, HERE, tmp_path / "plans.json")[sparsity]
 
 
 # --- The suite --------------------------------------------------------------------------------------
 
 
-def test_the_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_suite(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_compiler: None
+) -> None:
     assert main([*RUN, str(tmp_path)]) == 0
     rows = read(tmp_path / "cpu-ticket-quick.csv")
     times, over = found(rows, "time"), found(rows, f"speed-up over {MASKED}")
     for sparsity in SMALL.sparsities:
         at = SMALL.at(sparsity)
         wanted = {p for p in SMALL.providers if p != "sparselab" and SMALL.wants(p, sparsity)}
-        here = {provider for name, provider, _ in times if name == at} - {"sparselab"}
-        assert here == wanted and ("plan auto" in here) == (sparsity == 0.95)
-        assert {provider for name, provider, _ in over if name == at} - {"sparselab"} == wanted
-        for key, ratio in over.items():
-            if key[0] == at:
-                expected = float(times[at, MASKED, "eager"]) / float(times[key])
+        here = {(p, mode) for name, p, mode in times if name == at and p != "sparselab"}
+        assert here == {(p, "eager") for p in wanted} | {(MASKED, "compile")}
+        assert ("plan auto" in wanted) == (sparsity == 0.95)
+        assert {(p, mode) for name, p, mode in over if name == at and p != "sparselab"} == here
+        for (name, provider, mode), ratio in over.items():
+            if name == at:
+                expected = float(times[at, MASKED, mode]) / float(times[at, provider, mode])
                 assert float(ratio) == pytest.approx(expected, rel=0.02, abs=0.01)
         assert over[at, MASKED, "eager"] == "1.00"
+        assert (at, MASKED, "compile") in found(rows, "speed-up over eager")
+        assert (at, MASKED, "compile") in found(rows, "compile time")
+    resnet = next(c for c in QUICK if c.name.startswith("model/resnet")).at(0.9)
+    assert {m for name, _, m in times if name == resnet} == {"eager", "eager, channels_last"}
     # A plan's optimiser holds two numbers for each kept weight and bias, and nothing else.
     model, _ = network(SMALL.model, SMALL.shape)
     kept = sum(int(m.sum()) for m in random_masks(SMALL, model, 0.95).values())
@@ -94,7 +102,8 @@ def test_the_suite(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert picture.read_bytes()[:4] == b"\x89PNG"
     report.table(tmp_path, ["ticket-quick"], markdown=True)
     shown = capsys.readouterr().out
-    assert "| case | provider | mode | time, ms | speed-up over dense*mask, x |" in shown
+    head = "| case | provider | mode | time, ms | speed-up over eager, x | speed-up over dense*mask, x |"
+    assert head in shown
     assert "| mlp/batch=16/sparsity=0.95 | plan auto | eager |" in shown
     assert "ticket-quick on a GPU: not measured" in shown
 
@@ -110,27 +119,84 @@ def test_parts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected some of mlp, lenet, models, got ops" in capsys.readouterr().err
 
 
-def test_what_is_captured_on_a_gpu_runs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recordings: list[Recording]
-) -> None:
-    """The path of CUDA graphs, replayed as a graph would be; one of them cannot be captured."""
+FOUR = ("eager", "graph", "compile", "compile-graph")
+GRAPHS = next(c for c in QUICK if isinstance(c, TrainCase) and c.label.startswith("model/mlp"))
+GRAPHS = replace(GRAPHS, providers=(DENSE, MASKED, "plan state"), compiled=(DENSE, "plan state"))
 
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiled code hides its operations from what replays them."""
+    engine.compiled_call.cache_clear()
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+
+
+def test_every_provider_in_every_way_of_a_gpu(
+    tmp_path: Path, recordings: list[Recording], uncompiled: None
+) -> None:
+    """Graphs replayed as a graph would be: their first replay is right, and nothing touches the host."""
+    rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
+    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    expected = {(p, m) for p in GRAPHS.providers for m in FOUR[:2]}
+    expected |= {(p, m) for p in GRAPHS.compiled for m in FOUR}
+    assert {(p, m) for _, p, m in found(rows.rows, "time")} == expected
+    assert [recording.touches for recording in recordings] == [[]] * 5
+    over = found(rows.rows, "speed-up over dense, compile-graph")
+    assert {(p, m) for _, p, m in over} == expected
+    assert over[GRAPHS.at(0.9), DENSE, "compile-graph"] == "1.00"
+    assert {m for _, _, m in found(rows.rows, "speed-up over eager")} == set(FOUR[1:])
+    assert {m for _, _, m in found(rows.rows, "compile time")} == {"compile"}
+
+
+def test_what_no_graph_can_hold_is_told_and_leaves_the_others(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recordings: list[Recording],
+    uncompiled: None, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     def record(run, *rest):
-        if run.kept and run.model[0].__class__.__name__ == "SparseLinear":
+        asked.append(run)
+        if len(asked) == 3:  # the plan's
             raise RuntimeError("operation not permitted")
         return replayed(run, *rest)
 
+    asked, replayed = [], capture.record
+    monkeypatch.setattr(capture, "record", record)
+    rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
+    with pytest.raises(EngineError, match="cannot be captured"):  # our own
+        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    times = {(p, m) for _, p, m in found(rows.rows, "time")}
+    assert {m for p, m in times if p == "plan state"} == {"eager", "compile"}
+    assert (MASKED, "graph") in times and (DENSE, "compile-graph") in times
+    assert ", graph: EngineError" in capsys.readouterr().err
+
+
+def test_a_wrong_replay_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, recordings: list[Recording], uncompiled: None
+) -> None:
+    def record(run, *rest):
+        replay, (p, *_) = replayed(run, *rest), run.__closure__[1].cell_contents.model.parameters()
+        return lambda: (replay(), p.data.mul_(1.1))
+
     replayed = capture.record
     monkeypatch.setattr(capture, "record", record)
-    monkeypatch.setattr(measure, "modes", lambda device: ("eager", "graph"))
-    case = next(c for c in QUICK if isinstance(c, TrainCase) and c.graph)
-    case = replace(case, providers=(DENSE, MASKED, "plan state"))
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
-    train_case(case, rows, HERE, tmp_path / "plans.json", quick=True)
-    times = {(p, m) for _, p, m in found(rows.rows, "time")}
-    eager = {(p, "eager") for p in case.providers}
-    assert times == eager | {(DENSE, "graph"), (MASKED, "graph")}
-    assert [recording.touches for recording in recordings] == [[], []]
+    with pytest.raises(WrongResult, match=r"plan state .*, graph: weights after the step"):
+        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    assert {m for _, p, m in found(rows.rows, "time") if p != DENSE} == {"eager", "compile"}
+
+
+def test_without_time_nothing_more_is_compiled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ticket_training, "Compiling", lambda: measure.Compiling(1.0))
+    rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
+    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    assert {m for _, _, m in found(rows.rows, "time")} == {"eager"}
+    said = capsys.readouterr().err
+    assert said.count("compile: compiling takes up to 30 s, of which 1 s are left") == 2
+    known = measure.Compiling(100.0)
+    assert not known.refused()
+    known.took(120.0)
+    assert known.refused().startswith("compiling takes up to 120 s")
 
 
 # --- The gate ---------------------------------------------------------------------------------------
@@ -142,7 +208,12 @@ def test_the_gate_refuses_a_wrong_step(
 ) -> None:
     task = the_task(tmp_path)
     reference = Reference(task)
-    reference.require("right", make("plan state", task))
+
+    def require(what: str, step: Step) -> None:
+        with step.launched(Way()) as launched:
+            reference.require(what, step, launched)
+
+    require("right", make("plan state", task))
     if wrong == "update":
         step = make("plan state", task)
         step.optimiser.param_groups[0]["lr"] = 2e-3
@@ -154,12 +225,13 @@ def test_the_gate_refuses_a_wrong_step(
         step = make("plan state", task)
     what = {"forward": "outputs", "gradient": "gradients", "update": "weights"}[wrong]
     with pytest.raises(WrongResult, match=f"plan state: {what}"):
-        reference.require("plan state", step)
+        require("plan state", step)
 
 
 def test_a_wrong_provider_leaves_the_others(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    eager_compiler: None,
+) -> None:  # fmt: skip
     format = state.STATE
     broken = format._replace(forward=lambda *args: format.forward(*args) + 0.1)
     monkeypatch.setitem(ticket_steps.sc.kernels.FORMATS, "state", broken)
