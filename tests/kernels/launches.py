@@ -18,11 +18,13 @@ launched: list[tuple[str, tuple]] = []
 
 
 @triton.jit
-def _add_kernel(out_ptr, a_ptr, b_ptr, n, one, BLOCK: tl.constexpr):
+def _add_kernel(out_ptr, a_ptr, b_ptr, c_ptr, n, one, BLOCK: tl.constexpr):
     at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     total = tl.load(a_ptr + at, mask=at < n)
     if b_ptr is not None:
         total += tl.load(b_ptr + at, mask=at < n)
+    if c_ptr is not None:
+        total *= tl.load(c_ptr + at, mask=at < n)
     tl.store(out_ptr + at, total * one, mask=at < n)
 
 
@@ -51,13 +53,15 @@ def as_triton_launches() -> dict[str, Any]:
     def at(offset: int, dtype: torch.dtype) -> Tensor:
         return memory[offset : offset + 400].view(dtype)
 
+    single, half = torch.float32, torch.float16
     kinds = {
-        "aligned": (at(0, torch.float32), at(512, torch.float32), at(1024, torch.float32)),
-        "half": (at(0, torch.float16), at(512, torch.float16), at(1024, torch.float16)),
-        "mixed": (at(0, torch.float16), at(512, torch.float32), at(1024, torch.float16)),
-        "none": (at(0, torch.float32), at(512, torch.float32), None),
-        "misaligned": (at(0, torch.float32), at(516, torch.float32), at(1024, torch.float32)),
-        "aligned again": (at(1024, torch.float32), at(0, torch.float32), at(512, torch.float32)),
+        "aligned": (at(0, single), at(512, single), at(1024, single), None),
+        "half": (at(0, half), at(512, half), at(1024, half), None),
+        "mixed": (at(0, half), at(512, single), at(1024, half), None),
+        "another none": (at(0, single), at(512, single), None, at(1024, single)),
+        "two": (at(0, single), at(512, single), None, None),
+        "misaligned": (at(0, single), at(516, single), at(1024, single), None),
+        "aligned again": (at(1024, single), at(0, single), at(512, single), None),
     }
     launch = Launch(_add_kernel, (1,), (96, 1), {"BLOCK": 128}, {"num_warps": 2})
     found, direct, through = {}, [], Launch.launch
