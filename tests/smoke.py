@@ -7,6 +7,7 @@ of the 90 s that all may take.
 
 SMOKE = {
     "graphs": (
+        "engine/test_on_a_gpu.py::test_graph",
         "search/test_graph.py::",
         "test_capture.py::",
     ),
