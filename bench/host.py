@@ -105,7 +105,10 @@ def steps() -> dict[str, dict[str, Callable[[], None]]]:
     shapes = {"linear 128x128, 8 tokens": (8, 128), "conv 128x128x3x3, 4 pixels": (1, 128, 2, 2)}
     made: dict[str, dict[str, Callable[[], None]]] = {}
     for case, shape in shapes.items():
-        x = torch.zeros(shape, requires_grad=True)
+        x = torch.zeros(shape)
+        if x.ndim == 4:  # as images lie on a GPU
+            x = x.contiguous(memory_format=torch.channels_last)
+        x.requires_grad_()
         for provider in ("dense", "masked", *PLANS):
             layers = nn.Sequential(*(layer_of(provider, len(shape) == 4) for _ in range(LAYERS)))
             step = partial(training_step, layers, [x, *layers.parameters()])

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from ..device import on_gpu
 from ..formats import Format, wide
 from .plan import Plan
 
@@ -26,7 +27,7 @@ def _like(x: Tensor, shape: Sequence[int], format: Format) -> Tensor:
 
 def _layout(x: Tensor, shape: Sequence[int]) -> torch.memory_format:
     """Images are channels last on a GPU, and where x is."""
-    last = len(shape) == 4 and (x.is_cuda or not x.is_contiguous())
+    last = len(shape) == 4 and (on_gpu(x) or not x.is_contiguous())
     return torch.channels_last if last else torch.contiguous_format
 
 
