@@ -17,6 +17,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 from bench import host, report, static, supervise
+from bench.engine_suite import engine_suite
 from bench.rows import RESULTS, Rows, commit, path_of
 from bench.search_suite import PARTS, search_suite
 from bench.stages import Setting
@@ -36,7 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         return commands.add_parser(name, help=text, description=text)
 
     run = command("run", "measure a suite and write its rows")
-    run.add_argument("--suite", choices=("step", "search", "ticket"), default="step")
+    run.add_argument("--suite", choices=("step", "search", "ticket", "engine"), default="step")
     run.add_argument("--parts", help="of the search and ticket suites, with commas; all by default")
     table = command("table", "print committed rows")
     table.add_argument("--suite", choices=report.SUITES)
@@ -138,6 +139,8 @@ def main(argv: list[str] | None = None) -> int:
     rows = Rows(path_of(folder, device, suite), suite, device)
     if arguments.suite == "step":
         failed = step_suite(rows, device, quick=quick)
+    elif arguments.suite == "engine":
+        failed = engine_suite(rows, device, quick=quick)
     elif arguments.suite == "ticket":
         failed = ticket_suite(rows, device, quick=quick, parts=arguments.parts)
     else:

@@ -138,6 +138,15 @@ def timed(
     return _in_turn(jobs, clock, repeats, found, warmup=0)
 
 
+def whole_steps(
+    steps: Mapping[str, Callable[[], Any]], device: torch.device, seconds: float
+) -> Mapping[str, Spread]:
+    """Times in turn of steps that have been taken: on a GPU half a second for each, else about `seconds` for all."""
+    if device.type == "cuda":
+        return timed({name: Job(step) for name, step in steps.items()}, device, budget=0.5)
+    return times_within(steps, seconds, least=3 if seconds else 2)
+
+
 def _in_turn(
     jobs: Mapping[str, Job], clock: Callable[[Job, int], float], repeats: Mapping[str, int],
     rounds: int, warmup: int,

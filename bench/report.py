@@ -8,7 +8,7 @@ from rich.table import Table
 
 from .rows import Row, read
 
-SUITES = ("step", "search", "ticket", "cts-resnet20", "host")
+SUITES = ("step", "search", "ticket", "engine", "cts-resnet20", "host")
 # What cases' names begin with: a table each.
 SEARCH_PARTS = ("ceiling", "layer", "network", "ops", "strategy")
 TICKET_PARTS = ("mlp", "lenet", "model", "op", "conv")

@@ -32,7 +32,7 @@ def ticket_work(device: torch.device, cache: Path, *, quick: bool = False) -> li
         if isinstance(case, OpCase):
             run = lambda rows, c=case: op_case(c, rows, device, quick=quick)  # noqa: E731
         else:
-            run = lambda rows, c=case: train_case(c, rows, device, cache, quick=quick)  # noqa: E731
+            run = lambda rows, c=case: train_case(c, rows, device, cache)  # noqa: E731
         work.append(Work(case.part, case.name, run))
     return work
 

@@ -11,7 +11,7 @@ import torch
 from sparsecore.engine import Engine, Way
 
 from . import measure
-from .measure import Compiling, Job, Spread, say, timed, times_within
+from .measure import Compiling, Spread, say
 from .rows import Rows, add_speed_up, add_times, number
 from .ticket_cases import DENSE, MASKED, TrainCase, network, random_masks
 from .ticket_steps import Reference, Step, Task, make
@@ -25,9 +25,7 @@ Key = tuple[str, float]  # provider and sparsity
 T = TypeVar("T")
 
 
-def train_case(
-    case: TrainCase, rows: Rows, device: torch.device, cache: Path, *, quick: bool = False
-) -> None:
+def train_case(case: TrainCase, rows: Rows, device: torch.device, cache: Path) -> None:
     """Times every provider, launched in every way, and compares ways.
 
     What is not there, cannot do the case or has no time left to be compiled is left out, and said so.
@@ -38,7 +36,7 @@ def train_case(
     Errors: the first of our own plans', when everything else has been timed.
     """
     torch._dynamo.reset()  # each case compiles for its own shapes, from the start
-    run = _Run(case, rows, device, cache, quick)
+    run = _Run(case, rows, device, cache)
     for way in measure.ways(device, case.layouts, compiled=bool(case.compiled)):
         run.time(way)
     run.compare()
@@ -69,10 +67,8 @@ class _LeftOut(Exception):
 class _Run:
     """A case's steps, each made once and launched in every way, and their times."""
 
-    def __init__(
-        self, case: TrainCase, rows: Rows, device: torch.device, cache: Path, quick: bool
-    ) -> None:
-        self.case, self.rows, self.device, self.quick = case, rows, device, quick
+    def __init__(self, case: TrainCase, rows: Rows, device: torch.device, cache: Path) -> None:
+        self.case, self.rows, self.device = case, rows, device
         self.compiling = Compiling()
         self.tasks = tasks_of(case, device, cache)
         self.references = {s: Reference(task) for s, task in self.tasks.items()}
@@ -201,13 +197,8 @@ class _Run:
 
     def _add_times(self, way: Way, engines: Mapping[Key, Engine]) -> None:
         named = {f"{provider} {sparsity}": (provider, sparsity) for provider, sparsity in engines}
-        found: Mapping[str, Spread]
-        if self.device.type == "cuda":
-            jobs = {name: Job(engines[key]) for name, key in named.items()}
-            found = timed(jobs, self.device, budget=0.5)
-        else:
-            runs = {name: engines[key] for name, key in named.items()}
-            found = times_within(runs, self.case.seconds, least=2 if self.quick else 3)
+        steps = {name: engines[key] for name, key in named.items()}
+        found = measure.whole_steps(steps, self.device, self.case.seconds)
         self.times[way] = {named[name]: spread for name, spread in found.items()}
         for sparsity in self.tasks:
             spreads = self._at(self.times[way], sparsity)

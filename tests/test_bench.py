@@ -197,6 +197,18 @@ def test_the_step_suite(tmp_path: Path) -> None:
     assert report.plot(tmp_path, "step-quick") == [tmp_path / "cpu-step-quick.png"]
 
 
+def test_the_engine_suite(tmp_path: Path, eager_compiler: None) -> None:
+    command = ["run", "--suite", "engine", "--quick", "--device", "cpu", "--out", str(tmp_path)]
+    assert main(command) == 0
+    rows = read(tmp_path / "cpu-engine-quick.csv")
+    modes = {row["mode"] for row in rows if row["case"].startswith("resnet-20")}
+    assert modes == {"eager", "compile", "eager, channels_last", "compile, channels_last"}
+    compiled = {row["mode"] for row in rows if row["metric"] == "compile time"}
+    assert compiled == {"compile", "compile, channels_last"}
+    over = [row for row in rows if row["metric"] == "speed-up over eager"]
+    assert len(over) == 2 + 4 and {r["median"] for r in over if r["mode"] == "eager"} == {"1.00"}
+
+
 def test_the_search_suite(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], eager_compiler: None
 ) -> None:

@@ -136,7 +136,7 @@ def test_every_provider_in_every_way_of_a_gpu(
 ) -> None:
     """Graphs replayed as a graph would be: their first replay is right, and nothing touches the host."""
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
-    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json")
     expected = {(p, m) for p in GRAPHS.providers for m in FOUR[:2]}
     expected |= {(p, m) for p in GRAPHS.compiled for m in FOUR}
     assert {(p, m) for _, p, m in found(rows.rows, "time")} == expected
@@ -162,7 +162,7 @@ def test_what_no_graph_can_hold_is_told_and_leaves_the_others(
     monkeypatch.setattr(capture, "record", record)
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
     with pytest.raises(EngineError, match="cannot be captured"):  # our own
-        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json")
     times = {(p, m) for _, p, m in found(rows.rows, "time")}
     assert {m for p, m in times if p == "plan state"} == {"eager", "compile"}
     assert (MASKED, "graph") in times and (DENSE, "compile-graph") in times
@@ -180,7 +180,7 @@ def test_a_wrong_replay_is_not_timed(
     monkeypatch.setattr(capture, "record", record)
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
     with pytest.raises(WrongResult, match=r"plan state .*, graph: weights after the step"):
-        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+        train_case(GRAPHS, rows, HERE, tmp_path / "plans.json")
     assert {m for _, p, m in found(rows.rows, "time") if p != DENSE} == {"eager", "compile"}
 
 
@@ -189,7 +189,7 @@ def test_without_time_nothing_more_is_compiled(
 ) -> None:
     monkeypatch.setattr(ticket_training, "Compiling", lambda: measure.Compiling(1.0))
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
-    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json", quick=True)
+    train_case(GRAPHS, rows, HERE, tmp_path / "plans.json")
     assert {m for _, _, m in found(rows.rows, "time")} == {"eager"}
     said = capsys.readouterr().err
     assert said.count("compile: compiling takes up to 30 s, of which 1 s are left") == 2
@@ -261,7 +261,7 @@ def test_a_package_may_be_absent_or_wrong(
     monkeypatch.setitem(sys.modules, "sparselab.nn", None)  # as if it were not installed
     case = replace(SMALL, providers=(MASKED, "sparselab"), sparsities=(0.8, 0.95))
     rows = Rows(tmp_path / "rows.csv", "ticket", HERE)
-    train_case(case, rows, HERE, tmp_path / "plans.json", quick=True)
+    train_case(case, rows, HERE, tmp_path / "plans.json")
     assert capsys.readouterr().err.count("left out: sparselab:") == 1
 
     class Layer(nn.Module):
@@ -272,7 +272,7 @@ def test_a_package_may_be_absent_or_wrong(
         module = ModuleType(f"sparselab.{name}")
         vars(module).update(SparseLinear=Layer, to_dense=None, _clear_transpose_cache=lambda: None)
         monkeypatch.setitem(sys.modules, f"sparselab.{name}", module)
-    train_case(case, rows, HERE, tmp_path / "plans.json", quick=True)
+    train_case(case, rows, HERE, tmp_path / "plans.json")
     assert (
         "left out: sparselab of mlp/batch=16/sparsity=0.95: RuntimeError" in capsys.readouterr().err
     )
