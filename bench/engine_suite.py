@@ -38,12 +38,17 @@ def engine_suite(rows: Rows, device: torch.device, *, quick: bool = False) -> in
 
 
 def ways_of(case: TrainCase, rows: Rows, device: torch.device) -> None:
-    """Times of all ways in turn.  Errors: WrongResult for one that computes something else."""
+    """Times of all ways in turn, compiled as if for the first time.
+
+    Errors: WrongResult for one that computes something else.
+    """
+    from torch._inductor.utils import fresh_cache  # seconds, which other commands need not wait
+
     torch._dynamo.reset()
     (task,) = tasks_of(case, device, Path()).values()
     task = replace(task, masks={})
     reference = Reference(task)
-    with ExitStack() as scopes:
+    with fresh_cache(), ExitStack() as scopes:
         engines = {}
         for way in measure.ways(device, case.layouts):
             step, start = make(DENSE, task), perf_counter()

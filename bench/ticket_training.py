@@ -28,7 +28,8 @@ T = TypeVar("T")
 def train_case(case: TrainCase, rows: Rows, device: torch.device, cache: Path) -> None:
     """Times every provider, launched in every way, and compares ways.
 
-    What is not there, cannot do the case or has no time left to be compiled is left out, and said so.
+    What is not there, cannot do the case or has no time left to be compiled is left out, and said so.  What compiling
+    takes is less where an earlier case or run has left parts of it.
 
     Args:
         cache: where "plan auto" remembers; a new file, so that the run measures for itself.
