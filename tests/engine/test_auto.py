@@ -1,6 +1,5 @@
 """engine="auto": what is tried, what is taken and why, what is remembered, and that trying leaves no trace."""
 
-import functools
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,6 @@ import sparsecore as sc
 from sparsecore import planner
 from sparsecore.data import Batches
 from sparsecore.engine import EngineError, Given, TrainingStep, Way, auto, launch
-from sparsecore.engine import engine as engines
 from sparsecore.recipe import Recipe, optimizer_for
 from sparsecore.search import ConcreteSearch, JointSearch
 from sparsecore.training import train
@@ -142,15 +140,6 @@ def test_a_step_that_no_graph_can_hold_is_launched(
 
 
 # --- Trials -----------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything of torch.compile but machine code, which takes its time."""
-    engines.compiled_call.cache_clear()
-    torch._dynamo.reset()
-    compiled = functools.partial(torch.compile, backend="aot_eager")
-    monkeypatch.setattr(torch, "compile", compiled)
 
 
 def always(monkeypatch: pytest.MonkeyPatch, compiles: float = 0.0) -> None:
