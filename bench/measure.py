@@ -220,10 +220,10 @@ def ways(
 class Compiling:
     """The time that a case has for compiling: what may not end in it is left out, so that all else is measured.
 
-    A turn of a run in slices is as long: a case that took longer would begin anew in the next.
+    A turn of a run in slices is not much longer, and what it cuts begins anew in the next.
     """
 
-    def __init__(self, seconds: float = 150.0) -> None:
+    def __init__(self, seconds: float = 120.0) -> None:
         self.end, self.longest = perf_counter() + seconds, COMPILES
 
     def refused(self) -> str:

@@ -272,6 +272,18 @@ def test_what_is_captured_on_a_gpu_runs(
     assert sum(bool(recording.touches) for recording in recordings) == 2 < len(recordings)
 
 
+def test_a_compiled_search_that_is_wrong_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong = lambda model, *inputs: 1.01 * model(*inputs)  # noqa: E731
+    monkeypatch.setattr("sparsecore.search.steps.compiled_call", lambda facts: wrong)
+    rows = Rows(tmp_path / "r.csv", "search", CPU)
+    few = search_cases.SearchCases((), (), (), (), 0, 0, 32, 1)
+    with pytest.raises(WrongResult, match="dR/dlogits"):
+        network([StepCase("lenet-300-100", (1, 8, 8), 16, 0)], few, rows, CPU)
+    assert {row["mode"] for row in rows.rows} == {"eager"}
+
+
 def test_the_cases_are_as_large_as_they_claim() -> None:
     counts = {m: sum(torch.Size(s).numel() for s in weights_of(m))
               for m in ("resnet-20", "resnet-50", "vit-b/16", "4096x4096")}  # fmt: skip
