@@ -12,7 +12,7 @@ import torch
 
 from .. import capture
 from ..planner import cache_of, where
-from .engine import AbstractStep, Engine, EngineError, Way, check_engine
+from .engine import AbstractStep, Engine, EngineError, Way, changed, check_engine, counted
 from .feeds import Fed, Feed, Given
 
 log = logging.getLogger("sparsecore")
@@ -88,6 +88,7 @@ class _Auto:
         self.layouts, self.cache, self.start = layouts, cache_of(), Way()
         self.times: dict[Way, Tried] = {}
         self.refused: dict[Way, str] = {}
+        self.counts = ""  # what the last steps counted in Python
         self.told = ""  # what was taken and why; empty where there was nothing to choose
 
     def way(self, start: Way) -> Way:
@@ -166,6 +167,8 @@ class _Auto:
         found, total = self._run(step, way)
         if way.graph:
             _, single = self._run(step, way._replace(graph=False), most=0)
+            if self.counts:
+                raise EngineError(f"it counts in Python, which a graph does not: {self.counts}")
             if not abs(total - single) <= _ALIKE * abs(single):
                 raise EngineError(
                     f"its graph gives other numbers ({total:.6g}, launched one by one {single:.6g}): something "
@@ -178,6 +181,7 @@ class _Auto:
         given = Given(step.device)
         given.now = self._first
         with step.undone():
+            before = counted(step.model)
             engine = Engine(step, given, way)
             engine.begin(self.epoch)
             step.clear()
@@ -185,6 +189,7 @@ class _Auto:
             total, begun = float(step.total.sum()), 2 if way.graph else 1
             while len(seen) - begun < most and sum(seen[begun:]) < _SECONDS:
                 seen.append(_seconds(engine))
+            self.counts = changed(step.model, before)
         return Tried(statistics.median(seen[begun:]), sum(seen[:begun])), total
 
     def _in_words(self, best: Way) -> str:

@@ -68,9 +68,11 @@ class AbstractStep(ABC):
     """One step on a batch: no host sync, and nothing that it leaves behind but in `changes`.
 
     Attributes:
+        model: whose forward it runs.
         total: the sum of what a step measures (a loss, hits) over the steps since `clear`.
     """
 
+    model: nn.Module
     device: torch.device
     total: Tensor
 
@@ -112,7 +114,7 @@ class AbstractStep(ABC):
     @contextmanager
     def undone(self) -> Iterator[None]:
         """Steps inside leave no trace; random numbers are drawn again."""
-        tensors = self.changes()
+        tensors, counts = self.changes(), counted(self.model)
         values = [t.clone() for t in tensors]
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
@@ -123,6 +125,8 @@ class AbstractStep(ABC):
             with torch.no_grad():
                 for t, value in zip(tensors, values, strict=True):
                     t.copy_(value)
+            for module, numbers in counts.items():
+                module.__dict__.update(numbers)
 
 
 class Engine:
@@ -176,8 +180,13 @@ class Engine:
                 self.captured = self._capture()
             self.captured()
         elif usual or not self.way.compiled:
+            before = counted(self.step.model) if self.way.graph and not self.begun else None
             self.step(*self.feed.batch())
             self.begun = self.begun or usual
+            if before is not None and (names := changed(self.step.model, before)):
+                log.warning(
+                    "engine %s: a step counts in Python, which its graph will not: %s", self.way.name, names
+                )  # fmt: skip
         else:  # compiled code is of one shape
             self.step.become(self.way._replace(compiled=False))
             self.step(*self.feed.batch())
@@ -259,6 +268,27 @@ def stamp(model: nn.Module) -> Hashable:
                 None if t is None else (t.data_ptr(), t.requires_grad) for t in table.values()
             ]
     return tuple(found)
+
+
+def counted(model: nn.Module) -> dict[nn.Module, dict[str, Any]]:
+    """The modules' own numbers and texts, which Python may change as they compute."""
+    kinds = (int, float, bool, str)
+    return {
+        m: {k: v for k, v in m.__dict__.items() if type(v) in kinds and k != "training"}
+        for m in model.modules()
+    }
+
+
+def changed(model: nn.Module, before: Mapping[nn.Module, Mapping[str, Any]]) -> str:
+    """What `counted` counts otherwise by now, by name."""
+    now = counted(model)
+    names = {m: name for name, m in model.named_modules()}
+    return ", ".join(
+        f"{names[m]}.{key}".lstrip(".")
+        for m, numbers in now.items()
+        for key, value in numbers.items()
+        if m in before and before[m].get(key, value) != value
+    )
 
 
 def structure(model: nn.Module) -> list[Any]:

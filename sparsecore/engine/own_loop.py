@@ -28,10 +28,11 @@ class TrainStep:
     Args:
         model: on its device, in training mode, planned already if it is to be.
         loss: of (what the model gives, y), a mean over the batch.  As part of a graph it runs once: what it
-            counts or draws in Python it does no more.
+            counts or draws in Python it does no more, and tensors that it reads are to be changed in place.
         optimizer: of the model's parameters.  On a GPU its rate becomes a tensor there.
         example: a batch (x, y) like those to come.
-        engine: "auto" tries some steps, which leave no trace; or "eager", "graph", "compile", "compile-graph".
+        engine: "auto" tries some steps, which leave no trace, and may lay convolutions out channels last; or
+            "eager", "graph", "compile", "compile-graph".
         steps: about how many there will be: compiling has to pay in them.
         amp: the dtype of autocast, that around a call by default; fp16 wants a `scaler`.
         clip_norm: of all gradients together.

@@ -110,6 +110,11 @@ class TrainingStep(AbstractStep):
 
     def changes(self) -> list[Tensor]:
         found = [*self.model.parameters(), *self.model.buffers(), self.total, self.last]
+        mine = set(map(id, found))  # a loss may have parameters of its own
+        moved = (p for group in self.optimizer.param_groups for p in group["params"])
+        found += [p for p in moved if id(p) not in mine]
+        if isinstance(self.loss, nn.Module):
+            found += self.loss.buffers()
         for slots in self.optimizer.state.values():
             found += [value for value in slots.values() if isinstance(value, Tensor)]
         if self.scaler.is_enabled():

@@ -189,7 +189,7 @@ class _ContinuousStep(AbstractStep):
         kept: Kept,
         timeline: Timeline,
     ) -> None:
-        self.search, self.net, self.gated = search, net, gated
+        self.search, self.model, self.gated = search, net, gated
         self.kept, self.timeline = kept, timeline
         self.logits = [pattern.logits for pattern in gated.values()]
         own = set(map(id, self.logits))
@@ -210,7 +210,7 @@ class _ContinuousStep(AbstractStep):
         if self.channels_last and x.ndim == 4:
             x = x.contiguous(memory_format=torch.channels_last)
         with recipe.autocast(self.device):
-            scores = self.call(self.net, x)
+            scores = self.call(self.model, x)
             loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
         parameters = [*self.weights, *self.logits]
         # A layer the forward does not reach has no gradient: zeros.
@@ -232,7 +232,7 @@ class _ContinuousStep(AbstractStep):
         self.total += loss.detach() * len(y)
 
     def changes(self) -> list[Tensor]:
-        found = [*self.net.parameters(), *self.control.values(), self.total]
+        found = [*self.model.parameters(), *self.control.values(), self.total]
         for optimizer in (self.optimizer, self.gates):
             slots = [v for slots in optimizer.state.values() for v in slots.values()]
             found += [v for v in slots if isinstance(v, Tensor)]
@@ -250,11 +250,11 @@ class _ContinuousStep(AbstractStep):
                 self.gates.state.clear()
 
     def facts(self) -> Any:
-        return super().facts(), structure(self.net), self.search.recipe.amp
+        return super().facts(), structure(self.model), self.search.recipe.amp
 
     def become(self, way: Way) -> Self:
         if way.channels_last != self.channels_last:
-            lay_out_(self.net, self.optimizer, way.channels_last)
+            lay_out_(self.model, self.optimizer, way.channels_last)
         self.channels_last = way.channels_last
         self.call = compiled_call(repr(self.facts())) if way.compiled else plainly
         return self

@@ -40,7 +40,7 @@ class SearchStep(AbstractStep):
         members: Members,
     ) -> None:
         self.search, self.gated, self.members = search, gated, members
-        self.net = Net(model)
+        self.model, self.net = model, Net(model)
         first = next(iter(gated.values()))
         self.gate, self.device = first.gate, first.logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.

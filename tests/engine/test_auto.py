@@ -213,9 +213,47 @@ def test_a_model_that_counts_in_python_is_no_graph(
     recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     always(monkeypatch, compiles=1e9)
-    history = train(Counting(), Blobs(), None, Recipe(epochs=2, lr=1e-3))
+    model, alone, recipe = Counting(), Counting(), Recipe(epochs=2, lr=1e-3)
+    history = train(model, Blobs(), None, recipe)
+    train(alone, Blobs(), None, recipe, engine="eager")
+    assert same(model, alone) and model.count == alone.count  # trials are not counted
     assert history.engine.startswith("eager: ")
+    assert "it counts in Python, which a graph does not: count" in history.engine
+
+
+class Drawing(Counting):
+    """As above, where no module's own number tells."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen = [*getattr(self, "seen", ()), len(x)]
+        return self.net(x) * len(self.seen)
+
+
+def test_a_model_whose_graph_gives_other_numbers_is_none(
+    recordings: list[Recording], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    always(monkeypatch, compiles=1e9)
+    history = train(Drawing(), Blobs(), None, Recipe(epochs=2, lr=1e-3))
     assert "its graph gives other numbers" in history.engine
+
+
+def test_a_graph_asked_for_tells_what_python_counts(
+    recordings: list[Recording], caplog: pytest.LogCaptureFixture
+) -> None:
+    train(Counting(), Blobs(), None, Recipe(epochs=1, lr=1e-3), engine="graph")
+    assert "a step counts in Python, which its graph will not: count" in caplog.text
+
+
+def test_a_loss_with_parameters_is_tried_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    always(monkeypatch, compiles=1e9)
+    model, centres = mlp(), mlp(4, 4, 4)
+    before = [p.detach().clone() for p in centres.parameters()]
+    optimizer = torch.optim.SGD([*model.parameters(), *centres.parameters()], 0.1)
+    loss = lambda scores, y: F.cross_entropy(centres(scores), y)  # noqa: E731
+    step = sc.TrainStep(model, loss, optimizer, next(Blobs().epoch(0)))
+    assert all(map(torch.equal, centres.parameters(), before))
+    step(*next(Blobs().epoch(0)))
+    assert not any(map(torch.equal, centres.parameters(), before))
 
 
 class Flattening(nn.Module):
