@@ -97,7 +97,7 @@ def search(
 ) -> None:
     """Train briefly, search there, write the ticket.  Run again after a kill to go on."""
     target = device_of(device)
-    check_engine(engine)
+    check_engine(engine, target)
     setup.search(method, seed)
     check_sparsity(sparsity)
     check_folder(out)
@@ -151,7 +151,7 @@ def train(
 ) -> None:
     """Train a ticket from its start weights and report test accuracy."""
     target = device_of(device)
-    check_engine(engine)
+    check_engine(engine, target)
     for path in (metrics, checkpoint, save, json_file):
         check_folder(path)
     if epochs is not None and not epochs >= 0:
@@ -239,7 +239,7 @@ def plan(
 ) -> None:
     """Show how each layer of a ticket would train fastest here, and why: measured, and remembered."""
     target = device_of(device)
-    check_engine(engine)
+    check_engine(engine, target)
     check_folder(json_file)
     loaded = Ticket.load(ticket)
     setup = setup_of(loaded)
@@ -281,7 +281,7 @@ def compare(
 ) -> None:
     """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
     target = device_of(device)
-    check_engine(engine)
+    check_engine(engine, target)
     check_folder(json_file)
     chosen = [check_method(setup, m.strip()) for m in methods.split(",") if m.strip()]
     wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]

@@ -122,7 +122,7 @@ def train(
     or went too far for this one; TrainingError if the loss is not finite; EngineError for an engine that is not
     possible here.
     """
-    check_engine(engine)
+    check_engine(engine, next(model.parameters()).device)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:
         raise ValueError(f"start_epoch: expected 0 to {stop:g}, the end, got {start_epoch}")
@@ -146,38 +146,48 @@ def train(
     done = sum(part.count for part in _parts(start_epoch, reached, (), len(train_batches)))
     parts = _parts(reached, stop, snapshots, len(train_batches))
     left = sum(part.count for part in parts)
+    model.train()
     run.launch(engine if parts else "eager", saved, math.floor(reached), (done + left) * repeats)
     history.engine = run.engine.told or str(run.engine.way)
     progress.tell("engine", run.engine.told)
-    with progress.task("train", total=done + left) as advance:
-        advance(done)
-        for part in parts:
-            start = perf_counter()
-            with torch.random.fork_rng(devices=[run.device] if run.device.type == "cuda" else []):
-                # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
-                torch.manual_seed(_mix(seed, part.epoch, part.first))
-                loss = run.part(part, advance)
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"epoch {part.epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
-                    "add warm-up or clip_norm, or check the data"
-                )
-            record = {"epoch": part.end, "lr": recipe.lr_at(part.epoch, run.total), "loss": loss}
-            if run.evaluation is not None:
-                record["accuracy"] = run.evaluation.measure().accuracy
-            if watch is not None:
-                record["watched"] = watch(run.evaluated)
-            record["seconds"] = perf_counter() - start
-            history.epochs.append(record)
-            if metrics is not None:
-                with metrics.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
-            if part.end in snapshots:
-                history.snapshots[part.end] = run.snapshot()
-            if checkpoint is not None:
-                run.save(checkpoint, fingerprint, history)
-            shown = {k: record[k] for k in ("accuracy", "watched") if k in record}
-            advance(0, epoch=part.end, **shown)
+    try:
+        with progress.task("train", total=done + left) as advance:
+            advance(done)
+            for part in parts:
+                start = perf_counter()
+                with torch.random.fork_rng(
+                    devices=[run.device] if run.device.type == "cuda" else []
+                ):
+                    # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
+                    torch.manual_seed(_mix(seed, part.epoch, part.first))
+                    loss = run.part(part, advance)
+                if not math.isfinite(loss):
+                    raise TrainingError(
+                        f"epoch {part.epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
+                        "add warm-up or clip_norm, or check the data"
+                    )
+                record = {
+                    "epoch": part.end,
+                    "lr": recipe.lr_at(part.epoch, run.total),
+                    "loss": loss,
+                }
+                if run.evaluation is not None:
+                    record["accuracy"] = run.evaluation.measure().accuracy
+                if watch is not None:
+                    record["watched"] = watch(run.evaluated)
+                record["seconds"] = perf_counter() - start
+                history.epochs.append(record)
+                if metrics is not None:
+                    with metrics.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+                if part.end in snapshots:
+                    history.snapshots[part.end] = run.snapshot()
+                if checkpoint is not None:
+                    run.save(checkpoint, fingerprint, history)
+                shown = {k: record[k] for k in ("accuracy", "watched") if k in record}
+                advance(0, epoch=part.end, **shown)
+    finally:  # in the memory format that the model had
+        run.engine.step.become(Way())
     run.finish()
     return history
 
@@ -328,9 +338,7 @@ class _Run:
         return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
     def finish(self) -> None:
-        """The average, where there is one, is what the caller gets, in the memory format that the model had."""
-        if self.engine.way.channels_last:
-            self.engine.step.become(Way())
+        """The average, where there is one, is what the caller gets."""
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 

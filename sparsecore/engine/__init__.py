@@ -16,8 +16,9 @@ from .engine import (
 )
 from .evaluation import Evaluation
 from .feeds import Feed, Given, Loaded, Resident, feed_of
+from .layout import Layout, capturable_, state_kept
 from .own_loop import TrainStep, graphed
-from .training_step import TrainingStep, capturable_, lay_out_
+from .training_step import TrainingStep
 
 __all__ = [
     "ENGINES",
@@ -27,6 +28,7 @@ __all__ = [
     "Evaluation",
     "Feed",
     "Given",
+    "Layout",
     "Loaded",
     "Resident",
     "Timeline",
@@ -39,8 +41,8 @@ __all__ = [
     "feed_of",
     "graphed",
     "launch",
-    "lay_out_",
     "plainly",
     "stamp",
+    "state_kept",
     "structure",
 ]

@@ -63,7 +63,7 @@ def launch(
     told = ""
     if check_engine(engine) != "auto":
         way = Way.of(engine)._replace(channels_last=start.channels_last)
-    elif saved is not None:
+    elif saved is not None and (capture.possible_on(feed.device) or not Way.of(saved).graph):
         way = Way.of(saved)
     elif unless:
         way, told = start, f"{start}, {unless}"
@@ -88,6 +88,7 @@ class _Auto:
         self.layouts, self.cache, self.start = layouts, cache_of(), Way()
         self.times: dict[Way, Tried] = {}
         self.refused: dict[Way, str] = {}
+        self.tried: set[Way] = set()  # here and now, not remembered
         self.counts = ""  # what the last steps counted in Python
         self.told = ""  # what was taken and why; empty where there was nothing to choose
 
@@ -96,15 +97,28 @@ class _Auto:
         self.start = start
         if self.steps < FEW or self._is_short(start) or not self._time(start):
             return start
-        best = start
-        if capture.possible_on(self.make(best).device):
-            best = self._faster(best, best._replace(graph=True))
-        if self.layouts:
-            best = self._faster(best, best._replace(channels_last=True), _LAYOUT)
-        best = self._compiled(best)
+        best = self._best()
+        while best != start and best not in self.tried and not self._still(best):
+            best = self._best()
         self.told = self._in_words(best)
         log.info("engine %s", self.told)
         return best
+
+    def _best(self) -> Way:
+        best = self.start
+        if capture.possible_on(self.feed.device):
+            best = self._faster(best, best._replace(graph=True))
+        if self.layouts:
+            best = self._faster(best, best._replace(channels_last=True), _LAYOUT)
+        return self._compiled(best)
+
+    def _still(self, way: Way) -> bool:
+        """Whether what is remembered to be fastest is possible here and now, and right."""
+        try:
+            self._right(self.make(way), way, self._run(self.make(way), way, most=0)[1])
+        except Exception as error:
+            self._refuse(way, error)
+        return way in self.times
 
     def _is_short(self, start: Way) -> bool:
         step = self.make(start)
@@ -119,10 +133,8 @@ class _Auto:
     def _compiled(self, best: Way) -> Way:
         """With a compiled forward, if that pays in this run."""
         way, now = best._replace(compiled=True), self.times[best].step * self.steps
-        if (
-            self._key(self.make(way), way) not in self.cache.entries
-            and now * (1 - _WINS) < COMPILES
-        ):
+        key = self._key(self.make(best), way)  # the step itself need not be compiled for that
+        if key not in self.cache.entries and now * (1 - _WINS) < COMPILES:
             self.refused[way] = f"not tried: compiling repays in longer runs than {now:.0f} s"
             return best
         if not self._time(way):
@@ -132,24 +144,30 @@ class _Auto:
 
     def _time(self, way: Way) -> bool:
         """Notes the way's times, known or tried; whether it can be."""
-        step = self.make(way)
+        if way in self.refused:
+            return False
 
         def read(entry: Any) -> Tried:
             return Tried(float(entry["step"]), float(entry["first"]))
 
         try:
+            step = self.make(way)
             made = lambda: self._tried(step, way)._asdict()  # noqa: E731
             self.times[way] = self.cache.get(self._key(step, way), made, read)
-        except EngineError as error:
-            self.refused[way] = str(error)
         except (
             Exception
         ) as error:  # what the step says to another memory format, a compiler, full memory
             if way == self.start:
                 raise
-            why = (str(error).strip().splitlines() or [""])[0]
-            self.refused[way] = f"{type(error).__name__}: {why}"
+            self._refuse(way, error)
         return way in self.times
+
+    def _refuse(self, way: Way, error: Exception) -> None:
+        self.times.pop(way, None)
+        why = (str(error).strip().splitlines() or [""])[0]
+        self.refused[way] = (
+            why if isinstance(error, EngineError) else f"{type(error).__name__}: {why}"
+        )
 
     def _key(self, step: AbstractStep, way: Way) -> str:
         shapes = [(tuple(t.shape), t.dtype) for t in self._first[0]]
@@ -165,16 +183,22 @@ class _Auto:
 
     def _tried(self, step: AbstractStep, way: Way) -> Tried:
         found, total = self._run(step, way)
-        if way.graph:
-            _, single = self._run(step, way._replace(graph=False), most=0)
-            if self.counts:
-                raise EngineError(f"it counts in Python, which a graph does not: {self.counts}")
-            if not abs(total - single) <= _ALIKE * abs(single):
-                raise EngineError(
-                    f"its graph gives other numbers ({total:.6g}, launched one by one {single:.6g}): something "
-                    "in the step counts or draws in Python"
-                )
+        self._right(step, way, total)
+        self.tried.add(way)
         return found
+
+    def _right(self, step: AbstractStep, way: Way, total: float) -> None:
+        """Errors: EngineError for a graph that does not repeat the step, whose sum after three steps is `total`."""
+        if not way.graph:
+            return
+        _, single = self._run(step, way._replace(graph=False), most=0)
+        if self.counts:
+            raise EngineError(f"it counts in Python, which a graph does not: {self.counts}")
+        if not abs(total - single) <= _ALIKE * abs(single):
+            raise EngineError(
+                f"its graph gives other numbers ({total:.6g}, launched one by one {single:.6g}): something in the "
+                "step counts or draws in Python"
+            )
 
     def _run(self, step: AbstractStep, way: Way, *, most: int = _STEPS) -> tuple[Tried, float]:
         """Some steps on the first batch, and the sum of what the first three measured."""

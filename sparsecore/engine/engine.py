@@ -24,7 +24,7 @@ from .feeds import Feed
 
 log = logging.getLogger("sparsecore")
 
-_OFTEN = 5  # captures, in fewer than so many steps each: graphs cost more than they save
+_OFTEN = 5  # versions of a step, in fewer than so many steps each: graphs cost more than they save
 ENGINES = ("auto", "eager", "graph", "compile", "compile-graph")
 
 
@@ -57,10 +57,14 @@ class Way(NamedTuple):
         return cls("graph" in name, "compile" in name, bool(layout))
 
 
-def check_engine(name: str) -> str:
-    """The name.  Errors: ValueError for what is none, listing them."""
+def check_engine(name: str, device: torch.device | None = None) -> str:
+    """The name.  Errors: ValueError for what is none, listing them; EngineError for one that the device has not."""
     if name not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
+    if device is not None and "graph" in name and not capture.possible_on(device):
+        raise EngineError(
+            f"engine {name}: expected a GPU for graphs, got {device}; use engine=auto"
+        )
     return name
 
 
@@ -116,6 +120,7 @@ class AbstractStep(ABC):
         """Steps inside leave no trace; random numbers are drawn again."""
         tensors, counts = self.changes(), counted(self.model)
         values = [t.clone() for t in tensors]
+        buffers = {m: dict(m._buffers) for m in self.model.modules()}
         cuda = [self.device] if self.device.type == "cuda" else []
         try:
             with torch.random.fork_rng(devices=cuda):
@@ -127,6 +132,7 @@ class AbstractStep(ABC):
                     t.copy_(value)
             for module, numbers in counts.items():
                 module.__dict__.update(numbers)
+                module._buffers.update(buffers[module])  # a forward may have put others there
 
 
 class Engine:
@@ -139,16 +145,13 @@ class Engine:
     """
 
     def __init__(self, step: AbstractStep, feed: Feed, way: Way) -> None:
-        if way.graph and not capture.possible_on(step.device):
-            raise EngineError(
-                f"engine {way.name}: expected a GPU for graphs, got {step.device}; use engine=auto"
-            )
+        check_engine(way.name, step.device)
         self.step, self.feed, self.way = step, feed, way
         self.captured: capture.Captured | None = None
         self.version: Hashable = None
         # Whether all that a first step makes is there: what a graph reads must be.
         self.begun = False
-        self.steps = self.captures = 0
+        self.steps = self.versions = 0
         self.told = ""
         step.become(way)
         if way.graph:
@@ -162,13 +165,15 @@ class Engine:
     def refresh(self) -> None:
         """Tells that model, masks, plans or modes may have changed since the last step."""
         if self.way.graph and (version := self.step.version()) != self.version:
-            self.version, self.captured = version, None
-            if self.captures >= _OFTEN and self.steps < _OFTEN * self.captures:
+            # What is new may have to make state by itself first.
+            self.version, self.captured, self.begun = version, None, False
+            self.versions += 1
+            if self.versions > _OFTEN and self.steps < _OFTEN * self.versions:
                 self.way = self.way._replace(graph=False)
                 log.warning(
-                    "engine: captured %d times in %d steps, since the model, its masks or a number of its "
-                    "optimiser changes all the time; steps are launched one by one from here on",
-                    self.captures, self.steps,
+                    "engine: %d different steps in %d, since the model, its masks or a number of its optimiser "
+                    "changes all the time; they are launched one by one from here on",
+                    self.versions, self.steps,
                 )  # fmt: skip
 
     def __call__(self) -> None:
@@ -179,22 +184,44 @@ class Engine:
             if self.captured is None:
                 self.captured = self._capture()
             self.captured()
+        elif usual and not self.begun:
+            self._first()
         elif usual or not self.way.compiled:
-            before = counted(self.step.model) if self.way.graph and not self.begun else None
             self.step(*self.feed.batch())
-            self.begun = self.begun or usual
-            if before is not None and (names := changed(self.step.model, before)):
-                log.warning(
-                    "engine %s: a step counts in Python, which its graph will not: %s", self.way.name, names
-                )  # fmt: skip
         else:  # compiled code is of one shape
             self.step.become(self.way._replace(compiled=False))
             self.step(*self.feed.batch())
             self.step.become(self.way)
 
+    def _first(self) -> None:
+        """A step by itself, after which all is there that a graph reads."""
+        step, graph = self.step, self.way.graph
+        before, numbers = (stamp(step.model), counted(step.model)) if graph else (None, {})
+        try:
+            step(*self.feed.batch())
+        except Exception as error:
+            if not type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise
+            raise EngineError(
+                f"engine {self.way.name}: the model cannot be compiled ({type(error).__name__}: "
+                f"{(str(error).strip().splitlines() or [''])[0]}); use engine=eager"
+            ) from error
+        self.begun = True
+        if not graph:
+            return
+        if stamp(step.model) != before:
+            raise EngineError(
+                f"engine {self.way.name}: expected a model whose forward writes into its buffers in place, got one "
+                "that puts new tensors or modules there; use engine=eager"
+            )
+        if names := changed(step.model, numbers):
+            log.warning(
+                "engine %s: a step counts in Python, which its graph will not: %s", self.way.name, names
+            )  # fmt: skip
+        self.version = step.version()  # with what the step has made
+
     def _capture(self) -> capture.Captured:
         step, feed = self.step, self.feed
-        self.captures += 1
         state = [*step.changes(), *feed.tensors()]
         # A graph that held this object, which holds it, would stay until memory is looked through.
         run = lambda: step(*feed.batch())  # noqa: E731

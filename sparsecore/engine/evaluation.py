@@ -62,6 +62,8 @@ class Evaluation(AbstractStep):
             for _ in range(self.length):
                 self.engine()
             hits, count, losses = self.total.tolist()
+        if not count:
+            raise ValueError("evaluation: expected at least one sample, got data without any")
         return Measured(100 * (hits / count), losses / count if self.loss else float("nan"))
 
     @contextmanager

@@ -20,6 +20,7 @@ class Feed(ABC):
     as `move_on` says so: a graph may hold it.
     """
 
+    device: torch.device
     epoch = 0
     done = 0  # batches of the epoch that have been asked for
 
@@ -67,7 +68,7 @@ class Resident(Feed):
     """An epoch whose batches the device makes alone: the order lies there, and a cursor moves over it."""
 
     def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+        self.batches, self.device = batches, batches.images.device  # type: ignore[union-attr]
         count, size = len(batches.labels), batches.batch_size
         self.full = count // size  # batches of full size
         self.order = torch.zeros(count, dtype=torch.int64, device=batches.device)
@@ -183,7 +184,12 @@ class Loaded(Given):
     def begin(self, epoch: int, first: int = 0) -> None:
         super().begin(epoch, first)
         order = self.batches.order(epoch) if isinstance(self.batches, Numbered) else None
-        self.iterator = islice(self._numbered(epoch, order), first, None)
+        self.iterator = self._numbered(epoch, order)
+        for skipped in islice(self.iterator, first):
+            if (
+                self.memory is None
+            ):  # an epoch's first batch is of the usual shape, its last may not be
+                self.put(skipped)
 
     def _numbered(self, epoch: int, order: Tensor | None) -> Iterator[Fed]:
         start = 0

@@ -1,5 +1,7 @@
 """For loops of one's own: a step that is launched by the engine, or a model whose passes are graphs."""
 
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -10,7 +12,8 @@ from ..batches import Batch
 from .auto import launch
 from .engine import check_engine, stamp
 from .feeds import Given
-from .training_step import Loss, Penalty, TrainingStep, capturable_
+from .layout import capturable_
+from .training_step import Loss, Penalty, TrainingStep
 
 
 class TrainStep:
@@ -29,7 +32,8 @@ class TrainStep:
         model: on its device, in training mode, planned already if it is to be.
         loss: of (what the model gives, y), a mean over the batch.  As part of a graph it runs once: what it
             counts or draws in Python it does no more, and tensors that it reads are to be changed in place.
-        optimizer: of the model's parameters.  On a GPU its rate becomes a tensor there.
+        optimizer: of the model's parameters.  On a GPU its rate becomes a tensor there, and SGD, Adam and AdamW
+            compute fused.
         example: a batch (x, y) like those to come.
         engine: "auto" tries some steps, which leave no trace, and may lay convolutions out channels last; or
             "eager", "graph", "compile", "compile-graph".
@@ -71,7 +75,7 @@ class TrainStep:
             accumulate=accumulate, penalty=penalty,
         )  # fmt: skip
         self._step, self._feed = step, Given(device)
-        self._feed.now = example, None
+        self._feed.put((example, None))  # its shape is the usual one
         layouts = any(p.ndim == 4 for p in model.parameters())
         self._engine = launch(step.become, self._feed, engine=engine, steps=steps, layouts=layouts)
         self.told = self._engine.told or str(self._engine.way)
@@ -116,25 +120,36 @@ def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
     """
     if not capture.possible_on(next(model.parameters()).device):
         return model
-    plain, made_of, run = model.forward, None, None
+    model.forward = _Passes(model, example)
+    return model
 
-    def forward(*inputs: Any, **named: Any) -> Any:
-        nonlocal made_of, run
+
+class _Passes:
+    """A model's forward as graphs, in its forward's place."""
+
+    def __init__(self, model: nn.Module, example: tuple[Tensor, ...]) -> None:
+        self.model, self.example, self.plain = model, example, model.forward
+        self.made_of: Any = None
+        self.run: Callable[..., Any] = self.plain
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        model, example = self.model, self.example
         usual = not named and len(inputs) == len(example) and all(map(_alike, inputs, example))
         if not (usual and model.training and torch.is_grad_enabled()):
-            return plain(*inputs, **named)
+            return self.plain(*inputs, **named)
         kind = inputs[0].device.type
-        cast = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
-        if (now := (stamp(model), cast)) != made_of:
-            model.forward = plain
-            run = _captured(model, example)
-            model.forward = forward
-            made_of = now
-        assert run is not None
-        return run(*inputs)
+        now = stamp(model), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
+        if now != self.made_of:
+            model.forward = self.plain
+            try:
+                self.run, self.made_of = _captured(model, example), now
+            finally:
+                model.forward = self
+        return self.run(*inputs)
 
-    model.forward = forward
-    return model
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy computes with its own weights, as a model that is not graphed."""
+        return MethodType(type(self.model).forward, memo[id(self.model)])
 
 
 def _captured(model: nn.Module, example: tuple[Tensor, ...]) -> Any:

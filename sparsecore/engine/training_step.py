@@ -11,8 +11,8 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
 from ..batches import Batch
-from ..kernels import laid_out_as
 from .engine import AbstractStep, Timeline, Way, compiled_call, plainly, stamp, structure
+from .layout import Layout, state_kept
 
 Loss = Callable[[Any, Tensor], Tensor]  # of (what the model gives, y): a mean over the batch
 Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
@@ -22,7 +22,7 @@ class TrainingStep(AbstractStep):
     """One optimiser step; `total` sums loss * samples.
 
     Args:
-        optimizer: fit for graphs (`capturable_`), where steps become some.
+        optimizer: fit for graphs (`layout.capturable_`), where steps become some.
         accumulate: micro-batches that a batch is cut into.
         amp: the dtype of autocast.
         timeline: its "lr" is the optimiser's own; moves on with every step.
@@ -49,8 +49,11 @@ class TrainingStep(AbstractStep):
         self.averaged = average is not None and bool(average[0].n_averaged > 0)
         self.device = next(model.parameters()).device
         self.scaler = scaler or torch.amp.GradScaler(self.device.type, enabled=False)
-        self.total, self.last = (torch.zeros((), device=self.device) for _ in range(2))
-        self.way = Way()
+        dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+        made = {"dtype": dtype, "device": self.device}
+        self.total, self.last = (torch.zeros((), **made) for _ in range(2))
+        averages = [] if average is None else [average[0]]
+        self.layout = Layout([model, *averages], [optimizer])
         self.call: Callable[[nn.Module, Tensor], Any] = plainly
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
@@ -58,19 +61,16 @@ class TrainingStep(AbstractStep):
         if self.timeline is not None:
             self.timeline.advance()
         self.optimizer.zero_grad()
-        if (
-            self.amp is not None
-        ):  # what has been cast under an autocast around this is older than the weights
-            torch.clear_autocast_cache()
+        # What has been cast under an autocast around this is older than the weights, and what is cast here may be
+        # a graph's memory.
+        torch.clear_autocast_cache()
         mean = self._backward(x, y)
-        if self.amp is not None:  # and what is cast here may be a graph's memory
-            torch.clear_autocast_cache()
+        torch.clear_autocast_cache()
         if self.penalty is not None:
             self.scaler.scale(self.penalty(self.model)).backward()
         if self.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            clipped = [p for group in self.optimizer.param_groups for p in group["params"]]
-            nn.utils.clip_grad_norm_(clipped, self.clip_norm)
+            nn.utils.clip_grad_norm_(self._moved(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._average()
@@ -79,9 +79,7 @@ class TrainingStep(AbstractStep):
 
     def _backward(self, x: Tensor, y: Tensor) -> Tensor:
         """The mean loss, detached; its gradients are in the parameters."""
-        if self.way.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        mean = None
+        x, mean = self.layout.of(x), None
         for part, labels in zip(x.chunk(self.accumulate), y.chunk(self.accumulate), strict=True):
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
                 loss = self.loss(self.call(self.model, part), labels)
@@ -110,9 +108,12 @@ class TrainingStep(AbstractStep):
 
     def changes(self) -> list[Tensor]:
         found = [*self.model.parameters(), *self.model.buffers(), self.total, self.last]
-        mine = set(map(id, found))  # a loss may have parameters of its own
-        moved = (p for group in self.optimizer.param_groups for p in group["params"])
-        found += [p for p in moved if id(p) not in mine]
+        moved = self._moved()
+        known, stepped = ({id(t) for t in ts} for ts in (found, moved))
+        found += [p for p in moved if id(p) not in known]  # a loss may have parameters of its own
+        # What is not stepped gathers its gradients.
+        rest = (p.grad for p in self.model.parameters() if id(p) not in stepped)
+        found += [grad for grad in rest if grad is not None]
         if isinstance(self.loss, nn.Module):
             found += self.loss.buffers()
         for slots in self.optimizer.state.values():
@@ -126,16 +127,22 @@ class TrainingStep(AbstractStep):
             found += [*self.average[0].parameters(), *self.average[0].buffers()]
         return found
 
+    def _moved(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
     @contextmanager
     def undone(self) -> Iterator[None]:
-        begun, averaged, scale = bool(self.optimizer.state), self.averaged, self.scaler.state_dict()
+        averaged, scale = self.averaged, self.scaler.state_dict()
+        parameters = {*self.model.parameters(), *self._moved()}
+        grads = {p: p.grad for p in parameters}
         try:
-            with super().undone():
+            with super().undone(), state_kept(self.optimizer):
+                for p in parameters:
+                    p.grad = None
                 yield
         finally:
-            if not begun:  # what the first step makes is made by the run's own
-                self.optimizer.state.clear()
-            self.model.zero_grad()
+            for p, grad in grads.items():
+                p.grad = grad
             self.averaged = averaged
             if scale:  # {} where none is wanted
                 self.scaler.load_state_dict(scale)
@@ -143,21 +150,18 @@ class TrainingStep(AbstractStep):
     def version(self) -> Hashable:
         optimizer = self.optimizer
         numbers = [_number(v) for g in optimizer.param_groups for v in g.values()]
-        return stamp(self.model), self.amp, id(optimizer.state), *numbers
+        slots = [_number(v) for held in optimizer.state.values() for v in held.values()]
+        return stamp(self.model), self.amp, *numbers, *slots
 
-    def keep(self) -> Any:  # whose `id`s are part of the version
-        return list(self.model.modules()), self.optimizer.state
+    def keep(self) -> Any:
+        return list(self.model.modules())  # their `id`s are part of the version
 
     def facts(self) -> Any:
         how = (self.amp, self.accumulate, self.clip_norm, type(self.optimizer).__name__)
         return structure(self.model), how, self.penalty is not None, self.average is not None
 
     def become(self, way: Way) -> Self:
-        if way.channels_last != self.way.channels_last:
-            lay_out_(self.model, self.optimizer, way.channels_last)
-            if self.average is not None:
-                lay_out_(self.average[0], self.optimizer, way.channels_last)
-        self.way = way
+        self.layout.become(way.channels_last)
         self.call = compiled_call(repr(structure(self.model))) if way.compiled else plainly
         return self
 
@@ -166,31 +170,4 @@ def _number(value: Any) -> Any:
     """What a graph knows of an entry of an optimiser's group: a number, or where a tensor lies."""
     if isinstance(value, Tensor):
         return value.data_ptr()
-    return value if isinstance(value, (bool, int, float, str, tuple)) else None
-
-
-def lay_out_(model: nn.Module, optimizer: torch.optim.Optimizer, channels_last: bool) -> None:
-    """Images' weights, their masks and their optimiser's state in one memory format."""
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    model.to(memory_format=memory_format)  # type: ignore[call-overload]
-    for p, slots in optimizer.state.items():
-        for name, value in slots.items():
-            if isinstance(value, Tensor) and value.shape == p.shape:
-                slots[name] = laid_out_as(value, p)
-
-
-def capturable_(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Lets an optimiser's steps be part of a graph, its rate included; returns it.
-
-    Rates become tensors, which schedulers of torch fill in place.
-    """
-    for group in optimizer.param_groups:
-        device = group["params"][0].device
-        if isinstance(optimizer, torch.optim.SGD):
-            group |= {"fused": True, "foreach": False}  # it alone takes its rate from the device
-        elif "capturable" in group:
-            group["capturable"] = True
-        else:
-            continue
-        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
-    return optimizer
+    return value if isinstance(value, (bool, int, float, str, tuple)) else type(value)

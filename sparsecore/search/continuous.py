@@ -19,14 +19,15 @@ from ..control import AbstractController, FixedPenalty, GradBalance, State, fall
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..engine import (
     AbstractStep,
+    Layout,
     Timeline,
     Way,
     check_engine,
     compiled_call,
     feed_of,
     launch,
-    lay_out_,
     plainly,
+    state_kept,
     structure,
 )
 from ..gates import Annealed
@@ -201,14 +202,13 @@ class _ContinuousStep(AbstractStep):
         self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True, capturable=capturable)
         self.control: State = search.control.init(self.device)
         self.call: Callable[[nn.Module, Tensor], Tensor] = plainly
-        self.channels_last = False
+        self.layout = Layout([net], [self.optimizer, self.gates])
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
         search, recipe, timeline = self.search, self.search.recipe, self.timeline
         timeline.advance()
         x, y = batch
-        if self.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        x = self.layout.of(x)
         with recipe.autocast(self.device):
             scores = self.call(self.model, x)
             loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
@@ -240,22 +240,14 @@ class _ContinuousStep(AbstractStep):
 
     @contextmanager
     def undone(self) -> Iterator[None]:
-        begun = bool(self.optimizer.state)
-        try:
-            with super().undone():
-                yield
-        finally:
-            if not begun:
-                self.optimizer.state.clear()
-                self.gates.state.clear()
+        with super().undone(), state_kept(self.optimizer, self.gates):
+            yield
 
     def facts(self) -> Any:
         return super().facts(), structure(self.model), self.search.recipe.amp
 
     def become(self, way: Way) -> Self:
-        if way.channels_last != self.channels_last:
-            lay_out_(self.model, self.optimizer, way.channels_last)
-        self.channels_last = way.channels_last
+        self.layout.become(way.channels_last)
         self.call = compiled_call(repr(self.facts())) if way.compiled else plainly
         return self
 

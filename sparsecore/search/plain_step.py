@@ -30,17 +30,23 @@ class PlainStep(SearchStep):
             pattern.impl = "materialise"  # the one that can be differentiated twice
         self.params = [g.logits for g in gated.values()]
         self.state: State = search.control.init(self.device)
-        groups: list[dict[str, Any]] = [{"params": self.params, "lr": search.lr}]
+        groups: list[dict[str, Any]] = [{"params": self.params, "lr": self._rate(search.lr)}]
         self.gains = [g.log_gain for g in gated.values() if g.log_gain is not None]
         if self.gains:
-            groups.append({"params": self.gains, "lr": search.gain_lr})
-        self.optimizer = torch.optim.Adam(groups, fused=True)
+            groups.append({"params": self.gains, "lr": self._rate(search.gain_lr)})
+        capturable = self.device.type == "cuda"
+        self.optimizer = torch.optim.Adam(groups, fused=True, capturable=capturable)
         # The moments exist from the start, so that a checkpoint can be loaded into them.
         for p in (*self.params, *self.gains):
             p.grad = torch.zeros_like(p)
             slots = {"step": torch.zeros((), device=self.device)}
             slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = slots
+
+    def _rate(self, lr: float) -> Tensor:
+        """Where a graph reads it; the CPU reads Python's own number."""
+        wide = torch.float64 if self.device.type == "cpu" else torch.float32
+        return torch.tensor([lr], dtype=wide, device=self.device)
 
     def descend(self, batch: Batch) -> Tensor:
         target = self._aim()
@@ -52,9 +58,11 @@ class PlainStep(SearchStep):
         )
         found, follow = grads[: len(self.params)], grads[len(self.params) :]
         search = self.search
-        pulled, self.state = self.kept.pulled(
+        pulled, state = self.kept.pulled(
             search.control, self.state, self.gate, self.params, found, target
         )
+        for name, value in state.items():  # in place: a graph knows no other address
+            self.state[name].copy_(value)
         for p, grad in zip((*self.params, *self.gains), (*pulled, *follow), strict=True):
             p.grad = grad
         self.optimizer.step()
@@ -71,7 +79,7 @@ class PlainStep(SearchStep):
             group["lr"] *= factor
 
     def tensors(self) -> dict[str, Tensor]:
-        found = {f"step/{name}": g.step for name, g in self.gated.items()}
+        found = {f"draw/{name}": g.step for name, g in self.gated.items()}
         for i, p in enumerate((*self.params, *self.gains)):
             found[f"value/{i}"] = p.detach()
             found |= {f"{slot}/{i}": v for slot, v in self.optimizer.state[p].items()}

@@ -59,6 +59,7 @@ class SearchStep(AbstractStep):
         """Tells how many steps there will be."""
         if self.search.control.aims and self.search.ramp_for(1 - self.members[0][0]):
             aims = [self.search.targets(density, steps) for density, _ in self.members]
+            aims = [of + of[-1:] * 8 for of in aims]  # a graph is tried out before it is captured
             self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.kept.count
 
     def begin_epoch(self, samples: int | None) -> None:
@@ -154,9 +155,9 @@ class FusedStep(SearchStep):
             trained=search.trains_weights,
             store_factor=self.device.type == "cpu",
         )
-        if search.dtype != torch.float32 or search.channels_last:
-            for pattern, weight in zip(self.gated.values(), weights, strict=True):
-                pattern.dense = weight.to(search.dtype)
+        own = search.dtype != torch.float32 or search.channels_last
+        for pattern, weight in zip(self.gated.values(), weights, strict=True):
+            pattern.dense = weight.to(search.dtype) if own else None
 
     def _memory(self, weight: Tensor) -> Tensor:
         if self.search.channels_last and weight.ndim == 4:
