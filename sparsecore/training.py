@@ -148,7 +148,6 @@ def train(
     left = sum(part.count for part in parts)
     model.train()
     run.launch(engine if parts else "eager", saved, math.floor(reached), (done + left) * repeats)
-    history.engine = run.engine.told or str(run.engine.way)
     progress.tell("engine", run.engine.told)
     try:
         with progress.task("train", total=done + left) as advance:
@@ -188,6 +187,7 @@ def train(
                 advance(0, epoch=part.end, **shown)
     finally:  # in the memory format that the model had
         run.engine.step.become(Way())
+        history.engine = run.engine.told or str(run.engine.way)
     run.finish()
     return history
 

@@ -170,11 +170,11 @@ class Engine:
             self.versions += 1
             if self.versions > _OFTEN and self.steps < _OFTEN * self.versions:
                 self.way = self.way._replace(graph=False)
-                log.warning(
-                    "engine: %d different steps in %d, since the model, its masks or a number of its optimiser "
-                    "changes all the time; they are launched one by one from here on",
-                    self.versions, self.steps,
-                )  # fmt: skip
+                self.told = (
+                    f"{self.way}: {self.versions} different steps in {self.steps}, since the model, its masks or a "
+                    "number of its optimiser changes all the time; launched one by one from here on"
+                )
+                log.warning("engine %s", self.told)
 
     def __call__(self) -> None:
         """One step on the next batch.  Errors: DataEnded; EngineError if it cannot be captured."""
