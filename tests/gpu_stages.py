@@ -46,7 +46,7 @@ def stages(setting: Setting) -> list[Stage]:
     torch.compile = functools.partial(torch.compile, backend="aot_eager")  # no machine code
     names = {"crashes": _crashes, "hangs": _hangs, "well": _well, "fails": _fails}
     work = [Work("injected", name, run) for name, run in names.items()]
-    injected = Measured("injected", 0.5, 2.0, suite="injected", work=work)
+    injected = Measured("injected", 0.5, 5.0, suite="injected", work=work)
     *first, layers, last = evidence.stages(setting)
     return [*first, injected, layers, last]
 
