@@ -30,9 +30,8 @@ FORMATS: dict[str, Format] = {
 }
 PRODUCTS = ("forward", "dx", "dw")
 FLOOR = "state"  # what can do everything
-BLOCK_TILES = tuple(
-    f"/{tile}" for tile in range(1, TILES)
-)  # that a block format's name may end with
+# What a block format's name may end with.
+BLOCK_TILES = tuple(f"/{tile}" for tile in range(1, TILES))
 
 
 class Plan:

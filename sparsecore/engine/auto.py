@@ -154,9 +154,8 @@ class _Auto:
             step = self.make(way)
             made = lambda: self._tried(step, way)._asdict()  # noqa: E731
             self.times[way] = self.cache.get(self._key(step, way), made, read)
-        except (
-            Exception
-        ) as error:  # what the step says to another memory format, a compiler, full memory
+        except Exception as error:
+            # What the step says to another memory format, a compiler, full memory.
             if way == self.start:
                 raise
             self._refuse(way, error)

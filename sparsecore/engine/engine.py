@@ -278,7 +278,6 @@ def compiled_call(facts: str) -> Callable[..., Any]:
 
     Copies of a model share what was compiled for one of them, whatever their weights and masks.
     """
-
     # What is compiled is kept by code object, a few for each: one of its own for every structure.
     digest = hashlib.sha256(facts.encode()).hexdigest()[:12]
     code = plainly.__code__.replace(co_name=f"call_{digest}")

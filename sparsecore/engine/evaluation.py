@@ -44,7 +44,7 @@ class Evaluation(AbstractStep):
         self.model, self.length, self.loss = model, len(batches), loss
         self.device = next(model.parameters()).device
         self.total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.channels_last = channels_last
+        self.format = torch.channels_last if channels_last else torch.preserve_format
         if not capture.possible_on(self.device):
             engine = "eager"
         self.engine = launch(
@@ -84,9 +84,7 @@ class Evaluation(AbstractStep):
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
         x, y = batch
-        if self.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        scores = self.model(x)
+        scores = self.model(x.to(memory_format=self.format) if x.ndim == 4 else x)
         hits = scores.argmax(-1) == y
         self.total[0].add_(hits.sum())
         self.total[1].add_(hits.numel())
