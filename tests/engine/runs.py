@@ -2,12 +2,17 @@
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from helpers import Blobs, randn, seeded
 from torch import nn
 
 import sparsecore as sc
 from sparsecore.data import Batches, Dataset, Split
+from sparsecore.engine import auto
+from sparsecore.recipe import Recipe
+
+RECIPE = Recipe(optimizer="adam", lr=1e-2, batch=4, epochs=2, ema=0.9, clip_norm=1.0)
 
 
 def small_data(count: int = 18) -> Dataset:
@@ -52,3 +57,10 @@ def masked(build: Callable[[], nn.Module], plan: str = "mask") -> nn.Module:
 def same(a: nn.Module, b: nn.Module) -> bool:
     other = b.state_dict()
     return all(torch.equal(v, other[k]) for k, v in a.state_dict().items())
+
+
+def always(monkeypatch: pytest.MonkeyPatch, compiles: float = 0.0) -> None:
+    """Trials in short runs too, and a way of `compiles` seconds is tried."""
+    monkeypatch.setattr(auto, "FEW", 1)
+    monkeypatch.setattr(auto, "SHORT", 0.0)
+    monkeypatch.setattr(auto, "COMPILES", compiles)
