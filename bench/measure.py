@@ -220,20 +220,21 @@ def ways(
 class Compiling:
     """The time that a case has for compiling: what may not end in it is left out, so that all else is measured.
 
-    A turn of a run in slices is not much longer, and what it cuts begins anew in the next.
+    With what it times besides, a case is to fit a turn of a run in slices: what that cuts begins anew in the next.
     """
 
     def __init__(self, seconds: float = 120.0) -> None:
-        self.end, self.longest = perf_counter() + seconds, COMPILES
+        self.left, self.longest = seconds, COMPILES
 
     def refused(self) -> str:
         """Why nothing more is compiled; empty while there is time."""
-        left = self.end - perf_counter()
-        if left >= self.longest:
+        if self.left >= self.longest:
             return ""
-        return f"compiling takes up to {self.longest:.0f} s, of which {max(left, 0):.0f} s are left"
+        left = max(self.left, 0)
+        return f"compiling takes up to {self.longest:.0f} s, of which {left:.0f} s are left"
 
     def took(self, seconds: float) -> float:
+        self.left -= seconds
         self.longest = max(self.longest, seconds)
         return seconds
 

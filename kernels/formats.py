@@ -90,8 +90,8 @@ class Format(NamedTuple):
     grad_input(dy, weight, layer, storage, shape of x) -> dx.
     grad_values(dy, x, values, layer, storage) -> gradient of values, of their shape and dtype.
     grad_both(dy, x, values, weight, layer, storage) -> both gradients of a convolution, where that saves work.
-    traced(values, layer, storage, dtype) -> the weight by operations that a compiler sees through and autograd
-        differentiates, where forward does so too.
+    traced(x, values, bias, layer, storages of the three products) -> y by operations that a compiler sees through
+        and autograd differentiates.
     obstacle(device, layer, dtype, **options) -> why it cannot do this at all, or None.
     tiled(storage, tile) -> the same storage for other tiles of its kernels, where they have several.
     """
@@ -104,7 +104,7 @@ class Format(NamedTuple):
     obstacle: Callable[..., str | None]
     feature_major: bool = False  # y and dX of a linear layer have strides (1, T)
     grad_both: Callable[..., tuple[Tensor, Tensor]] | None = None
-    traced: Callable[[Tensor, Layer, Storage, torch.dtype], Tensor] | None = None
+    traced: Callable[..., Tensor] | None = None
     tiled: Callable[[Storage, int], Storage] | None = None
 
 

@@ -5,24 +5,38 @@ many of them run.  A `Launch` has decided all but the tensors, so that what Trit
 is only their types, which of them are None and whether their addresses are multiples of 16.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.library import wrap_triton
 from triton import knobs
 from triton.runtime import JITFunction, driver
 
-# What shapes alone decide, for as many of them as a few large models have.
-remembered = lru_cache(maxsize=4096)
+Function = TypeVar("Function", bound=Callable)
+
+
+def remembered(decide: Function) -> Function:
+    """Keeps what shapes alone decide, for as many of them as a few large models have."""
+    kept = lru_cache(maxsize=4096)(decide)
+
+    @wraps(decide)
+    def found(*args):
+        try:
+            return kept(*args)
+        except TypeError:  # a size that a compiler leaves open cannot be looked up
+            return decide(*args)
+
+    return found  # pyright: ignore[reportReturnType]
 
 
 class Launch:
     """A kernel with its grid, numbers, constants and compiler options; called with its tensors, which come first.
 
-    The first launch of a kind goes Triton's way, which compiles and checks.  So do launches of tensors that are not
-    aligned, under hooks, and in the interpreter.
+    The first launch of a kind goes Triton's way, which compiles and checks.  So do launches under hooks and in the
+    interpreter.  While a compiler traces it becomes a part of the graph.
     """
 
     __slots__ = ("compiled", "constants", "grid", "kernel", "numbers", "options", "rest")
@@ -48,6 +62,10 @@ class Launch:
         if self.compiled is None:
             self.launch(tensors)
             return
+        if type(tensors[0]) not in _PLAIN:
+            kernel = wrap_triton(self.kernel)[self.grid]
+            kernel(*tensors, *self.numbers, **self.constants, **self.options)
+            return
         active, where = driver.active, tensors[0].get_device()  # pyright: ignore[reportOptionalMemberAccess]
         if where != active.get_current_device():
             with torch.cuda.device(where):
@@ -63,7 +81,9 @@ class Launch:
                 bits |= address
                 addresses.append(address)
                 kind.append(t.dtype)
-        usual = not (bits % 16 or self.kernel.pre_run_hooks or _hooked())
+        if bits % 16:  # all are aligned more often than not
+            kind += [a is None or a % 16 == 0 for a in addresses]
+        usual = not (self.kernel.pre_run_hooks or _hooked())
         found = self.compiled.get(key := tuple(kind)) if usual else None
         if found is None:
             compiled = self.launch(tensors)
@@ -77,6 +97,9 @@ class Launch:
     def launch(self, tensors: Sequence[Tensor | None]) -> Any:
         """Triton's way; returns the compiled kernel."""
         return self.kernel[self.grid](*tensors, *self.numbers, **self.constants, **self.options)
+
+
+_PLAIN = (Tensor, nn.Parameter)  # no stand-ins
 
 
 def _hooked() -> bool:

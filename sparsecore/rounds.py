@@ -30,6 +30,7 @@ class Round:
         seconds: that training took.
         accuracy: of the trained network, percent; None where nobody measured it.
         run: fingerprint of the run that the round belongs to.
+        engine: how its steps were launched; empty where that is not known.
     """
 
     index: int
@@ -40,6 +41,7 @@ class Round:
     seconds: float
     accuracy: float | None
     run: str
+    engine: str = ""
 
     def weights(self) -> dict[str, Tensor]:
         """The trained weights by masked layer."""
@@ -90,6 +92,7 @@ class Round:
         for name, mask in masks.items():
             if expected[weight_key(name, expected)] != mask.shape:
                 raise ValueError(f"expected a mask of {name}'s shape, got {tuple(mask.shape)}")
+        meta = {"engine": "", **meta}  # older rounds do not say
         for name, kind in _FACTS.items():
             if not isinstance(meta[name], kind):
                 raise ValueError(f"{name}: expected {kind}, got {meta[name]!r}")
@@ -104,6 +107,7 @@ _FACTS: dict[str, Any] = {
     "seconds": float,
     "accuracy": float | None,
     "run": str,
+    "engine": str,
 }
 
 

@@ -18,7 +18,16 @@ from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoints
 from .batches import Batch, EpochBatches
-from .engine import Evaluation, Timeline, TrainingStep, Way, check_engine, feed_of, launch
+from .engine import (
+    Evaluation,
+    Timeline,
+    TrainingStep,
+    Way,
+    check_engine,
+    feed_of,
+    launch,
+    takes_images,
+)
 from .engine.training_step import Penalty
 from .progress import QUIET, Progress
 from .recipe import Recipe, optimizer_for
@@ -54,6 +63,7 @@ class History:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
     engine: str = ""  # how steps were launched, and why if there was a choice
+    way: str = ""  # the same without why
 
     @property
     def accuracy(self) -> float:
@@ -187,7 +197,8 @@ def train(
                 advance(0, epoch=part.end, **shown)
     finally:  # in the memory format that the model had
         run.engine.step.become(Way())
-        history.engine = run.engine.told or str(run.engine.way)
+        history.way = str(run.engine.way)
+        history.engine = run.engine.told or history.way
     run.finish()
     return history
 
@@ -303,7 +314,7 @@ class _Run:
             steps=steps,
             saved=None if saved is None else saved[1].get("engine"),
             epoch=epoch,
-            layouts=any(p.ndim == 4 for p in self.model.parameters()),
+            layouts=takes_images(self.model),
             unless="since its penalty may count or draw in Python" if counts else "",
         )
         self.evaluation = None

@@ -86,7 +86,8 @@ def test_one_graph_for_all_steps_and_copies(kind: str, conv: bool) -> None:
     assert counter.frame_count == 1
 
 
-def test_state_is_plain_operations_to_a_compiler() -> None:
+@pytest.mark.parametrize("format", ["state", "compact"])
+def test_dense_products_are_plain_operations_to_a_compiler(format: str) -> None:
     """No operator of ours, hence no Python for a layer when it runs."""
     called: list[str] = []
 
@@ -95,7 +96,7 @@ def test_state_is_plain_operations_to_a_compiler() -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    model = become(net(False), "state", seed=1)
+    model = become(net(False), format, seed=1)
     torch.compile(model, fullgraph=True, backend=backend)(randn(6, 24))
     assert called and not [name for name in called if "sparsecore" in name]
 
@@ -112,7 +113,7 @@ def test_the_weight_that_a_compiler_sees(last: bool, narrow: bool) -> None:
         place = torch.arange(mask.numel()).view(6, 3, 3, 5).permute(0, 3, 1, 2)
     index, values = place[mask], values[: int(mask.sum())].requires_grad_()
     storage = Storage([index.int() if narrow else index, weight], [])
-    found = state._traced(values, Layer((6, 5, 3, 3), (1,) * 6), storage, torch.float32)
+    found = state._traced_weight(values, Layer((6, 5, 3, 3), (1,) * 6), storage, torch.float32)
     assert found.stride() == weight.stride()
     assert torch.equal(found, torch.zeros(mask.shape).masked_scatter(mask, values.detach()))
     factor = randn(6, 5, 3, 3, seed=3)

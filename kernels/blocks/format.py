@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton import knobs
 
 from ..formats import Format, Layer, Storage, kernel_obstacle
 from .lists import SIDES
+from .operators import block_layer
 from .plan import BlockPlan
 from .products import fitting, forward, grad_input, gradient, pack
 
@@ -64,8 +66,18 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     return gradient(dy, x, plan, problem, torch.empty_like(values))
 
 
+def _traced(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storages: Sequence[Storage]
+) -> Tensor:
+    numbers = [storage.numbers for storage in storages]
+    return block_layer(x, values, bias, storages[0].tensors, *numbers, list(layer.slide))[0]
+
+
 def _tiled(storage: Storage, tile: int) -> Storage:
     return Storage(*replace(_plan(storage), tile=tile).flatten())
 
 
-BLOCK = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, tiled=_tiled)
+BLOCK = Format(
+    _prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, tiled=_tiled,
+    traced=None if knobs.runtime.interpret else _traced,
+)  # fmt: skip

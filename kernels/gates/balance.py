@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..device import on_its_device
+from ..launching import Launch, remembered
 from ..reference import CONCRETE, GateSpec
 from ..static import StaticCase, static_case
 from ..units import Unit
@@ -42,7 +42,7 @@ from .segment_math import (
     WIDTH,
     chunk_of,
 )
-from .segments import FLAT_BLOCK, Segments
+from .segments import FLAT_BLOCK, Programs, Segments
 
 _BETA1, _BETA2, _ADAM_EPS = (tl.constexpr(v) for v in (0.9, 0.999, 1e-8))
 _LOG_BETA1 = tl.constexpr(-0.10536051565782628)
@@ -180,7 +180,6 @@ def _balanced_step_kernel(
         )  # fmt: skip
 
 
-@on_its_device
 def launch_balanced_step(
     plan: Segments, spec: GateSpec, unit: Unit, rule: Rule, *, logits: Tensor, grad: Tensor,
     grad_offsets: Tensor, m: Tensor, v: Tensor, log_gain: Tensor | None, partials: Tensor,
@@ -191,13 +190,31 @@ def launch_balanced_step(
     log_gain: fp32 [4, segments] (next, present, Adam's two moments); step int64 [2] and control fp32
     [2, groups] (next, present); targets fp32 [groups], weights to keep; lr fp32 [2] (logits, gains).
     """
-    _balanced_step_kernel[(len(plan.unit_chunks),)](
+    mode = (log_gain is not None, not unit.single, plan.hints.aligned)
+    _balanced_step(plan.programs, spec, rule, fast, *mode)(
         logits, grad, grad_offsets, m, v, step if log_gain is None else log_gain, partials, step,
-        control, targets, lr, plan.table, plan.unit_chunks, plan.groups, len(plan.table),
-        len(plan.groups), KIND=spec.kind, A=spec.a, B=spec.b, C=spec.c, SHIFT=spec.shift, FAST=fast,
-        KEEP=rule.keep, FOLLOW=rule.follow, ASCEND=rule.ascend, BAND=rule.band,
-        GAIN=log_gain is not None, SIZED=not unit.single, ALIGNED=plan.hints.aligned, num_warps=4,
+        control, targets, lr, plan.table, plan.unit_chunks, plan.groups,
     )  # fmt: skip
+
+
+@remembered
+def _balanced_step(
+    programs: Programs,
+    spec: GateSpec,
+    rule: Rule,
+    fast: bool,
+    gain: bool,
+    sized: bool,
+    aligned: bool,
+) -> Launch:
+    constants = {
+        "KIND": spec.kind, "A": spec.a, "B": spec.b, "C": spec.c, "SHIFT": spec.shift, "FAST": fast,
+        "KEEP": rule.keep, "FOLLOW": rule.follow, "ASCEND": rule.ascend, "BAND": rule.band,
+        "GAIN": gain, "SIZED": sized, "ALIGNED": aligned,
+    }  # fmt: skip
+    numbers = (programs.segments, programs.groups)
+    kernel = _balanced_step_kernel
+    return Launch(kernel, (programs.logits,), numbers, constants, {"num_warps": 4})
 
 
 def static_cases() -> list[StaticCase]:

@@ -11,16 +11,15 @@ Index counts a gate's place in its logits' memory.
 
 from torch import Tensor
 
-from ..device import on_its_device
+from ..launching import Launch, remembered
 from ..reference import BERNOULLI, CONCRETE, GAUSSIAN, HARD_CONCRETE, GateSpec
 from ..static import StaticCase, static_case
 from ..units import Unit
 from .flat import backward_flat_kernel, sample_flat_kernel
-from .segments import FLAT_BLOCK, Segments, tile_of
+from .segments import FLAT_BLOCK, Hints, Programs, Segments, tile_of
 from .tiled import backward_tiled_kernel, sample_tiled_kernel
 
 
-@on_its_device
 def launch_sample(
     plan: Segments, spec: GateSpec, unit: Unit, *, weight: Tensor, logits: Tensor, out: Tensor,
     q: Tensor | None, log_gain: Tensor | None, seed: Tensor, step: Tensor,
@@ -30,36 +29,32 @@ def launch_sample(
 
     step: int64 [2] then ([1] otherwise), seed int64 [segments], log_gain fp32 [4, segments].
     """
-    gate = {"KIND": spec.kind, "A": spec.a, "B": spec.b, "C": spec.c, "FAST": fast}
-    mode = {"GAIN": log_gain is not None, "ADVANCE": control is not None}
-    head = (weight, logits, out)
-    tail = (
-        step if log_gain is None else log_gain, seed, step, step if control is None else control,
-        plan.table, plan.chunks, len(plan.table), len(plan.groups),
+    mode = (log_gain is not None, control is not None, q is not None)
+    launch = _sample(plan.programs, plan.hints, spec, unit, fast, *mode)
+    factor = (out if q is None else q,) if _flat(unit) else ()
+    launch(
+        weight, logits, out, *factor, step if log_gain is None else log_gain, seed, step,
+        step if control is None else control, plan.table, plan.chunks,
     )  # fmt: skip
-    grid = (len(plan.chunks),)
-    if unit.single and not unit.keep:
-        sample_flat_kernel[grid](
-            *head, out if q is None else q, *tail, **gate, **mode,
-            STORE_Q=q is not None, ALIGNED=plan.hints.aligned, num_warps=4,
-        )  # fmt: skip
+
+
+@remembered
+def _sample(
+    programs: Programs, hints: Hints, spec: GateSpec, unit: Unit, fast: bool, gain: bool,
+    advance: bool, store: bool,
+) -> Launch:  # fmt: skip
+    gate = {"KIND": spec.kind, "A": spec.a, "B": spec.b, "C": spec.c, "FAST": fast}
+    constants = gate | {"GAIN": gain, "ADVANCE": advance}
+    kernel = sample_tiled_kernel
+    if _flat(unit):
+        kernel = sample_flat_kernel
+        constants |= {"STORE_Q": store, "ALIGNED": hints.aligned}
     else:
-        units, elements = tile_of(unit)
-        sample_tiled_kernel[grid](
-            *head,
-            *tail,
-            **gate,
-            **mode,
-            KEEP=unit.keep,
-            U=units,
-            E=elements,
-            WIDE=unit.w,
-            VECTOR=plan.hints.vector,
-            num_warps=4,
-        )
+        constants |= _tile(unit, hints)
+    numbers = (programs.segments, programs.groups)
+    return Launch(kernel, (programs.weights,), numbers, constants, {"num_warps": 4})
 
 
-@on_its_device
 def launch_backward(
     plan: Segments, spec: GateSpec, unit: Unit, *, grad: Tensor, grad_offsets: Tensor,
     weight: Tensor, logits: Tensor, out: Tensor, q: Tensor | None, log_gain: Tensor | None,
@@ -71,30 +66,39 @@ def launch_backward(
     `step` and `log_gain` start at this step's values: what K1 has stored at [1].  `dw`, where it is wanted,
     has the offsets of `out` and may be `out`: each program reads its stretch before it writes there.
     """
-    gate = {
-        "KIND": spec.kind,
-        "A": spec.a,
-        "B": spec.b,
-        "C": spec.c,
-        "SHIFT": spec.shift,
-        "FAST": fast,
-    }
-    mode = {"GAIN": log_gain is not None, "STORE_DW": dw is not None, "MULTI": multi}
-    state = (step if log_gain is None else log_gain, seed, step)
-    results = (ds, ds if dw is None else dw, partials, plan.table, plan.chunks)
-    grid = (len(plan.chunks),)
-    if unit.single and not unit.keep:
-        backward_flat_kernel[grid](
-            grad, grad_offsets, weight, logits, out, out if q is None else q, *state, *results,
-            **gate, **mode, LOAD_Q=q is not None, ALIGNED=plan.hints.aligned, num_warps=4,
-        )  # fmt: skip
+    mode = (log_gain is not None, dw is not None, multi, q is not None)
+    launch = _backward(plan.programs, plan.hints, spec, unit, fast, *mode)
+    factor = (out, out if q is None else q) if _flat(unit) else ()
+    launch(
+        grad, grad_offsets, weight, logits, *factor, step if log_gain is None else log_gain, seed,
+        step, ds, ds if dw is None else dw, partials, plan.table, plan.chunks,
+    )  # fmt: skip
+
+
+@remembered
+def _backward(
+    programs: Programs, hints: Hints, spec: GateSpec, unit: Unit, fast: bool, gain: bool,
+    store: bool, multi: bool, load: bool,
+) -> Launch:  # fmt: skip
+    gate = {"KIND": spec.kind, "A": spec.a, "B": spec.b, "C": spec.c, "SHIFT": spec.shift}
+    constants = gate | {"FAST": fast, "GAIN": gain, "STORE_DW": store, "MULTI": multi}
+    kernel = backward_tiled_kernel
+    if _flat(unit):
+        kernel = backward_flat_kernel
+        constants |= {"LOAD_Q": load, "ALIGNED": hints.aligned}
     else:
-        units, elements = tile_of(unit)
-        backward_tiled_kernel[grid](
-            grad, grad_offsets, weight, logits, *state, *results,
-            **gate, **mode, KEEP=unit.keep, U=units, E=elements, WIDE=unit.w,
-            VECTOR=plan.hints.vector, num_warps=4,
-        )  # fmt: skip
+        constants |= _tile(unit, hints)
+    return Launch(kernel, (programs.weights,), (), constants, {"num_warps": 4})
+
+
+def _flat(unit: Unit) -> bool:
+    """Whether every weight has a gate of its own."""
+    return unit.single and not unit.keep
+
+
+def _tile(unit: Unit, hints: Hints) -> dict[str, int]:
+    units, elements = tile_of(unit)
+    return {"KEEP": unit.keep, "U": units, "E": elements, "WIDE": unit.w, "VECTOR": hints.vector}
 
 
 def static_cases() -> list[StaticCase]:

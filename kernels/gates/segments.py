@@ -43,6 +43,15 @@ class Hints(NamedTuple):
     vector: int = 1  # and every row, unit and tap of so many: 8, 4 or 1
 
 
+class Programs(NamedTuple):
+    """How many there are of each kind."""
+
+    segments: int
+    groups: int
+    weights: int  # programs over weights
+    logits: int  # programs over logits
+
+
 class Segments(NamedTuple):
     """The plan of a launch over some weights and of one over their logits."""
 
@@ -51,6 +60,11 @@ class Segments(NamedTuple):
     unit_chunks: Tensor  # int32 [programs, 3], blocks of logits
     groups: Tensor  # int32 [groups, 2]: each group's first and last + 1 program in `chunks`
     hints: Hints
+
+    @property
+    def programs(self) -> Programs:
+        tensors = (self.table, self.groups, self.chunks, self.unit_chunks)
+        return Programs(*(t.shape[0] for t in tensors))
 
 
 def is_channels_last(t: Tensor) -> bool:

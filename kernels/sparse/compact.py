@@ -5,6 +5,7 @@ spread over all outputs; dead outputs are their bias.  The rest of the network s
 compaction of a whole model, which saves the gathering too.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,6 +36,16 @@ def _weight(
     weight = values.new_zeros(len(rows), len(columns), *layer.shape[2:], dtype=dtype)
     weight.view(-1).index_copy_(0, places, values.to(dtype))
     return weight, None
+
+
+def _traced(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storages: Sequence[Storage]
+) -> Tensor:
+    rows, columns, places = storages[0].tensors
+    shape = (len(rows), len(columns), *layer.shape[2:])
+    weight = values.new_zeros(math.prod(shape), dtype=x.dtype)
+    weight = weight.index_put((places,), values.to(x.dtype)).view(shape)
+    return _forward(x, weight, bias, layer, storages[0])
 
 
 def _live(x: Tensor, index: Tensor) -> Tensor:
@@ -90,4 +101,4 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
     return dw.reshape(-1).index_select(0, places).to(values.dtype)
 
 
-COMPACT = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle)
+COMPACT = Format(_prepare, _weight, _forward, _grad_input, _grad_values, _obstacle, traced=_traced)

@@ -116,11 +116,9 @@ def _in_graph(x: Tensor) -> bool:
 
 def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if _in_graph(x):
-        format, storage = plan.forward
-        if format.traced is None or len(set(plan.formats)) > 1 or not (x.numel() and plan.nnz):
+        if plan.traced is None or not (x.numel() and plan.nnz):
             return _forward(x, values, bias, *plan.flat())
-        weight = format.traced(values, plan.layer, storage, x.dtype)
-        return format.forward(x, weight, bias, plan.layer, storage)
+        return plan.traced(x, values, bias, plan.layer, plan.storages)
     if torch.is_grad_enabled():
         return _Forward.apply(x, values, bias, plan)
     return _run_forward(x, values, bias, plan)[0]

@@ -55,8 +55,10 @@ class Plan:
             d * (r - 1) + 1 - 2 * p for r, p, d in zip(layer.shape[2:], pad, dilation, strict=True)
         ]
         self.least = tuple(least)
+        forward, dx, dw = (name.partition("/")[0] for name in formats)
         # Whether dX takes the weight that forward has made.
-        self.once = formats[0].partition("/")[0] == formats[1].partition("/")[0]
+        self.once = forward == dx
+        self.traced = self.forward[0].traced if forward == dx == dw else None
 
     def flat(self) -> tuple[str, list[Tensor], list[int]]:
         """All of it as an operator's schema takes it."""

@@ -108,7 +108,15 @@ def _weight(
     return weight, storage.fill
 
 
-def _traced(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
+def _traced(
+    x: Tensor, values: Tensor, bias: Tensor | None, layer: Layer, storages: Sequence[Storage]
+) -> Tensor:
+    return _forward(
+        x, _traced_weight(values, layer, storages[0], x.dtype), bias, layer, storages[0]
+    )
+
+
+def _traced_weight(values: Tensor, layer: Layer, storage: Storage, dtype: torch.dtype) -> Tensor:
     values = values.to(dtype)
     if _whole(storage):
         return values.view(layer.shape)

@@ -16,7 +16,7 @@ from .engine import (
 )
 from .evaluation import Evaluation
 from .feeds import Feed, Given, Loaded, Resident, feed_of
-from .layout import Layout, capturable_, state_kept
+from .layout import Layout, capturable_, state_kept, takes_images
 from .own_loop import TrainStep, graphed
 from .training_step import TrainingStep
 
@@ -45,4 +45,5 @@ __all__ = [
     "stamp",
     "state_kept",
     "structure",
+    "takes_images",
 ]

@@ -47,6 +47,13 @@ class Layout:
         return x
 
 
+def takes_images(model: nn.Module) -> bool:
+    """Whether the memory format of images may matter to it; a planned convolution's parameter is a vector."""
+    if any(p.ndim == 4 for p in model.parameters()):
+        return True
+    return any(isinstance(module, nn.Conv2d) for module in model.modules())
+
+
 def _images(model: nn.Module) -> Iterator[tuple[nn.Module, str, str]]:
     for module in model.modules():
         for table in ("_parameters", "_buffers"):

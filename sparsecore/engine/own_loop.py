@@ -12,7 +12,7 @@ from ..batches import Batch
 from .auto import launch
 from .engine import check_engine, stamp
 from .feeds import Given
-from .layout import capturable_
+from .layout import capturable_, takes_images
 from .training_step import Loss, Penalty, TrainingStep
 
 
@@ -76,7 +76,7 @@ class TrainStep:
         )  # fmt: skip
         self._step, self._feed = step, Given(device)
         self._feed.put((example, None))  # its shape is the usual one
-        layouts = any(p.ndim == 4 for p in model.parameters())
+        layouts = takes_images(model)
         self._engine = launch(step.become, self._feed, engine=engine, steps=steps, layouts=layouts)
         self.told = self._engine.told or str(self._engine.way)
 

@@ -29,6 +29,7 @@ from ..engine import (
     plainly,
     state_kept,
     structure,
+    takes_images,
 )
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
@@ -305,7 +306,7 @@ class _ContinuousEpochs(StepEpochs):
             engine=search.engine,
             steps=steps,
             saved=saved,
-            layouts=any(len(shape) == 4 for shape in shapes.values()),
+            layouts=takes_images(net),
         )
 
     def natural_sparsity(self) -> float:

@@ -15,7 +15,7 @@ from .. import checkpoints
 from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
-from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch
+from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch, takes_images
 from ..gates import TopK
 from ..granularity import Granularity, Weight
 from ..nn import SparseLayer
@@ -217,7 +217,7 @@ class _PopupEpochs(StepEpochs):
             engine=search.engine,
             steps=steps,
             saved=saved,
-            layouts=any(layer.raw_weight.ndim == 4 for layer in sparse_layers(net).values()),
+            layouts=takes_images(net),
         )
 
     def scores(self) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..batches import EpochBatches, Numbered
-from ..engine import Way, feed_of, launch
+from ..engine import Way, feed_of, launch, takes_images
 from ..objectives import TeacherMemory
 from ..patterns import Gated, Masked
 from ..progress import Advance
@@ -47,7 +47,7 @@ class GateEpochs(Epochs):
             steps=self.steps,
             saved=saved,
             start=Way(channels_last=bool(search.channels_last)),
-            layouts=free and any(p.ndim == 4 for p in model.parameters()),
+            layouts=free and takes_images(model),
         )
 
     @property

@@ -161,10 +161,11 @@ class Rewinding:
                 if self.rewind == "learning-rate":
                     start = done.trained
                 facts = {name: getattr(done, name) for name in ("density", "accuracy", "seconds")}
-                told.append(facts)
+                told.append(facts | {"engine": done.engine})
                 advance(**{name: value for name, value in facts.items() if value is not None})
         meta = self._meta(sparsity) | {
             "search_seconds": sum(facts["seconds"] for facts in told),
+            "engine": told[-1]["engine"],
             "rounds": told,
             "progress": [
                 {"epoch": i, "sparsity": 1 - r["density"], "accuracy": r["accuracy"]}
@@ -230,7 +231,13 @@ class Rewinding:
             raise SearchError(f"round {asked.index}: {error}") from error
         trained = dense_state(network)
         accuracy = None if watch is None else float(watch(network))
-        done = replace(asked, trained=trained, seconds=history.seconds, accuracy=accuracy)
+        done = replace(
+            asked,
+            trained=trained,
+            seconds=history.seconds,
+            accuracy=accuracy,
+            engine=history.way,
+        )
         files.keep(done)
         return done
 

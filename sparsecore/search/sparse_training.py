@@ -169,7 +169,7 @@ class AbstractSparseTraining(ABC):
             )
         except ValueError as error:
             raise SearchError(f"{self.name}: {error}") from error
-        meta = self._meta(sparsity) | {"updates": len(schedule)}
+        meta = self._meta(sparsity) | {"updates": len(schedule), "engine": history.way}
         if watch is not None:
             meta["progress"] = [
                 {"epoch": record["epoch"], "accuracy": record["watched"]}

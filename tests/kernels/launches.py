@@ -8,7 +8,11 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from functorch.compile import make_boxed_func
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
+from torch._higher_order_ops.triton_kernel_wrap import kernel_side_table
+from torch._library.triton import get_triton_kernels_for_op
 from triton import knobs
 
 from bench import host
@@ -91,8 +95,45 @@ def launches_of_a_step(format: str, steps: int) -> list[str]:
     return sorted(name for name, _ in found)
 
 
+def graphs_of_a_step(format: str, conv: bool, batches: list[int]) -> list[list[str]]:
+    """What torch.compile makes of a layer: kernels and operators that are not torch's own, a graph each."""
+    found: list[list[str]] = []
+
+    def noting(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
+        names = []
+        for node in graph.graph.nodes:
+            if "kernel_idx" in node.kwargs:
+                kernel = kernel_side_table.get_kernel(node.kwargs["kernel_idx"])
+                names.append(kernel.fn.fn.__name__)
+            elif isinstance(node.target, torch._ops.OpOverload) and "aten" not in str(node.target):
+                names.append(str(node.target))
+        found.append(names)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    layer = host.layer_of(format, conv)
+    backend = aot_autograd(fw_compiler=noting, bw_compiler=noting)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=len(batches) > 1)
+    for batch in batches:
+        x = torch.zeros((batch, 128, 4, 4) if conv else (batch, 128), requires_grad=True)
+        host.training_step(compiled, [x, *layer.parameters()])
+    return found
+
+
 if __name__ == "__main__":
     host._Driver.launcher_cls = Noting
     host.launch_nothing()
     plans = {name: launches_of_a_step(name, 2) for name in host.PLANS}
-    print(json.dumps({"kinds": as_triton_launches(), "plans": plans}))
+    graphs = {
+        f"{format} {'conv' if conv else 'linear'}": graphs_of_a_step(format, conv, batches)
+        for format in ("block:64x64", "block:64x64/2")
+        for conv in (False, True)
+        for batches in ([8],)
+    }
+    graphs["open"] = graphs_of_a_step("block:64x64", False, [8, 24, 40])
+    known = {
+        kernel.fn.__name__
+        for name in ("block_layer", "block_layer_dx", "block_layer_dw")
+        for kernel in get_triton_kernels_for_op(f"sparsecore::{name}")
+    }
+    print(json.dumps({"kinds": as_triton_launches(), "plans": plans, "graphs": graphs, "known": sorted(known)}))

@@ -28,13 +28,27 @@ def compiled() -> dict[str, Any]:
 def test_a_launch_is_tritons_of_the_same_arguments(compiled: dict[str, Any]) -> None:
     kinds = compiled["kinds"]
     assert all(same for same, _ in kinds.values())
-    assert {name for name, (_, around) in kinds.items() if not around} == {"misaligned", "hooked"}
+    assert {name for name, (_, around) in kinds.items() if not around} == {"hooked"}
 
 
 def test_values_are_packed_once_a_step(compiled: dict[str, Any]) -> None:
     products = ["_dvalues_kernel", "_dx_kernel", "_fwd_kernel"]
     assert compiled["plans"]["block:64x64"] == [*products, "_gather_kernel"]
     assert compiled["plans"]["state"] == ["_gather_kernel", "_scatter_kernel"]
+
+
+def test_a_compiler_sees_the_kernels_and_no_operator(compiled: dict[str, Any]) -> None:
+    """Hence there is no Python for a layer when a compiled step runs; one graph serves open batch sizes."""
+    for name, graphs in compiled["graphs"].items():
+        assert [sorted(graph) for graph in graphs] == [
+            ["_fwd_kernel", "_gather_kernel"],
+            ["_dvalues_kernel", "_dx_kernel"],
+        ], name
+
+
+def test_a_compiler_knows_which_kernels_an_operator_has(compiled: dict[str, Any]) -> None:
+    """By them PyTorch's cache of compiled graphs tells whether what it holds is still right."""
+    assert compiled["known"] == ["_dvalues_kernel", "_dx_kernel", "_fwd_kernel", "_gather_kernel"]
 
 
 # --- What is packed once is never stale -------------------------------------------------------------
