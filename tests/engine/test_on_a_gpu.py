@@ -109,8 +109,8 @@ def test_compiled_runs_are_the_run(name: str, engine: str, digits: Dataset) -> N
     require_alike(found, expected)
 
 
-@pytest.mark.parametrize("plan", ["mask", "state", "compact", "block:16x16"])
-@pytest.mark.parametrize("engine", ["graph", "compile-graph"])
+@pytest.mark.parametrize("plan", ["mask", "state", "compact", "block:16x16", "block:16x16/2"])
+@pytest.mark.parametrize("engine", ["graph", "compile", "compile-graph"])
 def test_plans_are_launched_alike(plan: str, engine: str) -> None:
     def trained(how: str) -> History:
         model = sc.sparsify_(mlp(features=32, hidden=64, classes=16).to(DEVICE))

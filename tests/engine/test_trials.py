@@ -228,6 +228,24 @@ def test_three_dimensions_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "channels_last: " in told and "Error" not in told
 
 
+@pytest.mark.parametrize("plan", ["state", "csr", "compact"])
+def test_planned_convolutions_are_tried_in_another_memory_format(
+    plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their parameters are vectors, and no image is among them."""
+    always(monkeypatch, compiles=1e9)
+    build = lambda: nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(64, 4))  # noqa: E731
+    model = sc.sparsify_(seeded(build))
+    for i, layer in enumerate(sc.sparse_layers(model).values()):
+        layer.set_mask_(randn(*layer.weight_shape, seed=i) > 0)
+    sc.plan_(model, plan)
+    assert all(p.ndim == 1 for p in model.parameters())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    x = randn(8, 1, 6, 6), torch.arange(8) % 4
+    told = sc.TrainStep(model, F.cross_entropy, optimizer, x).told
+    assert "channels_last: " in told and "Error" not in told
+
+
 def test_a_loss_with_parameters_is_tried_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     always(monkeypatch, compiles=1e9)
     model, centres = mlp(), mlp(4, 4, 4)

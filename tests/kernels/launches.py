@@ -136,4 +136,13 @@ if __name__ == "__main__":
         for name in ("block_layer", "block_layer_dx", "block_layer_dw")
         for kernel in get_triton_kernels_for_op(f"sparsecore::{name}")
     }
-    print(json.dumps({"kinds": as_triton_launches(), "plans": plans, "graphs": graphs, "known": sorted(known)}))
+    print(
+        json.dumps(
+            {
+                "kinds": as_triton_launches(),
+                "plans": plans,
+                "graphs": graphs,
+                "known": sorted(known),
+            }
+        )
+    )
