@@ -29,6 +29,7 @@ def remembered(decide: Function) -> Function:
         except TypeError:  # a size that a compiler leaves open cannot be looked up
             return decide(*args)
 
+    found.cache_clear = kept.cache_clear  # pyright: ignore[reportAttributeAccessIssue]
     return found  # pyright: ignore[reportReturnType]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
+from threading import Lock
 from typing import cast
 
 import torch
@@ -166,8 +167,6 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     """
     modes = {module: module.training for module in model.modules()}
     running: dict[nn.Module, dict[str, Tensor | None]] = {}
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     model.eval()
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -175,13 +174,39 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             running[module] = module._buffers.copy()
             module._buffers.update(running_mean=None, running_var=None)
     try:
-        yield
+        with _unfused:
+            yield
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
         for module, buffers in running.items():
             module._buffers.update(buffers)
         for module, mode in modes.items():
             module.training = mode
+
+
+class _Unfused:
+    """PyTorch's fused evaluation of transformers is off while anybody is within: it is the process's, not a model's.
+
+    Who leaves last puts it back, as threads and generators leave in any order.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.within, self.before = Lock(), 0, True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if self.within == 0:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+                torch.backends.mha.set_fastpath_enabled(False)
+            self.within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.within -= 1
+            if self.within == 0:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_unfused = _Unfused()
 
 
 def _as_predicate(filter_fn: Filter) -> Callable[[str, nn.Module], bool]:

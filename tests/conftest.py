@@ -45,6 +45,13 @@ def global_generator_untouched() -> Iterator[None]:
     assert torch.equal(before, torch.get_rng_state()), "torch's global generator was used"
 
 
+@pytest.fixture(autouse=True)
+def fused_transformers_untouched() -> Iterator[None]:
+    """Searches turn PyTorch's fused evaluation off, for the whole process, and back on."""
+    yield
+    assert torch.backends.mha.get_fastpath_enabled(), "fused evaluation of transformers was left off"
+
+
 @pytest.fixture
 def eager_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     """Everything of torch.compile but machine code, which takes its time."""

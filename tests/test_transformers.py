@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import sparsecore as sc
 from sparsecore.attention import Projection, projections
-from sparsecore.convert import plain_state
+from sparsecore.convert import batch_statistics, plain_state
 from sparsecore.nn import weight_key
 
 
@@ -184,6 +184,16 @@ def test_searches_side_by_side_find_what_each_finds_alone() -> None:
     model, search = sc.sparsify_(seeded(Sentences)), sc.ConcreteSearch(epochs=1)
     many = search.many(model, BATCHES, sparsities=[0.5, 0.8], seeds=[0, 0])
     assert many[1].hash == search(model, BATCHES, sparsity=0.8).hash
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_the_fused_encoder_is_back_when_the_last_search_leaves() -> None:
+    first, second = (batch_statistics(sc.sparsify_(seeded(Sentences))) for _ in range(2))
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert not torch.backends.mha.get_fastpath_enabled()
+    second.__exit__(None, None, None)
     assert torch.backends.mha.get_fastpath_enabled()
 
 
