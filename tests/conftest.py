@@ -49,7 +49,9 @@ def global_generator_untouched() -> Iterator[None]:
 def fused_transformers_untouched() -> Iterator[None]:
     """Searches turn PyTorch's fused evaluation off, for the whole process, and back on."""
     yield
-    assert torch.backends.mha.get_fastpath_enabled(), "fused evaluation of transformers was left off"
+    assert torch.backends.mha.get_fastpath_enabled(), (
+        "fused evaluation of transformers was left off"
+    )
 
 
 @pytest.fixture

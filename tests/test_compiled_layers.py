@@ -1,6 +1,7 @@
 """Every kind of sparse layer in torch.compile: one graph, compiled once, whatever the masks."""
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,6 +85,53 @@ def test_one_graph_for_all_steps_and_copies(kind: str, conv: bool) -> None:
         become(again, kind, seed=2)
     train(compiled, again, x, 2)
     assert counter.frame_count == 1
+
+
+FORMATS = ["state", "csr", "compact"]
+
+
+@pytest.mark.parametrize("formats", [*itertools.product(FORMATS, repeat=3)])
+def test_two_forwards_before_a_backward(formats: tuple[str, str, str]) -> None:
+    """Products in different formats, too, whose scratch no graph may take for what it has saved."""
+    torch._dynamo.reset()
+    layer = seeded(lambda: sc.SparseLinear(8, 6))
+    layer.set_mask_(rand(6, 8) < 0.4)
+    layer.plan_(formats)
+    inputs, found = [*layer.parameters(), *(randn(5, 8, seed=s) for s in (1, 2))], []
+    for t in inputs:
+        t.requires_grad_()
+    for call in (layer, torch.compile(layer, fullgraph=True, backend="aot_eager")):
+        y = call(inputs[-1]) * call(inputs[-2])
+        found.append([y, *torch.autograd.grad(y.sum(), inputs)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("last", [False, True])
+def test_images_stay_in_their_memory_format(format: str, last: bool) -> None:
+    torch._dynamo.reset()
+    layer = seeded(lambda: sc.SparseConv2d(4, 6, 3, padding=1))
+    layer.set_mask_(rand(6, 4, 3, 3) < 0.4)
+    layer.plan_(format)
+    x = randn(2, 4, 9, 7)
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    y = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    assert y.stride() == layer(x).stride()
+
+
+@pytest.mark.parametrize("format", ["state", "compact"])
+def test_a_batch_of_a_size_that_no_graph_knows(format: str) -> None:
+    """As experts have it; and an empty one."""
+    torch._dynamo.reset()
+    layer = seeded(lambda: sc.SparseLinear(8, 6))
+    layer.set_mask_(rand(6, 8) < 0.4)
+    layer.plan_(format)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for batch in (5, 0):
+        x = randn(batch, 8)
+        torch._dynamo.decorators.mark_unbacked(x, 0)
+        torch.testing.assert_close(compiled(x), layer(x))
 
 
 @pytest.mark.parametrize("format", ["state", "compact"])

@@ -45,7 +45,18 @@ def _traced(
     shape = (len(rows), len(columns), *layer.shape[2:])
     weight = values.new_zeros(math.prod(shape), dtype=x.dtype)
     weight = weight.index_put((places,), values.to(x.dtype)).view(shape)
-    return _forward(x, weight, bias, layer, storages[0])
+    small, size = _product(_live(x, columns), weight, layer), layer.output(x.shape)
+    # Not written in place, which loses the memory format of images on the way through a compiler.
+    if layer.conv and not small.is_contiguous():
+        n, *size = size[1], size[0], *size[2:]
+        y = small.new_zeros(*size, n).index_copy(3, rows, small.movedim(1, 3)).movedim(3, 1)
+    else:
+        y = small.new_zeros(size).index_copy(1, rows, small)
+    return y if bias is None else y + bias.to(y.dtype).view(-1, *[1] * (x.ndim - 2))
+
+
+def _product(live: Tensor, weight: Tensor, layer: Layer) -> Tensor:
+    return F.conv2d(live, weight, None, *layer.pairs) if layer.conv else F.linear(live, weight)
 
 
 def _live(x: Tensor, index: Tensor) -> Tensor:
@@ -66,8 +77,7 @@ def _forward(
     x: Tensor, weight: Tensor, bias: Tensor | None, layer: Layer, storage: Storage
 ) -> Tensor:
     rows, columns, _ = storage.tensors
-    live = _live(x, columns)
-    small = F.conv2d(live, weight, None, *layer.pairs) if layer.conv else F.linear(live, weight)
+    small = _product(_live(x, columns), weight, layer)
     y = _empty(small, layer.output(x.shape))
     if bias is None:
         y.zero_()

@@ -116,9 +116,10 @@ def _in_graph(x: Tensor) -> bool:
 
 def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
     if _in_graph(x):
-        if plan.traced is None or not (x.numel() and plan.nnz):
+        if plan.traced is None or not plan.nnz:
             return _forward(x, values, bias, *plan.flat())
-        return plan.traced(x, values, bias, plan.layer, plan.storages)
+        y = plan.traced(x, values, bias, plan.layer, plan.storages)
+        return _strided(y, x, plan.forward[0])
     if torch.is_grad_enabled():
         return _Forward.apply(x, values, bias, plan)
     return _run_forward(x, values, bias, plan)[0]

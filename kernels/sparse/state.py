@@ -169,6 +169,7 @@ def _grad_values(dy: Tensor, x: Tensor, values: Tensor, layer: Layer, storage: S
         return (dy.T @ x).flatten().to(values.dtype)
     out = torch.empty_like(values)
     (local, slab), (rows, *ends) = storage.tensors[2:], storage.numbers
+    slab = slab.data  # scratch too
     slab, start = slab if slab.dtype == dy.dtype else torch.empty_like(slab, dtype=dy.dtype), 0
     if len(ends) == 1:
         _gather(torch.mm(dy.T, x.detach(), out=slab), local, out)

@@ -217,7 +217,15 @@ class _Auto:
 
     def _in_words(self, best: Way) -> str:
         words = [f"{best}: {1e3 * self.times[best].step:.3g} ms a step"]
-        words += [f"{w}: {1e3 * t.step:.3g} ms" for w, t in self.times.items() if w != best]
+        for way, took in self.times.items():
+            if way == best:
+                continue
+            word = f"{way}: {1e3 * took.step:.3g} ms"
+            if way.compiled:
+                word += f" after {took.first:.3g} s of compiling"
+            elif took.step < self.times[best].step:
+                word += ", too little for another memory format"
+            words.append(word)
         words += [f"{way}: {why}" for way, why in self.refused.items()]
         return "; ".join(words)
 
