@@ -278,6 +278,18 @@ def test_metrics_a_kill_left_behind_are_cut(tmp_path: Path) -> None:
     assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
 
 
+def test_a_mask_that_an_average_does_not_know_is_refused() -> None:
+    model = sc.sparsify_(mlp())
+
+    def masked(step: Step) -> None:
+        for layer in sc.sparse_layers(model).values():
+            layer.set_mask_(torch.ones(layer.weight_shape, dtype=torch.bool))
+
+    recipe = Recipe(lr=0.1, epochs=1, ema=0.9)
+    with pytest.raises(ValueError, match="set masks and plans before training"):
+        train(model, Blobs(), None, recipe, after_step=masked)
+
+
 def test_a_killed_process_resumes_to_the_same_weights(tmp_path: Path) -> None:
     script = textwrap.dedent(
         """

@@ -97,6 +97,11 @@ class TrainingStep(AbstractStep):
         average, decay = self.average
         mine = list(chain(average.module.parameters(), average.module.buffers()))
         now = list(chain(self.model.parameters(), self.model.buffers()))
+        if len(mine) != len(now):
+            raise ValueError(
+                f"average of the weights (ema): expected the {len(mine)} tensors that the model had, got "
+                f"{len(now)}; set masks and plans before training, not between its steps, or leave ema out"
+            )
         if self.averaged:
             real = [i for i, t in enumerate(mine) if t.is_floating_point()]
             torch._foreach_lerp_([mine[i] for i in real], [now[i] for i in real], 1 - decay)
