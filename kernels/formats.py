@@ -159,6 +159,12 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def bias_gradient(dy: Tensor, dtype: torch.dtype) -> Tensor:
+    """Of a bias of this dtype, for dy [T, n] or [B, n, H, W]."""
+    sums = dy.sum((0,) if dy.ndim == 2 else (0, 2, 3), dtype=wide(dy.dtype))
+    return sums if sums.dtype == dtype else sums.to(dtype)
+
+
 def conv_grad_input(dy: Tensor, weight: Tensor, layer: Layer, shape: Sequence[int]) -> Tensor:
     """dX of a dense convolution, for an x of this shape: a convolution transposed.
 

@@ -7,7 +7,7 @@ flat: its tensors, and numbers for each of forward, dX and dW, whose tiles diffe
 import torch
 from torch import Tensor
 
-from ..formats import wide
+from ..formats import bias_gradient
 from ..moves import packed_by_kernel
 from .plan import BlockPlan
 from .products import fitting, forward, grad_input, gradient
@@ -62,7 +62,7 @@ def _gradients(ctx, dy: Tensor, dpacked: None):
     if want_values:
         dw = _dw(dy, x, ctx.values, ctx.tensors, dw_numbers, ctx.slide)
     if want_bias:
-        dbias = dy.sum((0,) if dy.ndim == 2 else (0, 2, 3), dtype=wide(dy.dtype)).to(ctx.bias)
+        dbias = bias_gradient(dy, ctx.bias)
     # PyTorch takes an empty list for one of tensors.
     slide = None if ctx.slide else []
     return dx, dw, dbias, [None] * len(ctx.tensors), None, None, None, slide

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ..device import on_gpu
-from ..formats import Format, wide
+from ..formats import Format, bias_gradient
 from .plan import Plan
 
 # --- Products ---------------------------------------------------------------------------------------
@@ -177,9 +177,7 @@ class _Forward(torch.autograd.Function):
         elif want_values:
             dw = _run_dw(dy, x, values, plan)
         if want_bias:
-            over = (0,) if dy.ndim == 2 else (0, 2, 3)
-            dbias = dy.sum(over, dtype=wide(dy.dtype))
-            dbias = dbias if dbias.dtype == ctx.bias else dbias.to(ctx.bias)
+            dbias = bias_gradient(dy, ctx.bias)
         return dx, dw, dbias, None
 
 

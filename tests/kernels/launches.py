@@ -125,10 +125,9 @@ if __name__ == "__main__":
     host.launch_nothing()
     plans = {name: launches_of_a_step(name, 2) for name in host.PLANS}
     graphs = {
-        f"{format} {'conv' if conv else 'linear'}": graphs_of_a_step(format, conv, batches)
+        f"{format} {'conv' if conv else 'linear'}": graphs_of_a_step(format, conv, [8])
         for format in ("block:64x64", "block:64x64/2")
         for conv in (False, True)
-        for batches in ([8],)
     }
     graphs["open"] = graphs_of_a_step("block:64x64", False, [8, 24, 40])
     known = {
