@@ -131,7 +131,11 @@ class Net:
 
 @dataclass(frozen=True)
 class Objective:
-    """A scalar to minimise.  `scale` is the paper's constant c in front of R.
+    """A scalar to minimise.
+
+    `scale`: the constant c in front of R; those of `OBJECTIVES` are the ones of the paper's authors.  Where lambda
+    follows a ratio of gradients (GradBalance) it hardly matters, with a lambda of its own it does: `fixed` and
+    `lagrangian` weigh c R against the excess.
 
     `second_order`: it is made of gradients in the weights (`net.weights()`), so that descending it
     differentiates twice.
@@ -183,19 +187,30 @@ def _standardised(values: Tensor) -> Tensor:
     return (values - values.mean()) / (values.std() + 1e-8)
 
 
-def _matching(sparse: list[Tensor], dense: list[Tensor]) -> Tensor:
+def _standardised_samples(values: Tensor) -> Tensor:
+    """[B, features]: each sample of mean 0 and deviation 1; 0 where all its features are alike."""
+    # At least float32: 1e-9 is nothing in half precision.
+    values = values.flatten(1).to(torch.promote_types(values.dtype, torch.float32))
+    many = values.shape[1] > 1  # a single feature has no deviation from others
+    deviation = values.std(1, correction=int(many), keepdim=True)
+    return (values - values.mean(1, keepdim=True)) / (deviation + 1e-9)
+
+
+def _matching(
+    sparse: list[Tensor], dense: list[Tensor], standardised: Callable[[Tensor], Tensor]
+) -> Tensor:
     pairs = zip(sparse, dense, strict=True)
-    return torch.stack([F.mse_loss(_standardised(s), _standardised(d)) for s, d in pairs]).mean()
+    return torch.stack([F.mse_loss(standardised(s), standardised(d)) for s, d in pairs]).mean()
 
 
 def _features(net: Net, batch: Batch) -> Tensor:
-    """Every activation, and the class scores, without which the last layer would see no gradient."""
+    # Without the class scores the last layer would see no gradient.
     x, _ = batch
     with net.activations() as dense:
-        dense.append(net.dense(x))
+        dense.append(net.dense(x).softmax(-1))
     with net.activations() as sparse:
-        sparse.append(net.sparse(x))
-    return _matching(sparse, dense)
+        sparse.append(net.sparse(x).softmax(-1))
+    return _matching(sparse, dense, _standardised_samples)
 
 
 def _gradients(net: Net, batch: Batch) -> Tensor:
@@ -205,16 +220,22 @@ def _gradients(net: Net, batch: Batch) -> Tensor:
         dense = torch.autograd.grad(F.cross_entropy(net.model(x), y), weights)
     loss = F.cross_entropy(net.sparse(x), y)
     sparse = torch.autograd.grad(loss, weights, create_graph=True)
-    return _matching(list(sparse), list(dense))
+    return _matching(list(sparse), list(dense), _standardised)
 
 
 task = Objective("task", _task)
-loss_change = Objective("loss-change", _loss_change)
-gradient_norm = Objective("gradient-norm", _gradient_norm, second_order=True)
+loss_change = Objective("loss-change", _loss_change, scale=10_000.0)
+"""|L_sparse / L_dense - 1| of the task's loss L."""
+gradient_norm = Objective("gradient-norm", _gradient_norm, scale=1.0, second_order=True)
+"""-||dL_sparse / dtheta||_2 over the weights under gates alone; the authors' norm counts biases and
+normalisation too."""
 reverse_kl = Objective("reverse-kl", _reverse_kl)
 forward_kl = Objective("forward-kl", _forward_kl)
 features = Objective("features", _features)
+"""Mean squared difference between the two networks' activations and softmax of class scores, each sample of each
+standardised over its features; a mean over the layers."""
 gradients = Objective("gradients", _gradients, second_order=True)
+"""The same of the gradients of the weights under gates, each layer's standardised as a whole."""
 
 OBJECTIVES = {
     o.name: o

@@ -39,14 +39,18 @@ def magnitude(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str
 
 
 def snip(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
-    """|dL/dtheta * theta| with the loss averaged over one pass of `batches` (Lee, Ajanthan & Torr 2019).
+    """|dL/dtheta * theta| of the loss over one pass of `batches` (Lee, Ajanthan & Torr 2019).
 
-    More data than the paper's single batch only makes this baseline stronger.
+    Every sample counts the same, also those of a smaller last batch; the scale is that of a sum of means over
+    batches as large as the first.  More data than the paper's single batch only makes this baseline stronger.
     """
     with _differentiable(model) as weights:
         total = [torch.zeros_like(w) for w in weights.values()]
+        size = 0
         for x, y in batches:
-            _add_(total, _gradient(F.cross_entropy(model(x), y), weights))
+            size = size or len(y)
+            loss = F.cross_entropy(model(x), y) * (len(y) / size)
+            _add_(total, _gradient(loss, weights))
     return {
         name: (t * w.detach()).abs() for (name, w), t in zip(weights.items(), total, strict=True)
     }

@@ -106,6 +106,17 @@ def test_snip_is_the_derivative_in_a_mask() -> None:
     assert values["0"][3, 2].item() == pytest.approx(expected, rel=1e-3)
 
 
+def test_snip_counts_every_sample_the_same() -> None:
+    """Batches of 64, 64 and so on with a last one of 3 are one batch of all; of even ones, a sum of means."""
+    model, blobs = sc.sparsify_(mlp()), Blobs(count=195)
+    batches = list(blobs.epoch(0))
+    assert [len(y) for _, y in batches] == [64, 64, 64, 3]
+    together = [tuple(torch.cat(parts) for parts in zip(*batches, strict=True))]
+    parts, whole = snip(model, batches, 0), snip(model, together, 0)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value * 195 / 64, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("batch", [24, 5], ids=["whole", "in parts"])
 def test_grasp_against_the_explicit_hessian(batch: int) -> None:
     model = small()

@@ -8,6 +8,7 @@ import pytest
 import torch
 from helpers import Blobs, rand, randn, seeded, trained_mlp
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import Batch
@@ -15,7 +16,15 @@ from sparsecore.control import (
     CONTROLS,
 )
 from sparsecore.gates import AbstractGate, Concrete
-from sparsecore.objectives import OBJECTIVES, Net, Objective, reverse_kl
+from sparsecore.objectives import (
+    OBJECTIVES,
+    Net,
+    Objective,
+    features,
+    gradient_norm,
+    loss_change,
+    reverse_kl,
+)
 from sparsecore.patterns import Gated
 from sparsecore.search import ConcreteSearch
 
@@ -93,6 +102,69 @@ def test_reverse_kl_by_hand() -> None:
     torch.testing.assert_close(
         OBJECTIVES["forward-kl"](net, (x, y)), backward, rtol=1e-4, atol=1e-4
     )
+
+
+def test_scales_are_the_authors() -> None:
+    scales = {name: objective.scale for name, objective in OBJECTIVES.items()}
+    assert scales.pop("loss-change") == 10_000 and scales.pop("gradient-norm") == 1
+    assert set(scales.values()) == {100}
+
+
+def test_loss_change_and_gradient_norm_by_hand() -> None:
+    net = gated_net(trained_mlp(1))
+    x, y = next(Blobs().epoch(0))
+    sparse, dense = F.cross_entropy(net.sparse(x), y), F.cross_entropy(net.dense(x), y)
+    torch.testing.assert_close(loss_change(net, (x, y)), 10_000 * (sparse / dense - 1).abs())
+    weights = [net.layers[name].raw_weight for name in ("0", "2")]  # no biases
+    found = gradient_norm(net, (x, y))
+    grads = torch.autograd.grad(F.cross_entropy(net.sparse(x), y), weights)
+    torch.testing.assert_close(found, -torch.cat([g.flatten() for g in grads]).norm())
+
+
+def by_sample(values: Tensor) -> Tensor:
+    """[B, ...]: each sample of mean 0 and deviation 1."""
+    rows = values.reshape(len(values), -1)
+    return torch.stack([(row - row.mean()) / (row.std() + 1e-9) for row in rows])
+
+
+def test_features_standardise_each_sample_and_end_in_softmax() -> None:
+    model = seeded(
+        lambda: nn.Sequential(
+            nn.Unflatten(1, (1, 3, 4)), nn.Conv2d(1, 5, 3, padding=1), nn.ReLU(), nn.Flatten(),
+            nn.Linear(60, 6), nn.ReLU(), nn.Linear(6, 4),
+        )
+    )  # fmt: skip
+    net = gated_net(sc.sparsify_(model))
+    x, y = next(Blobs().epoch(0))
+    x = x * torch.logspace(-2, 2, len(x))[:, None]  # samples of very different scales
+
+    def outputs() -> list[Tensor]:
+        images = model[2](model[1](model[0](x)))
+        hidden = model[5](model[4](model[3](images)))
+        return [images, hidden, model[6](hidden).softmax(1)]
+
+    with net.opened():
+        dense = [by_sample(value) for value in outputs()]
+    sparse = [by_sample(value) for value in outputs()]
+    layers = [(s - d).square().mean() for s, d in zip(sparse, dense, strict=True)]
+    torch.testing.assert_close(features(net, (x, y)), 100 * sum(layers) / 3, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [1, 6])
+def test_features_that_are_all_alike_leave_gradients_finite(width: int, dtype: torch.dtype) -> None:
+    """Of a sample that no unit sees, and of a layer of one unit, which has no deviation."""
+    model = seeded(lambda: nn.Sequential(nn.Linear(12, width), nn.ReLU(), nn.Linear(width, 3)))
+    net = gated_net(sc.sparsify_(model))
+    x, y = next(Blobs().epoch(0))
+    x = torch.cat([x, torch.zeros(1, 12)])
+    with torch.no_grad():
+        model[0].bias.fill_(-0.1)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        loss = features(net, (x, torch.cat([y, y[:1]])))
+    assert loss.isfinite() and loss.dtype == torch.float32
+    for grad in torch.autograd.grad(loss, [g.pattern.logits for g in net.layers.values()]):
+        assert grad.isfinite().all()
 
 
 def test_the_teacher_sees_a_sample_once_and_says_the_same_ever_after() -> None:
