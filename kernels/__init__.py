@@ -3,6 +3,7 @@
 from .blocks.algebra import dds, dsd, sdd
 from .blocks.plan import BlockPlan
 from .blocks.products import pack, unpack
+from .dsl import OutOfResources
 from .formats import Layer, kept_index
 from .gated.layers import Choice, choice, forget, gated_conv2d, gated_linear
 from .gates.balance import Rule
@@ -47,6 +48,7 @@ __all__ = [
     "GateBank",
     "GateSpec",
     "Layer",
+    "OutOfResources",
     "Plan",
     "Rule",
     "Unit",

@@ -5,8 +5,7 @@ Output pixel (oh, ow) reads input pixel oh * STRIDE_H + r * DIL_H - PAD_H, and c
 Stride, padding and dilation are constants of a kernel, so that divisions by them are cheap.
 """
 
-import triton
-import triton.language as tl
+from .dsl import tl, triton
 
 
 @triton.jit

@@ -6,11 +6,16 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
+
+from .dsl import MISSING
 
 PROGRAMS = 264  # two waves of the largest GPU, at one program a multiprocessor
 SHARED = 96 * 1024  # bytes of tiles in flight that fit the smallest GPU with asynchronous copies
 GPU = "cuda"  # the type of device that kernels are launched on
-Launch = TypeVar("Launch", bound=Callable)
+# Where operators are plain PyTorch (`device_types`; None is everywhere).
+PLAIN = "cpu" if MISSING is None else None
+Function = TypeVar("Function", bound=Callable)
 
 
 @cache
@@ -36,11 +41,23 @@ def token_splits(
 
 
 def on_gpu(tensor: Tensor) -> bool:
-    """Whether kernels take a tensor as it is, outside of Triton's interpreter."""
+    """Whether a tensor lies where kernels are launched outside of Triton's interpreter."""
     return tensor.device.type == GPU
 
 
-def on_its_device(launch: Launch) -> Launch:
+def by_kernel(tensor: Tensor) -> bool:
+    """Whether kernels take a tensor as it is, outside of Triton's interpreter."""
+    return tensor.device.type == GPU and MISSING is None
+
+
+def gpu_kernel(operator: CustomOpDef) -> Callable[[Function], Function]:
+    """Makes a function what an operator runs on a GPU, if kernels can."""
+    if MISSING is not None:
+        return lambda function: function
+    return operator.register_kernel(GPU)
+
+
+def on_its_device(launch: Function) -> Function:
     """Runs a launcher on the device of the first tensor that it is given."""
 
     @wraps(launch)

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton import knobs
+
+from .dsl import MISSING, knobs
 
 
 class Layer(NamedTuple):
@@ -137,6 +138,8 @@ KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # what Triton's 
 
 def kernel_obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why Triton's products cannot run there in that dtype, or None."""
+    if MISSING is not None:
+        return f"it {MISSING}"
     if device.type != "cuda" and not knobs.runtime.interpret:
         return f"its kernels need a GPU, got {device}"
     if dtype not in KERNEL_DTYPES:

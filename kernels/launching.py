@@ -12,8 +12,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.library import wrap_triton
-from triton import knobs
-from triton.runtime import JITFunction, driver
+
+from .dsl import JITFunction, driver, knobs
 
 Function = TypeVar("Function", bound=Callable)
 

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .device import on_gpu
+from .device import by_kernel
+from .dsl import tl, triton
 from .formats import check_device
 from .launching import Launch, remembered
 from .static import StaticCase, static_case
@@ -98,7 +97,7 @@ def pack_values(
             f"expected values [{len(slot)}] of the plan's kept weights, got {tuple(values.shape)}"
         )
     check_device(values, source)
-    if on_gpu(values):
+    if by_kernel(values):
         if torch.is_grad_enabled():
             return Packed.apply(values, source, slot, shape, dtype)
         return packed_by_kernel(values, source, shape, dtype)

@@ -8,11 +8,10 @@ u lies in [0, 1): exactly 0 can occur, 1 cannot.
 
 import numpy as np
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-from .device import on_its_device
+from .device import by_kernel, on_its_device
+from .dsl import tl, triton
 
 _A, _B = 0xD2511F53, 0xCD9E8D57  # round multipliers
 _KEY_A, _KEY_B = 0x9E3779B9, 0xBB67AE85  # Weyl increments of the key
@@ -107,8 +106,8 @@ def _launch_uniform(out: Tensor, seed: Tensor, step: Tensor, layer: int) -> Tens
 def uniform_(out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool = False) -> Tensor:
     """Fills `out` with u ~ U[0, 1) and returns it; no global generator is touched.
 
-    On a GPU this is the Philox above.  On the CPU it is NumPy's SFC64 seeded from (seed, step,
-    layer): as reproducible, with other bits, since bit-equality costs 19 times as much for the
+    On a GPU this is the Philox above (without Triton in PyTorch).  On the CPU it is NumPy's SFC64
+    seeded from (seed, step, layer): as reproducible, with other bits, since bit-equality costs 19 times as much for the
     266,200 weights of LeNet-300-100 and 180 times for 5 million (torch.rand with a reseeded
     generator costs 1.5 times as much, NumPy's Philox 1.7; two cores, medians of one run).
     `exact=True` asks for the Philox bits there too.
@@ -132,9 +131,9 @@ def uniform_(out: Tensor, seed: Tensor, step: Tensor, layer: int, *, exact: bool
             )
     if out.numel() == 0:
         return out
-    if out.is_cuda:
+    if by_kernel(out):
         return _launch_uniform(out, seed, step, layer)
-    if exact:
+    if exact or out.device.type != "cpu":
         return out.copy_(uniform_ref(out.numel(), seed, step, layer).view_as(out))
     draw = _draw_in_graph if torch.compiler.is_compiling() else _draw
     draw(out, seed, step, layer)

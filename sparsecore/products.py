@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from triton import OutOfResources
 
 from . import kernels
-from .kernels import Layer
+from .kernels import Layer, OutOfResources
 from .patterns import Dense, Masked
 
 

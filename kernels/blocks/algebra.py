@@ -16,6 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from ..device import PLAIN, gpu_kernel
 from .plan import BlockPlan
 from .products import (
     block_forward,
@@ -29,7 +30,7 @@ from .products import (
 # --- Operations -------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("sparsecore::block_dds", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::block_dds", mutates_args=(), device_types=PLAIN)
 def _dds(
     x: Tensor, packed: Tensor, lists: list[Tensor], sides: list[int], transposed: bool
 ) -> Tensor:
@@ -38,7 +39,7 @@ def _dds(
         return x @ (dense if transposed else dense.T)
 
 
-@_dds.register_kernel("cuda")
+@gpu_kernel(_dds)
 def _(x, packed, lists, sides, transposed):
     plan = BlockPlan.unflatten(lists, sides)
     if transposed:
@@ -51,14 +52,14 @@ def _(x, packed, lists, sides, transposed):
     return x.new_empty(x.shape[0], BlockPlan.unflatten(lists, sides).shape[int(transposed)])
 
 
-@torch.library.custom_op("sparsecore::block_sdd", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::block_sdd", mutates_args=(), device_types=PLAIN)
 def _sdd(dy: Tensor, x: Tensor, lists: list[Tensor], sides: list[int]) -> Tensor:
     """Blocks of dy.T @ x, for dy [T, n] and x [T, k]."""
     with torch.autocast("cpu", enabled=False):
         return stored_blocks(dy.T @ x, BlockPlan.unflatten(lists, sides))
 
 
-@_sdd.register_kernel("cuda")
+@gpu_kernel(_sdd)
 def _(dy, x, lists, sides):
     return block_grad_packed(dy, x, BlockPlan.unflatten(lists, sides), [], x.dtype)
 

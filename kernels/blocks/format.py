@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from triton import knobs
 
+from ..dsl import knobs
 from ..formats import Format, Layer, Storage, kernel_obstacle
 from .lists import SIDES
 from .operators import block_layer

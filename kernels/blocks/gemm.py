@@ -14,12 +14,11 @@ PACKED means a decided mask: weights are packed [blocks, UNIT_N, UNIT_K] and lis
 `BlockPlan`, where K counts the inputs of one of GROUPS.  Programs take long rows of blocks first.
 """
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..conv_tiles import input_pixel, output_pixel, pixel_at
 from ..device import SHARED, shared_memory
+from ..dsl import tl, triton
 from ..launching import Launch, remembered
 from .lists import Lists
 from .plan import Walk

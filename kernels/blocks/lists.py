@@ -12,10 +12,9 @@ the open ones first and ascending, and `count` has one element.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..dsl import tl, triton
 from ..gates.formulas import gate_slope, sample_gate, uniform_at
 from ..reference import GateSpec
 from ..units import Unit

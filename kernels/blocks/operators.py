@@ -7,13 +7,17 @@ flat: its tensors, and numbers for each of forward, dX and dW, whose tiles diffe
 import torch
 from torch import Tensor
 
+from ..dsl import MISSING
 from ..formats import bias_gradient
 from ..moves import packed_by_kernel
 from .plan import BlockPlan
 from .products import fitting, forward, grad_input, gradient
 
+# Without Triton nothing launches, and PyTorch would say so at every import.
+_operator = torch.library.triton_op if MISSING is None else torch.library.custom_op
 
-@torch.library.triton_op("sparsecore::block_layer", mutates_args=())
+
+@_operator("sparsecore::block_layer", mutates_args=())
 def block_layer(
     x: Tensor, values: Tensor, bias: Tensor | None,
     tensors: list[Tensor], numbers: list[int], dx_numbers: list[int], dw_numbers: list[int],
@@ -25,7 +29,7 @@ def block_layer(
     return forward(x, packed, bias, plan, fitting(x, x.shape, plan, slide)), packed
 
 
-@torch.library.triton_op("sparsecore::block_layer_dx", mutates_args=())
+@_operator("sparsecore::block_layer_dx", mutates_args=())
 def _dx(
     dy: Tensor, packed: Tensor, shape: list[int],
     tensors: list[Tensor], numbers: list[int], slide: list[int],
@@ -34,7 +38,7 @@ def _dx(
     return grad_input(dy, packed, plan, shape, fitting(dy, shape, plan, slide))
 
 
-@torch.library.triton_op("sparsecore::block_layer_dw", mutates_args=())
+@_operator("sparsecore::block_layer_dw", mutates_args=())
 def _dw(
     dy: Tensor, x: Tensor, dtype: torch.dtype,
     tensors: list[Tensor], numbers: list[int], slide: list[int],

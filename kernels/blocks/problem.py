@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import triton
 from torch import Tensor
 
 from ..conv_tiles import output_size
 from ..device import PROGRAMS, SHARED
+from ..dsl import triton
 from ..units import Unit
 
 

@@ -5,11 +5,10 @@ padding is filled with 0 on the way in and dropped on the way out.
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..device import token_splits
+from ..dsl import tl, triton
 from ..launching import Launch, remembered
 from .gemm import input_tile
 from .plan import BlockPlan

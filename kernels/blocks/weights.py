@@ -4,11 +4,10 @@ Letters as in `gemm`.  Closed units are not read, unless a gate's slope is not 0
 """
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..device import token_splits
+from ..dsl import tl, triton
 from .gemm import input_tile
 from .lists import Lists
 from .problem import (

@@ -19,7 +19,7 @@ from ..blocks.layout import empty, gradient_rows, output_shape, readable, rows
 from ..blocks.lists import check_unit, draw, logit_gradients, transposed
 from ..blocks.problem import problem_of
 from ..blocks.weights import launch_dgate, open_columns, scale
-from ..device import on_its_device
+from ..device import PLAIN, gpu_kernel, on_its_device
 from ..philox import uniform_
 from ..reference import BERNOULLI, GateSpec, sample_ref, slope_ref
 from ..units import Unit, apply_ref, gather_ref, unit_shape
@@ -106,7 +106,7 @@ def _sampled(logits: Tensor, seed: Tensor, step: Tensor, layer: int, gate: list[
     return sample_ref(GateSpec.of(gate), logits, noise.to(logits.dtype))
 
 
-@torch.library.custom_op("sparsecore::block_gated_conv", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::block_gated_conv", mutates_args=(), device_types=PLAIN)
 def _block_gated(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
@@ -122,7 +122,7 @@ def _block_gated(
     return y.copy_(F.conv2d(x, product, bias, *problem.geometry[1:]))
 
 
-_block_gated.register_kernel("cuda")(launch_forward)
+gpu_kernel(_block_gated)(launch_forward)
 
 
 @_block_gated.register_fake
@@ -132,7 +132,7 @@ def _(x, weight, logits, bias, gain, seed, step, layer, gate, unit, axes):
     )
 
 
-@torch.library.custom_op("sparsecore::block_gated_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::block_gated_backward", mutates_args=(), device_types=PLAIN)
 def _backward(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: list[float], unit: list[int], axes: list[int],
@@ -165,7 +165,7 @@ def _backward(
     return dx, dw, torch.empty_like(logits).copy_(dlogits), (z * dz).sum().to(_sum_type(logits))
 
 
-_backward.register_kernel("cuda")(launch_backward)
+gpu_kernel(_backward)(launch_backward)
 
 
 @_backward.register_fake

@@ -12,12 +12,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..conv_tiles import input_pixel, pixel_at
 from ..device import on_its_device
+from ..dsl import tl, triton
 from ..gates.formulas import gate_slope
 from ..reference import CONCRETE, HARD_CONCRETE, GateSpec
 from ..static import StaticCase

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
 
+from ..device import PLAIN, gpu_kernel
 from ..formats import Layer, conv_grad_input
 from ..gates.weight import gated_weight
 from ..philox import storage_noise
@@ -43,7 +44,7 @@ def dlogits_ref(
     return dlogits, (dw * z * gain).to(g.weight.dtype), (dw * g.weight * z).sum()
 
 
-@torch.library.custom_op("sparsecore::gated_dlogits", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::gated_dlogits", mutates_args=(), device_types=PLAIN)
 def _dlogits_op(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: Sequence[float], conv: Sequence[int],
@@ -58,7 +59,7 @@ def _dlogits_op(
     return outs
 
 
-@_dlogits_op.register_kernel("cuda")
+@gpu_kernel(_dlogits_op)
 def _(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: Sequence[float], conv: Sequence[int],

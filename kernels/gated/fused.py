@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..device import PLAIN, gpu_kernel
 from ..philox import storage_noise
 from ..reference import GateSpec, sample_ref, slope_ref
 from .fused_launch import TOKENS, launch_backward, launch_forward
@@ -46,7 +47,7 @@ def backward_ref(dy: Tensor, x: Tensor, g: Gated) -> tuple[Tensor, Tensor, Tenso
 # x [T, k], weight [n, k]; `gate` is a GateSpec.
 
 
-@torch.library.custom_op("sparsecore::fused_gated_linear", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::fused_gated_linear", mutates_args=(), device_types=PLAIN)
 def _op(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: Sequence[float],
@@ -54,7 +55,7 @@ def _op(
     return forward_ref(x, bias, _gated(weight, logits, gain, seed, step, layer, gate))
 
 
-@_op.register_kernel("cuda")
+@gpu_kernel(_op)
 def forward_by_kernel(
     x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: Sequence[float],
@@ -72,7 +73,7 @@ def _(x, weight, logits, bias, gain, seed, step, layer, gate):
 
 
 @torch.library.custom_op(
-    "sparsecore::fused_gated_linear_backward", mutates_args=(), device_types="cpu"
+    "sparsecore::fused_gated_linear_backward", mutates_args=(), device_types=PLAIN
 )
 def _backward_op(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
@@ -87,7 +88,7 @@ def _backward_op(
     return outs
 
 
-@_backward_op.register_kernel("cuda")
+@gpu_kernel(_backward_op)
 def backward_by_kernel(
     dy: Tensor, x: Tensor, weight: Tensor, logits: Tensor, gain: Tensor | None,
     seed: Tensor, step: Tensor, layer: int, gate: Sequence[float], needs: Sequence[bool],

@@ -7,9 +7,7 @@ No part is empty, and the loops say so: with a way around a loop, on which the s
 assembler waits for every single wgmma in it (ptxas C7515), whatever the compiler above it scheduled.
 """
 
-import triton
-import triton.language as tl
-
+from ..dsl import tl, triton
 from ..gates.formulas import gate_slope
 from .tile import gated_tile
 

@@ -3,10 +3,10 @@
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from ..device import PROGRAMS, on_its_device
+from ..dsl import triton
 from ..reference import CONCRETE, HARD_CONCRETE, GateSpec
 from ..static import StaticCase
 from .fused_kernels import _bwd_kernel, _fwd_kernel

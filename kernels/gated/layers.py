@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks.lists import SIDES
+from ..device import by_kernel
+from ..dsl import MISSING, triton
 from ..gates.weight import gated_weight
 from ..reference import CONCRETE, GateSpec
 from ..units import Unit
@@ -162,6 +163,8 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
 def _obstacle(call: _Call, impl: str, x: Tensor) -> str | None:
     """Why a strategy cannot do this at all."""
     unit = call.unit
+    if impl != "materialise" and x.is_cuda and MISSING is not None:
+        return f"it {MISSING}"
     if impl != "materialise" and call.slide is not None and call.slide["groups"] != 1:
         return f"it takes one group, got {call.slide['groups']}"
     if impl in ("epilogue", "fused") and (unit.keep or not unit.single):
@@ -191,8 +194,9 @@ def choice(
 
 
 def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None) -> Choice:
-    if not x.is_cuda:
-        return Choice("materialise", "the other strategies' kernels need a GPU", {})
+    if not by_kernel(x):
+        reason = f"the other strategies' kernels need {'a GPU' if not x.is_cuda else 'Triton'}"
+        return Choice("materialise", reason, {})
     others = [impl for impl in IMPLS[1:] if _obstacle(call, impl, x) is None]
     if call.gate.kind == CONCRETE and "block" in others:
         others.remove("block")  # its gates never close: there is nothing to skip

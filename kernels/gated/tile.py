@@ -8,10 +8,9 @@ four neighbours in k share a Philox counter; FAST takes the GPU's approximate fu
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..dsl import tl, triton
 from ..gates.formulas import sample_gate, uniform_at
 from ..philox import uniform_words
 from ..reference import GateSpec

@@ -3,11 +3,12 @@
 With g = dR/ds, p = size d density/ds, target T, percent c = 100 / T:
 
     excess  = c sum(size density) - 100,      ratio = ||g|| / (c ||p||) where excess > 0, else 0
-    lambda <- keep lambda + follow ratio + ascend excess       (the first step: lambda = ratio if follow > 0)
+    lambda <- keep lambda + follow ratio                       (the first step: lambda = ratio if follow > 0)
     s      <- Adam(s, g + lambda c p),        log_gain <- Adam(log_gain, <dR/dw_eff, w_eff>)
+    lambda <- lambda + (ascend + share lr) excess              (lr: the logits' rate by now)
 
-GradBalance (arXiv 2512.07142, algorithm 1) is (keep, follow, ascend) = (0.99, 0.01, 0), gradient ascent
-on lambda (1, 0, lr), a fixed penalty (1, 0, 0).  With a band the ratio is averaged on both sides of the target,
+GradBalance (arXiv 2512.07142, algorithm 1) is (keep, follow) = (0.99, 0.01), gradient ascent on lambda (1, 0)
+with a rate of its own (ascend) or one that falls with the logits' (share), a fixed penalty (1, 0) alone.  With a band the ratio is averaged on both sides of the target,
 and what pulls is that average times excess / band, from 0 at the target to 1 at the band's end.
 Every program adds up its group's partial sums itself, in the same order, so that nothing waits for
 anything; one program a group stores the new average.
@@ -16,10 +17,9 @@ anything; one program a group stores the new average.
 from typing import NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
+from ..dsl import tl, triton
 from ..launching import Launch, remembered
 from ..reference import CONCRETE, GateSpec
 from ..static import StaticCase, static_case
@@ -51,8 +51,9 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 
 
 class Rule(NamedTuple):
-    """average <- keep average + follow ratio + ascend excess; lambda is it, or the part of it that `band` lets pull.
+    """average <- keep average + follow ratio; lambda is it, or the part of it that `band` lets pull.
 
+    What the next step starts from is average + (ascend + share lr) excess, lr being the logits' rate.
     `band`: percent above the target; 0: none, lambda is the average.
     """
 
@@ -60,6 +61,7 @@ class Rule(NamedTuple):
     follow: float
     ascend: float
     band: float = 0.0
+    share: float = 0.0
 
 
 @triton.jit
@@ -119,7 +121,7 @@ def _balanced_step_kernel(
     target_ptr, lr_ptr, table_ptr, chunk_ptr, group_ptr, segments_count, groups_count,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
     FAST: tl.constexpr, KEEP: tl.constexpr, FOLLOW: tl.constexpr, ASCEND: tl.constexpr,
-    BAND: tl.constexpr, GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
+    BAND: tl.constexpr, SHARE: tl.constexpr, GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     group = tl.load(row + GROUP)
@@ -133,12 +135,13 @@ def _balanced_step_kernel(
     ratio = task / tl.maximum(pull, _TINY)
     if BAND == 0.0:
         ratio = tl.where(excess > 0.0, ratio, 0.0)
-    weight = KEEP * tl.load(control_ptr + groups_count + group) + FOLLOW * ratio + ASCEND * excess
+    weight = KEEP * tl.load(control_ptr + groups_count + group) + FOLLOW * ratio
     if FOLLOW > 0.0:
         weight = tl.where(t == 1, ratio, weight)
     begins = start == 0
     leads = begins & (tl.load(row + FIRST_CHUNK) == first)  # this group's first program
-    tl.store(control_ptr + group, weight, mask=leads)
+    lr = tl.load(lr_ptr)
+    tl.store(control_ptr + group, weight + (ASCEND + SHARE * lr) * excess, mask=leads)
     if BAND > 0.0:
         weight *= tl.clamp(excess / BAND, 0.0, 1.0)
     tl.store(step_ptr, t, mask=tl.program_id(0) == 0)
@@ -154,7 +157,7 @@ def _balanced_step_kernel(
             tl.store(state + 2 * segments_count, m)
             tl.store(state + 3 * segments_count, v)
 
-    units, lr, pull_weight = tl.load(row + UNITS), tl.load(lr_ptr), weight * percent
+    units, pull_weight = tl.load(row + UNITS), weight * percent
     s_offset, g_offset = tl.load(row + LOGITS), tl.load(g_offset_ptr + segment)
     m_offset, v_offset = tl.load(row + FIRST_MOMENT), tl.load(row + SECOND_MOMENT)
     if ALIGNED:
@@ -210,7 +213,7 @@ def _balanced_step(
     constants = {
         "KIND": spec.kind, "A": spec.a, "B": spec.b, "C": spec.c, "SHIFT": spec.shift, "FAST": fast,
         "KEEP": rule.keep, "FOLLOW": rule.follow, "ASCEND": rule.ascend, "BAND": rule.band,
-        "GAIN": gain, "SIZED": sized, "ALIGNED": aligned,
+        "SHARE": rule.share, "GAIN": gain, "SIZED": sized, "ALIGNED": aligned,
     }  # fmt: skip
     numbers = (programs.segments, programs.groups)
     kernel = _balanced_step_kernel
@@ -228,7 +231,8 @@ def static_cases() -> list[StaticCase]:
     concrete = GateSpec(CONCRETE)
     constants = {
         "KIND": concrete.kind, "A": concrete.a, "B": concrete.b, "C": concrete.c, "SHIFT": 0.0,
-        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "GAIN": True, "ALIGNED": True,
+        "FAST": True, "KEEP": 0.99, "FOLLOW": 0.01, "ASCEND": 0.0, "SHARE": 0.0, "GAIN": True,
+        "ALIGNED": True,
     }  # fmt: skip
     per_thread = FLAT_BLOCK // (4 * 32)
     return [

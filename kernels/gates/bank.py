@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..device import PLAIN, gpu_kernel
+from ..dsl import MISSING
 from ..reference import GateSpec, density_ref, density_slope_ref
 from ..units import Unit, unit_shape
 from .balance import Rule, launch_balanced_step
@@ -79,15 +81,15 @@ def launch_bank_step(
 
 
 _sample = torch.library.custom_op(
-    "sparsecore::sample_gates_", sample_gates_ref_, device_types="cpu",
+    "sparsecore::sample_gates_", sample_gates_ref_, device_types=PLAIN,
     mutates_args=("out", "q", "log_gain", "step", "control"),
 )  # fmt: skip
 _backward = torch.library.custom_op(
-    "sparsecore::gates_backward_", gates_backward_ref_, device_types="cpu",
+    "sparsecore::gates_backward_", gates_backward_ref_, device_types=PLAIN,
     mutates_args=("grads", "ds", "pulls", "partials", "out"),
 )  # fmt: skip
 _step = torch.library.custom_op(
-    "sparsecore::balanced_step_", balanced_step_ref_, device_types="cpu",
+    "sparsecore::balanced_step_", balanced_step_ref_, device_types=PLAIN,
     mutates_args=("logits", "m", "v", "log_gain", "step", "control"),
 )  # fmt: skip
 for _operator, _launch in (
@@ -95,13 +97,13 @@ for _operator, _launch in (
     (_backward, launch_gates_backward),
     (_step, launch_bank_step),
 ):
-    _operator.register_kernel("cuda")(_launch)
+    gpu_kernel(_operator)(_launch)
     _operator.register_fake(lambda *args, **kwargs: None)
 
 
 def plain_on(device: torch.device) -> bool:
     """Whether a bank's steps there are plain PyTorch."""
-    return device.type == "cpu"
+    return device.type == "cpu" or MISSING is not None
 
 
 class GateBank:

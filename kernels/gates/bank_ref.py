@@ -116,7 +116,7 @@ def balanced_step_ref_(
     unit: list[int], rule: list[float], hints: list[int], fast: bool,
 ) -> None:  # fmt: skip
     """`pulls` as `gates_backward_ref_` left them."""
-    keep, follow, ascend, band = rule
+    keep, follow, ascend, band, share = rule
     table, _, _, groups = plan
     t, tiny = step[1], torch.finfo(torch.float32).tiny
     weights = []  # of the pulls, lambda times percent, a group
@@ -127,10 +127,10 @@ def balanced_step_ref_(
         ratio = task.sqrt() / (percent * pull.sqrt()).clamp_min(tiny)
         if band == 0:
             ratio = torch.where(excess > 0, ratio, torch.zeros_like(ratio))
-        weight = keep * control[1, group] + follow * ratio + ascend * excess
+        weight = keep * control[1, group] + follow * ratio
         if follow > 0:
             weight = torch.where(t == 1, ratio, weight)
-        control[0, group] = weight
+        control[0, group] = weight + (ascend + share * lr[0]) * excess
         if band > 0:
             weight = weight * (excess / band).clamp(0, 1)
         weights.append(weight * percent)

@@ -3,9 +3,7 @@
 The formulas are in `launch`, which launches these kernels.
 """
 
-import triton
-import triton.language as tl
-
+from ..dsl import tl, triton
 from ..philox import interleave4, uniform_words
 from .formulas import gate_density, gate_slope, load_block, sample_gate, store_block
 from .segment_math import (

@@ -5,10 +5,7 @@ approximate ones (about 2 ulp each); without, Triton's exact ones.  Under the in
 no libdevice, FAST means the same formulas with exact functions.
 """
 
-import triton
-import triton.language as tl
-from triton.language.extra import libdevice
-
+from ..dsl import libdevice, tl, triton
 from ..philox import uniform_words
 from ..reference import BERNOULLI, CONCRETE, EPS, GAUSSIAN, HARD_CONCRETE
 

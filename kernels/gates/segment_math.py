@@ -1,8 +1,6 @@
 """The device side of `segments`: reading the table, and what the kernels of a step share."""
 
-import triton
-import triton.language as tl
-
+from ..dsl import tl, triton
 from . import segments
 
 WEIGHT = tl.constexpr(segments.WEIGHT)

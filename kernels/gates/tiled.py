@@ -3,9 +3,7 @@
 The formulas are in `launch`, which launches these kernels.
 """
 
-import triton
-import triton.language as tl
-
+from ..dsl import tl, triton
 from .formulas import gate_density, gate_slope, sample_gate, uniform_at
 from .segment_math import (
     COLUMN_UNITS,

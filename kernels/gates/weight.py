@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from ..device import PLAIN, gpu_kernel
 from ..philox import storage_noise
 from ..reference import BERNOULLI, GateSpec, sample_ref, slope_ref
 from ..units import Unit, apply_ref, gather_ref, project_ref, unit_shape
@@ -22,7 +23,7 @@ def _plan(geometry: Geometry, unit: Unit, device: torch.device) -> Segments:
     return plan([geometry], unit, [[0] * 6], device)
 
 
-@torch.library.custom_op("sparsecore::gated_weight", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::gated_weight", mutates_args=(), device_types=PLAIN)
 def _gated_weight(
     weight: Tensor, logits: Tensor, log_gain: Tensor | None, seed: Tensor, step: Tensor,
     layer: int, gate: list[float], unit: list[int], fast: bool, dtype: torch.dtype,
@@ -35,7 +36,7 @@ def _gated_weight(
     return product.to(dtype)
 
 
-@_gated_weight.register_kernel("cuda")
+@gpu_kernel(_gated_weight)
 def launch_gated_weight(
     weight: Tensor, logits: Tensor, log_gain: Tensor | None, seed: Tensor, step: Tensor,
     layer: int, gate: list[float], unit: list[int], fast: bool, dtype: torch.dtype,
@@ -57,7 +58,7 @@ def _(weight, logits, log_gain, seed, step, layer, gate, unit, fast, dtype):
     return torch.empty_like(weight, dtype=dtype)
 
 
-@torch.library.custom_op("sparsecore::gated_weight_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("sparsecore::gated_weight_backward", mutates_args=(), device_types=PLAIN)
 def _backward(
     grad: Tensor, weight: Tensor, logits: Tensor, log_gain: Tensor | None, seed: Tensor,
     step: Tensor, layer: int, gate: list[float], unit: list[int], fast: bool, want_weight: bool,
@@ -77,7 +78,7 @@ def _backward(
     )
 
 
-@_backward.register_kernel("cuda")
+@gpu_kernel(_backward)
 def launch_gated_weight_backward(
     grad: Tensor, weight: Tensor, logits: Tensor, log_gain: Tensor | None, seed: Tensor,
     step: Tensor, layer: int, gate: list[float], unit: list[int], fast: bool, want_weight: bool,

@@ -23,16 +23,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..device import on_gpu
+from ..device import by_kernel, on_gpu
 from ..formats import Format, Layer, Storage, conv_backward, conv_grad_input, kept_index
 from ..moves import launch_gather, launch_scatter
 
-_SLAB = {"cpu": 1 << 21, "cuda": 1 << 26}  # elements of dW that are made at a time
+# Elements of dW that are made at a time.
+_SLAB, _SLAB_ON_CPU = 1 << 26, 1 << 21
 
 
 def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
     """Into the places of dense's storage."""
-    if on_gpu(dense):
+    if by_kernel(dense):
         launch_scatter(dense, values.contiguous(), index)
     else:
         # `data`: scratch has no version that autograd should watch.
@@ -42,7 +43,7 @@ def _scatter_(dense: Tensor, values: Tensor, index: Tensor) -> None:
 
 def _gather(dense: Tensor, index: Tensor, out: Tensor) -> None:
     """Out of the places of dense's storage."""
-    if on_gpu(dense):
+    if by_kernel(dense):
         launch_gather(dense, index, out)
         return
     dense = dense.as_strided((dense.numel(),), (1,))
@@ -73,10 +74,13 @@ def _prepare(mask: Tensor, layer: Layer, dtype: torch.dtype) -> Storage:
         n, k, r, s = mask.shape
         place = torch.arange(mask.numel(), dtype=index.dtype, device=mask.device)
         index = place.view(n, r, s, k).permute(0, 3, 1, 2)[mask]
-    local, index = index, index if mask.is_cuda else index.long()  # the CPU scatters by int64 alone
+    local = index
+    if not by_kernel(mask):  # PyTorch scatters by int64 alone
+        index = index.long()
     if layer.conv:
         return Storage([index, weight], [])
-    rows = max(1, _SLAB[mask.device.type] // max(mask.shape[1], 1))
+    slab = _SLAB_ON_CPU if mask.device.type == "cpu" else _SLAB
+    rows = max(1, slab // max(mask.shape[1], 1))
     slabs = [int(slab.sum()) for slab in mask.split(rows)]
     slab = weight.new_empty(min(rows, mask.shape[0]), mask.shape[1])
     tensors = [index, weight, local % (rows * mask.shape[1]), slab]
