@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,45 +9,27 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from .folders import DataWarning, Item, find_images
+from .images import DataError, ImageFiles
+from .survey import Survey, moments, remember, remembered, sample_of, survey
+
+__all__ = [
+    "Batches",
+    "DataError",
+    "DataWarning",
+    "Dataset",
+    "ImageFiles",
+    "Split",
+    "corrupted",
+    "limited",
+    "load",
+]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
 EAGER_BYTES = 2 << 30  # a folder whose pixels fit in this much is decoded once and kept
 _PAD = 4  # of the random crop
-
-
-class DataError(ValueError):
-    """Data that cannot be used: what was expected, what was found, how to mend it."""
-
-
-class ImageFiles:
-    """Images decoded when asked for: indexing by int64 [B] gives uint8 [B, C, H, W]."""
-
-    def __init__(self, paths: list[Path], size: int, threads: int = 4) -> None:
-        self.paths, self.size = paths, size
-        self._pool = ThreadPoolExecutor(threads)
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: Tensor) -> Tensor:
-        paths = [self.paths[i] for i in index.tolist()]
-        return torch.stack(list(self._pool.map(self._decode, paths)))
-
-    def _decode(self, path: Path) -> Tensor:
-        try:
-            with Image.open(path) as image:
-                rgb = image.convert("RGB")
-        except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-            raise DataError(f"{path}: expected a readable image ({error}); remove it") from None
-        if rgb.size != (self.size, self.size):
-            scale = self.size / min(rgb.size)  # shorter side, then the centre
-            width, height = (max(self.size, round(side * scale)) for side in rgb.size)
-            left, top = (width - self.size) // 2, (height - self.size) // 2
-            rgb = rgb.resize((width, height), Image.Resampling.BILINEAR)
-            rgb = rgb.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(rgb)).permute(2, 0, 1)
 
 
 @dataclass(frozen=True)
@@ -105,12 +86,22 @@ def load(
     Args:
         data_dir: where the files lie, as torchvision lays them out; nothing is downloaded then.
             For cifar10 also an image folder `cifar10-jpeg/{train,test}/<class>/`.
-        image_size: side of a folder's images; by default the first image's shorter side.
+        image_size: side of a folder's images; by default the median of their shorter sides.
+
+    folder:PATH is PATH/{train,test}/<class>/* (val, valid, validation, dev or eval in place of test), or
+    PATH/<class>/* with every sixth image as the test split (`folders.find_images`).  Images become RGB, upright, over
+    white; deeper grey is scaled to 8 bits (`images.read_rgb`).  Mean and standard deviation are those of at most
+    2,048 training images, and are remembered in PATH.
 
     Errors: DataError for an unknown name, a missing folder or set, a failed download, damaged files.
     """
     if name.startswith("folder:"):
-        return _folder(name, Path(name.removeprefix("folder:")), image_size)
+        path = name.removeprefix("folder:")
+        if not path:
+            raise DataError(
+                "data: expected folder:PATH, got no path; folder:. is the current folder"
+            )
+        return _folder(name, Path(path).expanduser(), image_size)
     if name == "digits":
         return _digits()
     if name not in _KNOWN:
@@ -165,7 +156,7 @@ def limited(dataset: Dataset, samples: int | None) -> Dataset:
     if isinstance(train.images, Tensor):
         images: Tensor | ImageFiles = train.images[chosen]
     else:
-        images = ImageFiles([train.images.paths[i] for i in chosen.tolist()], train.images.size)
+        images = train.images.part(chosen)
     return replace(dataset, train=Split(images, train.labels[chosen]))
 
 
@@ -201,7 +192,7 @@ def _digits() -> Dataset:
     labels = torch.from_numpy(raw.target).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
     test, train = order[: len(order) // 5], order[len(order) // 5 :]
-    mean, std = _moments(images[train])
+    mean, std = moments(images[train])
     return Dataset(
         "digits",
         Split(images[train], labels[train]),
@@ -215,68 +206,26 @@ def _digits() -> Dataset:
 
 
 def _folder(name: str, root: Path, image_size: int | None) -> Dataset:
-    """PATH/{train,test|val}/<class>/*, or PATH/<class>/* with every sixth image as the test split."""
-    if not root.is_dir():
-        raise DataError(f"data folder {root}: expected a folder, found nothing there")
-    names = [part for part in ("test", "val") if (root / part).is_dir()]
-    if (root / "train").is_dir() and names:
-        classes, train = _list(root / "train")
-        test_classes, test = _list(root / names[0])
-        if test_classes != classes:
-            raise DataError(
-                f"{root}: expected the same class folders in train and {names[0]}, got "
-                f"{len(classes)} and {len(test_classes)}"
-            )
-    else:
-        classes, listed = _list(root)
-        test = listed[::6]
-        train = [item for i, item in enumerate(listed) if i % 6]
-    if image_size is None:
-        with Image.open(train[0][0]) as first:
-            image_size = min(first.size)
-    if image_size < 1:
+    if image_size is not None and image_size < 1:
         raise DataError(f"image size: expected at least 1 pixel, got {image_size}")
-    train_split, test_split = (_split(items, image_size) for items in (train, test))
-    sample = torch.linspace(0, len(train) - 1, min(len(train), 2048)).long()
-    mean, std = _moments(train_split.images[sample])
-    return Dataset(
-        name,
-        train_split,
-        test_split,
-        len(classes),
-        (3, image_size, image_size),
-        mean,
-        std,
-        flip_crop=True,
-    )
+    found = find_images(root)
+    paths = [path for path, _ in found.train]
+    known = remembered(root, paths, image_size)
+    seen = known or survey(paths, image_size)
+    train, test = (_split(items, seen) for items in (found.train, found.test))
+    if known is None:
+        seen = replace(seen, moments=moments(train.images, sample_of(len(train))))
+        remember(root, paths, image_size, seen)
+    assert seen.moments is not None
+    shape = (3, seen.size, seen.size)
+    return Dataset(name, train, test, len(found.classes), shape, *seen.moments, flip_crop=True)
 
 
-def _list(root: Path) -> tuple[list[str], list[tuple[Path, int]]]:
-    try:
-        found = torchvision.datasets.ImageFolder(str(root), allow_empty=True)
-    except (FileNotFoundError, OSError) as error:
-        raise DataError(f"{root}: expected class folders with images ({error})") from None
-    if len(found.classes) < 2 or not found.samples:
-        raise DataError(
-            f"{root}: expected at least 2 class folders with images, got "
-            f"{len(found.classes)} with {len(found.samples)}"
-        )
-    return found.classes, [(Path(path), label) for path, label in found.samples]
-
-
-def _split(items: list[tuple[Path, int]], size: int) -> Split:
-    if not items:
-        raise DataError("image folder: a split is empty; add images")
-    images: Tensor | ImageFiles = ImageFiles([path for path, _ in items], size)
-    if len(items) * 3 * size * size <= EAGER_BYTES:
+def _split(items: list[Item], seen: Survey) -> Split:
+    images: Tensor | ImageFiles = ImageFiles([p for p, _ in items], seen.size, whites=seen.whites)
+    if len(items) * 3 * seen.size**2 <= EAGER_BYTES:
         images = images[torch.arange(len(items))]
     return Split(images, torch.tensor([label for _, label in items]))
-
-
-def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    pixels = images.double() / 255
-    std, mean = torch.std_mean(pixels, (0, 2, 3))
-    return tuple(mean.tolist()), tuple(std.clamp_min(1e-3).tolist())
 
 
 class Batches:

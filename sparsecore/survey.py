@@ -1,0 +1,133 @@
+"""What a folder's training images have in common, looked at once and remembered beside them."""
+
+import contextlib
+import hashlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median_low
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from . import safefile
+from .images import WHITES, DataError, ImageFiles, deep_grey, read_header
+
+SAMPLE = 2048  # images that are looked at, evenly over all
+CHUNK_BYTES = 32 << 20  # of pixels that are counted at once
+_FILE = ".sparsecore-moments.safetensors"
+_VERSION = "1"  # of how images are read: what an older one remembered is looked at again
+_STD_FLOOR = 1e-3  # images of one colour would be divided by zero
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Of a folder's training images.
+
+    Attributes:
+        size: the median of the shorter sides in pixels, or what was asked for.
+        whites: the value that is white, by Pillow's mode (`images.ImageFiles`).
+        moments: mean and standard deviation of each channel, in [0, 1]; None: not looked at yet.
+    """
+
+    size: int
+    whites: dict[str, int]
+    moments: Moments | None = None
+
+
+def sample_of(count: int) -> Tensor:
+    """int64 [min(count, 2048)]: which of so many images are looked at."""
+    return torch.linspace(0, count - 1, min(count, SAMPLE)).long()
+
+
+def survey(paths: Sequence[Path], image_size: int | None) -> Survey:
+    """Size and whites of the images, of which headers alone are read, and the pixels of 32-bit ones.
+
+    Errors: DataError, naming an image that cannot be read.
+    """
+    chosen = [paths[i] for i in sample_of(len(paths)).tolist()]
+    headers = [read_header(path) for path in chosen]
+    size = image_size or median_low(side for _, side in headers)
+    whites = dict(WHITES)
+    for mode in WHITES:
+        deep = [path for path, (found, _) in zip(chosen, headers, strict=True) if found == mode]
+        if deep:
+            whites[mode] = _white(mode, max(map(_largest, deep)))
+    return Survey(size, whites)
+
+
+def _largest(path: Path) -> float:
+    with contextlib.suppress(Exception), Image.open(path) as image:
+        image.load()
+        values = deep_grey(image)
+        return 0.0 if values is None else float(np.nanmax(values))
+    return 0.0  # damaged: told where it is decoded
+
+
+def _white(mode: str, largest: float) -> int:
+    """One scale for a whole set: by itself a dark image of one range looks like a bright one of another."""
+    if mode == "F" and largest <= 1:
+        return 1
+    return 255 if largest <= 255 else 65535
+
+
+def moments(images: Tensor | ImageFiles, rows: Tensor | None = None) -> Moments:
+    """Mean and standard deviation of each channel of uint8 [N, C, H, W], in [0, 1]; of these rows alone, int64 [M].
+
+    How often each value occurs says all of them, exactly, and needs no more memory than a few images.
+    """
+    rows = torch.arange(len(images)) if rows is None else rows
+    first = images[rows[:1]]
+    counts = torch.zeros(first.shape[1], 256, dtype=torch.int64)
+    for chunk in rows.split(max(1, CHUNK_BYTES // first.numel())):
+        for channel, values in enumerate(images[chunk].transpose(0, 1)):
+            counts[channel] += torch.bincount(values.reshape(-1), minlength=256)
+    levels = torch.arange(256, dtype=torch.float64) / 255
+    total = counts.sum(1)
+    mean = (counts * levels).sum(1) / total
+    variance = (counts * (levels - mean[:, None]) ** 2).sum(1) / (total - 1).clamp_min(1)
+    return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(_STD_FLOOR).tolist())
+
+
+def remembered(root: Path, paths: Sequence[Path], image_size: int | None) -> Survey | None:
+    """What `remember` wrote for these very files, by name, size and time; None if there is nothing of use."""
+    path = root / _FILE
+    if not path.is_file():
+        return None
+    try:
+        tensors, meta = safefile.read(path, kind="moments")
+        size, whites = int(meta["size"]), {mode: int(meta["whites"][mode]) for mode in WHITES}
+        mean, std = (tuple(tensors[name].tolist()) for name in ("mean", "std"))
+        fits = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
+    except (ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: looked at again
+        return None
+    if not fits or size < 1 or meta.get("key") != _key(root, paths, image_size):
+        return None
+    return Survey(size, whites, (mean, std))
+
+
+def remember(root: Path, paths: Sequence[Path], image_size: int | None, found: Survey) -> None:
+    """Writes a survey beside the images, where that is allowed: whoever reads them has it then, moved or shared."""
+    assert found.moments is not None
+    mean, std = (torch.tensor(values, dtype=torch.float64) for values in found.moments)
+    meta = {"key": _key(root, paths, image_size), "size": found.size, "whites": found.whites}
+    with contextlib.suppress(safefile.FileError):  # a folder of somebody else's, a full disk
+        safefile.write(root / _FILE, {"mean": mean, "std": std}, meta, kind="moments")
+
+
+def _key(root: Path, paths: Sequence[Path], image_size: int | None) -> str:
+    digest = hashlib.sha256(f"{_VERSION}/{image_size}".encode())
+    for path in paths:
+        try:
+            status = path.stat()
+        except OSError as error:
+            raise DataError(f"{path}: expected a readable image ({error.strerror})") from None
+        name = os.fsencode(path.relative_to(root))
+        digest.update(b"\0%s\0%d\0%d" % (name, status.st_size, status.st_mtime_ns))
+    return digest.hexdigest()
