@@ -4,10 +4,11 @@ The search descends g_R + lambda * g_S, where g_S = d excess / d logits and
 excess = 100 * (expected density / target density - 1).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +24,7 @@ class Reading(NamedTuple):
     task_norm: Tensor  # ||g_R||_2 over all logits
     sparsity_norm: Tensor  # ||g_S||_2 over all logits
     excess: Tensor  # percent above the target density; negative once below
+    lr: Tensor | None = None  # the logits' learning rate by now
 
 
 class AbstractController(ABC):
@@ -109,9 +111,23 @@ class GradBalance(AbstractController):
 
 @dataclass(frozen=True)
 class Lagrangian(AbstractController):
-    """Gradient ascent on lambda, the paper's ablation partner; lr is 0.01 times the logits' 0.1."""
+    """Gradient ascent on lambda from 0, the paper's ablation partner: lambda <- lambda + rate * excess.
 
-    lr: float = 1e-3
+    A step descends under the lambda before its ascent, as gradients of both at one point have it.
+
+    Args:
+        lr: the rate; None: 0.01 times the logits' own, with which it then falls, as the authors' does.
+
+    Errors: ValueError for a rate out of range.
+    """
+
+    lr: float | None = None
+
+    _SHARE: ClassVar[float] = 0.01  # of the logits' rate
+
+    def __post_init__(self) -> None:
+        if self.lr is not None and not 0 < self.lr < math.inf:
+            raise ValueError(f"lagrangian: expected a positive rate, or None, got {self.lr}")
 
     def target(self, density: float) -> float:
         return density
@@ -120,11 +136,22 @@ class Lagrangian(AbstractController):
         return {"weight": torch.zeros((), device=device)}
 
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
-        weight = state["weight"] + self.lr * reading.excess
-        return weight, {"weight": weight}
+        weight = state["weight"]
+        return weight, {"weight": weight + self._rate(reading) * reading.excess}
+
+    def _rate(self, reading: Reading) -> Tensor | float:
+        if self.lr is not None:
+            return self.lr
+        if reading.lr is None:
+            raise ValueError(
+                "lagrangian: expected the logits' rate in reading.lr, got none; give it a rate, lr=1e-3"
+            )
+        return self._SHARE * reading.lr
 
     @property
     def rule(self) -> kernels.Rule:
+        if self.lr is None:
+            return kernels.Rule(1.0, 0.0, 0.0, share=self._SHARE)
         return kernels.Rule(1.0, 0.0, self.lr)
 
 

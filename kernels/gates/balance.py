@@ -8,8 +8,9 @@ With g = dR/ds, p = size d density/ds, target T, percent c = 100 / T:
     lambda <- lambda + (ascend + share lr) excess              (lr: the logits' rate by now)
 
 GradBalance (arXiv 2512.07142, algorithm 1) is (keep, follow) = (0.99, 0.01), gradient ascent on lambda (1, 0)
-with a rate of its own (ascend) or one that falls with the logits' (share), a fixed penalty (1, 0) alone.  With a band the ratio is averaged on both sides of the target,
-and what pulls is that average times excess / band, from 0 at the target to 1 at the band's end.
+with a rate of its own (ascend) or one that falls with the logits' (share), a fixed penalty (1, 0) alone.
+With a band the ratio is averaged on both sides of the target, and what pulls is that average times
+excess / band, from 0 at the target to 1 at the band's end.
 Every program adds up its group's partial sums itself, in the same order, so that nothing waits for
 anything; one program a group stores the new average.
 """
@@ -121,7 +122,8 @@ def _balanced_step_kernel(
     target_ptr, lr_ptr, table_ptr, chunk_ptr, group_ptr, segments_count, groups_count,
     KIND: tl.constexpr, A: tl.constexpr, B: tl.constexpr, C: tl.constexpr, SHIFT: tl.constexpr,
     FAST: tl.constexpr, KEEP: tl.constexpr, FOLLOW: tl.constexpr, ASCEND: tl.constexpr,
-    BAND: tl.constexpr, SHARE: tl.constexpr, GAIN: tl.constexpr, SIZED: tl.constexpr, ALIGNED: tl.constexpr,
+    BAND: tl.constexpr, SHARE: tl.constexpr, GAIN: tl.constexpr, SIZED: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):  # fmt: skip
     segment, start, stop, row = chunk_of(chunk_ptr, table_ptr)
     group = tl.load(row + GROUP)

@@ -202,6 +202,7 @@ class _ContinuousStep(AbstractStep):
         capturable = self.device.type == "cuda"
         self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True, capturable=capturable)
         self.control: State = search.control.init(self.device)
+        self.lr = torch.tensor(search.lr, device=self.device)
         self.call: Callable[[nn.Module, Tensor], Tensor] = plainly
         self.layout = Layout([net], [self.optimizer, self.gates])
 
@@ -220,7 +221,7 @@ class _ContinuousStep(AbstractStep):
         gate = next(iter(self.gated.values())).gate
         target = timeline.now["target"][0].float()
         pulled, control = self.kept.pulled(
-            search.control, self.control, gate, self.logits, grads[count:], target
+            search.control, self.control, gate, self.logits, grads[count:], target, self.lr
         )
         for name, value in control.items():  # in place: a graph knows no other address
             self.control[name].copy_(value)

@@ -58,11 +58,15 @@ class Kept:
         logits: Sequence[Tensor],
         grads: Sequence[Tensor],
         target: Tensor | float,
+        lr: Tensor | None = None,
     ) -> tuple[list[Tensor], State]:
-        """Gradients g_R + lambda g_S, for `target` kept weights, and the controller's next state."""
+        """Gradients g_R + lambda g_S, for `target` kept weights, and the controller's next state.
+
+        Args: lr: the logits' rate by now, 0-dim.
+        """
         kept, pulls = self.pulls(gate, logits)
         percent = 100 / target  # of excess per weight
-        reading = Reading(_norm(grads), percent * _norm(pulls), percent * kept - 100)
+        reading = Reading(_norm(grads), percent * _norm(pulls), percent * kept - 100, lr)
         weight, state = control.update(state, reading)
         for grad, pull in zip(grads, pulls, strict=True):
             pull.mul_(percent * weight).add_(grad)

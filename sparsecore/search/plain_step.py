@@ -48,6 +48,9 @@ class PlainStep(SearchStep):
         wide = torch.float64 if self.device.type == "cpu" else torch.float32
         return torch.tensor([lr], dtype=wide, device=self.device)
 
+    def _lr(self) -> Tensor:
+        return self.optimizer.param_groups[0]["lr"][0].float()
+
     def descend(self, batch: Batch) -> Tensor:
         target = self._aim()
         for g in self.gated.values():
@@ -59,7 +62,7 @@ class PlainStep(SearchStep):
         found, follow = grads[: len(self.params)], grads[len(self.params) :]
         search = self.search
         pulled, state = self.kept.pulled(
-            search.control, self.state, self.gate, self.params, found, target
+            search.control, self.state, self.gate, self.params, found, target, self._lr()
         )
         for name, value in state.items():  # in place: a graph knows no other address
             self.state[name].copy_(value)

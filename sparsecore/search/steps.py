@@ -211,9 +211,9 @@ class FusedStep(SearchStep):
     def _end(self, loss: Tensor) -> Tensor:
         if self.search.control.rule is None:
             weight, state = self.search.control.update(self.state, self.readings()[0])
+            self.bank.control[1].copy_(weight)  # before the state that it may be part of
             for name, value in state.items():  # in place: a graph knows no other address
                 self.state[name].copy_(value)
-            self.bank.control[1].copy_(weight)
         self.bank.step_()
         return loss.detach()
 
@@ -222,7 +222,8 @@ class FusedStep(SearchStep):
         found = []
         for sums, target in zip(self.bank.sums(), self.bank.targets, strict=True):
             percent = 100 / target
-            found.append(Reading(sums[0].sqrt(), percent * sums[2].sqrt(), percent * sums[1] - 100))
+            norms = sums[0].sqrt(), percent * sums[2].sqrt()
+            found.append(Reading(*norms, percent * sums[1] - 100, self.bank.lr[0]))
         return found
 
     def drop_lr(self, factor: float) -> None:

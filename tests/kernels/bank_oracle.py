@@ -155,15 +155,14 @@ class Oracle:
             ratio = squares**0.5 / max(percent * pull**0.5, TINY)
             if rule.band == 0 and excess <= 0:
                 ratio = 0.0
-            weight = (
-                rule.keep * float(self.control[0, group])
-                + rule.follow * ratio
-                + rule.ascend * excess
-            )
+            weight = rule.keep * float(self.control[0, group]) + rule.follow * ratio
             if rule.follow > 0 and self.t == 1:
                 weight = ratio
-            error = SUMS * (abs(weight) + ratio) + rule.ascend * excess_error
-            assert abs(float(bank.control[0, group]) - weight) <= error
+            error = SUMS * (abs(weight) + ratio)
+            rate = rule.ascend + rule.share * lr
+            ascent_error = rate * (excess_error + SUMS * abs(excess))
+            found_weight = float(bank.control[0, group])
+            assert abs(found_weight - weight - rate * excess) <= error + ascent_error
             if rule.band > 0:
                 error = error + abs(weight) * excess_error / rule.band
                 weight *= min(max(excess / rule.band, 0.0), 1.0)

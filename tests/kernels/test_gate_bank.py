@@ -39,7 +39,7 @@ REAL = [
 RULES = {
     "gradbalance": Rule(0.99, 0.01, 0.0),
     "band": Rule(0.99, 0.01, 0.0, band=1e3),  # the density of these banks is within it
-    "lagrangian": Rule(1.0, 0.0, 1e-3),
+    "lagrangian": Rule(1.0, 0.0, 1e-3, share=0.01),
 }
 
 
@@ -75,7 +75,7 @@ def bank_on(device: str, gate: GateSpec, unit: Unit, shapes: list = SHAPES, **op
 
 
 def three_steps(bank: GateBank, *, exact: bool) -> list[Tensor]:
-    """Each of three steps, by three rules, is the one in float64; all that the last one leaves.
+    """Each of three steps, by three rules and at falling rates, is the one in float64; all that the last one leaves.
 
     Gradients are made up, and lie as they come.
     """
@@ -90,6 +90,7 @@ def three_steps(bank: GateBank, *, exact: bool) -> list[Tensor]:
         given = [g.clone() for g in grads]
         bank.backward_(grads)
         oracle.differentiated(given)
+        bank.lr *= 0.9
         bank.step_(rule)
         oracle.stepped(rule)
     return [value.clone() for value in bank.tensors().values()]

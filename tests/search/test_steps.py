@@ -66,9 +66,20 @@ def test_lagrangian_and_fixed_penalty_by_hand() -> None:
     excess = Reading(torch.ones(()), torch.ones(()), torch.tensor(20.0))
     rule = Lagrangian(lr=0.01)
     weight, state = rule.update(rule.init(torch.device("cpu")), excess)
+    assert weight.item() == 0  # used before it ascends
+    weight, state = rule.update(state, excess._replace(excess=torch.tensor(-5.0)))
     assert weight.item() == pytest.approx(0.2)
-    weight, _ = rule.update(state, excess._replace(excess=torch.tensor(-5.0)))
+    weight, state = rule.update(state, excess)
     assert weight.item() == pytest.approx(0.15)
+    rates, rule = (0.4, 0.04), Lagrangian()
+    for rate in rates:
+        weight, state = rule.update(state, excess._replace(lr=torch.tensor(rate)))
+    assert weight.item() == pytest.approx(0.15 + 0.01 * 20 + 0.004 * 20)
+    assert state["weight"].item() == pytest.approx(weight.item() + 0.0004 * 20)
+    with pytest.raises(ValueError, match="expected the logits' rate in reading"):
+        rule.update(state, excess)
+    with pytest.raises(ValueError, match="lagrangian: expected a positive rate, or None, got 0"):
+        Lagrangian(lr=0)
     fixed = FixedPenalty(2.5)
     assert fixed.update(fixed.init(torch.device("cpu")), excess)[0].item() == 2.5
 
@@ -185,6 +196,41 @@ def test_the_fused_step_is_the_plain_one(
     for plain, fused, skipping in zip(*results, strict=True):
         torch.testing.assert_close(fused, plain, rtol=2e-3, atol=2e-4)
         torch.testing.assert_close(skipping, plain, rtol=2e-3, atol=2e-4)
+
+
+def lambda_of(step: SearchStep) -> float:
+    """What the next step descends under."""
+    if isinstance(step, FusedStep):
+        return step.bank.control[0, 0].item()
+    return step.state["weight"].item()
+
+
+@pytest.mark.parametrize("kind", [PlainStep, FusedStep, LayerwiseStep])
+def test_lagrangian_ascends_at_a_hundredth_of_the_searchs_rate_and_falls_with_it(
+    kind: type[SearchStep],
+) -> None:
+    search = ConcreteSearch(gate=Concrete(), lr=0.4, gain_lr=0.0, start_density=0.5)
+    first = []
+    for control in (Lagrangian(), FixedPenalty(0.0)):
+        model = trained_mlp()
+        patterns = gates_for(model, 0.5)
+        step = kind(replace(search, control=control), model, patterns, [(0.1, 0)])
+        batch = next(Blobs().epoch(0))
+        step(batch)
+        first.append([s.clone() for s in step.logits()[0].values()])
+        if control == FixedPenalty(0.0):
+            break
+        expected, rate = 0.01 * 0.4 * (100 * 0.5 / 0.1 - 100), 0.4  # targets are exact: no slack
+        for _ in range(3):
+            assert lambda_of(step) == pytest.approx(expected, rel=1e-4)
+            step.drop_lr(0.1)
+            rate *= 0.1
+            kept = sum(s.sigmoid().sum().item() for s in step.logits()[0].values())
+            expected += 0.01 * rate * (100 * kept / (0.1 * 384) - 100)
+            step(batch)
+    # lambda was 0 in the first step, whatever the excess.
+    for ours, free in zip(*first, strict=True):
+        torch.testing.assert_close(ours, free, rtol=0, atol=0)
 
 
 def test_layers_that_draw_by_themselves_find_the_same_ticket() -> None:
