@@ -51,6 +51,11 @@ def test_imports_point_downwards(path: Path) -> None:
             assert not module.startswith("kernels."), module
 
 
+def test_one_file_knows_whether_there_is_triton() -> None:
+    direct = [p for p in FILES if any(m.split(".")[0] == "triton" for _, m in imports(p))]
+    assert [str(p.relative_to(ROOT)) for p in direct] == ["kernels/dsl.py"]
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda p: p.stem)
 def test_families_of_kernels_stand_on_what_they_share(path: Path) -> None:
     """Files openly in kernels/ know no family; a family knows those below it."""

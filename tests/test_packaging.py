@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parent.parent
 LINKS = ("kernels", "models")
@@ -29,6 +30,30 @@ def test_links_and_package_map_agree() -> None:
     assert set(config["packages"]) == on_disk
 
 
+def test_triton_is_asked_for_where_it_has_wheels_alone() -> None:
+    needs = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (triton,) = (Requirement(line) for line in needs if line.startswith("triton"))
+    assert triton.marker is not None
+    places = [("Linux", "x86_64"), ("Linux", "aarch64"), ("Darwin", "arm64"), ("Windows", "AMD64")]
+    found = [
+        triton.marker.evaluate({"platform_system": system, "platform_machine": machine})
+        for system, machine in places
+    ]
+    assert found == [True, True, False, False]
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13", "3.14"])
+def test_every_python_has_one_pin_of_each_package(python: str) -> None:
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    names = [
+        pin.name
+        for pin in pins
+        if pin.marker is None or pin.marker.evaluate({"python_version": python})
+    ]
+    assert sorted(names) == sorted({pin.name for pin in pins})
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("wheel")
@@ -42,7 +67,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_contents(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names if ".dist-info" not in n} == {"sparsecore"}
-    for name in ("kernels/philox.py", "models/lenet.py", "search/concrete.py", "cli.py"):
+    for name in (
+        "kernels/philox.py",
+        "models/lenet.py",
+        "search/concrete.py",
+        "cli.py",
+        "py.typed",
+    ):
         assert f"sparsecore/{name}" in names
     assert any(n.endswith("licenses/LICENSE") for n in names)
 

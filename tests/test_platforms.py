@@ -1,0 +1,34 @@
+"""The package where there is no Triton: macOS, Windows, other processors."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparsecore import kernels
+from sparsecore.kernels import device, formats
+
+
+def test_all_but_kernels_works_without_triton() -> None:
+    script = Path(__file__).with_name("without_triton.py")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "riton" not in done.stderr  # nothing is told at every import
+
+
+@pytest.mark.parametrize("place", ["cpu", "cuda"])
+def test_a_format_that_needs_it_says_so(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(formats, "MISSING", "needs Triton")
+    layer, where = kernels.Layer((32, 32)), torch.device(place)
+    assert kernels.obstacle("block:16x16", where, layer, torch.float32) == "it needs Triton"
+    assert kernels.obstacle("state", where, layer, torch.float32) is None
+
+
+def test_nothing_is_launched_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "GPU", "cpu")
+    x = torch.empty(1)
+    assert device.on_gpu(x) and device.by_kernel(x)
+    monkeypatch.setattr(device, "MISSING", "needs Triton")
+    assert device.on_gpu(x) and not device.by_kernel(x)
