@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 import sparsecore as sc
 from sparsecore import capture
 from sparsecore.engine import Engine, Given, TrainingStep, Way, capturable_
-from sparsecore.nn import weight_key
+from sparsecore.layer import weight_key
 
 from .measure import error, require_as_exact
 from .ticket_cases import DENSE, MASKED, TrainCase

@@ -21,39 +21,21 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from typing_extensions import Self
 
 from . import kernels
-from .nn import SparseLinear, as_class
-from .patterns import Dense, Planned
+from .layer import as_class
+from .parts import Part, baked, loaded, look, parts, seen
+from .patterns import Planned
+from .nn import SparseLinear
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 _BARE = ("in_proj", *_SEPARATE)  # whose weights are bare parameters of the attention
 
 
-class Projection(SparseLinear):
+class Projection(Part):
     """A weight of an attention as a layer; the attention holds the parameters and knows when to multiply."""
-
-    attention: "SparseMultiheadAttention"
-    name: str
-
-    def __init__(self, attention: "SparseMultiheadAttention", name: str) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(attention=attention, name=name)  # no submodule: it holds this one
-        self.out_features, self.in_features = self.raw_weight.shape
-        self.pattern = Dense()
-        self.train(attention.training)
-
-    @property
-    def raw_weight(self) -> nn.Parameter:
-        weight = self.attention._parameters[f"{self.name}_weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.pattern(self.raw_weight)
 
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.attention._bias_of(self.name)
+        return self.whole._bias_of(self.name)
 
     def parts(self, inputs: Sequence[Tensor], sizes: Sequence[int]) -> Sequence[Tensor]:
         """So many rows of the product with each input."""
@@ -66,20 +48,12 @@ class Projection(SparseLinear):
         pattern = self.pattern
         plans = pattern.split(sizes, inputs[-1]) if isinstance(pattern, Planned) else None
         if plans is None:
-            return _products(inputs, sizes, self.weight, bias)
+            self.look()
+            return _products(inputs, sizes, self.effective_weight, bias)
         values = self.raw_weight.split([plan.nnz for plan in plans])
         biases = _split(bias, sizes)
         parts = zip(inputs, values, biases, plans, strict=True)
         return [kernels.sparse_layer(*part) for part in parts]
-
-    def to_dense(self) -> nn.Module:
-        raise TypeError(
-            f"{self.name}: expected a layer of its own, got a weight of {type(self.attention).__name__}; "
-            "make the attention dense"
-        )
-
-    def _weight_at(self, prefix: str) -> str:
-        return f"{prefix.removesuffix('.')}_weight"
 
 
 def _products(
@@ -93,20 +67,6 @@ def _split(bias: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]
     return [None] * len(sizes) if bias is None else bias.split(sizes)
 
 
-def _seen(name: str) -> property:
-    """The weight that the attention computes with, in the parameter's place."""
-    key = f"{name}_weight"
-
-    def read(self: "SparseMultiheadAttention") -> Tensor | None:
-        # nn.Module registers a parameter only if the attribute is absent: say so until it is there.
-        if key not in self._parameters:
-            raise AttributeError(key)
-        layer = self._modules.get(name)
-        return self._parameters[key] if layer is None else layer.weight  # pyright: ignore[reportReturnType]
-
-    return property(read)
-
-
 class SparseMultiheadAttention(nn.MultiheadAttention):
     """`nn.MultiheadAttention` of sparse layers: same signature, same keys, same numbers to rounding.
 
@@ -114,10 +74,10 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     TypeError for masks that are neither bool nor floating point.
     """
 
-    in_proj_weight = _seen("in_proj")  # pyright: ignore[reportAssignmentType]
-    q_proj_weight = _seen("q_proj")  # pyright: ignore[reportAssignmentType]
-    k_proj_weight = _seen("k_proj")  # pyright: ignore[reportAssignmentType]
-    v_proj_weight = _seen("v_proj")  # pyright: ignore[reportAssignmentType]
+    in_proj_weight = seen("in_proj_weight", "in_proj")  # pyright: ignore[reportAssignmentType]
+    q_proj_weight = seen("q_proj_weight", "q_proj")  # pyright: ignore[reportAssignmentType]
+    k_proj_weight = seen("k_proj_weight", "k_proj")  # pyright: ignore[reportAssignmentType]
+    v_proj_weight = seen("v_proj_weight", "v_proj")  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -129,7 +89,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
             if name == "out_proj":
                 self.out_proj = SparseLinear.from_dense(self.out_proj)  # pyright: ignore[reportAttributeAccessIssue]
             else:
-                self.add_module(name, Projection(self, name))
+                self.add_module(name, Projection(self, name, f"{name}_weight"))
         self._modules["out_proj"] = self._modules.pop("out_proj")  # the last, as signals go
         return self
 
@@ -149,23 +109,18 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     def to_dense(self) -> nn.MultiheadAttention:
         """A plain attention with the same keys, as `SparseLayer.to_dense` makes layers plain."""
         dense = as_class(nn.MultiheadAttention, self)
-        for name in _BARE:
-            if isinstance(layer := dense._modules.pop(name, None), Projection):
-                dense._parameters[f"{name}_weight"] = layer._baked()
+        baked(self, dense)
         if isinstance(self.out_proj, SparseLinear):
             dense.out_proj = as_class(NonDynamicallyQuantizableLinear, self.out_proj.to_dense())
         return dense
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # A planned projection takes the kept weights alone; the rest it does by itself, after this.
-        for name, layer in self._modules.items():
-            if isinstance(layer, Projection) and isinstance(layer.pattern, Planned):
-                at = f"{prefix}{name}."
-                if errors := layer._mismatches(state_dict, at):
-                    rest[-1].extend(errors)
-                    return
-                state_dict = layer._planned_state(state_dict, at)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look(self)
 
     def forward(
         self,
@@ -180,7 +135,7 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         if query.is_nested or key.is_nested or value.is_nested:
             # PyTorch's fused operator takes those, with the weights as they are seen, or says why not.
-            return super().forward(
+            return self._plainly()(
                 query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )  # fmt: skip
         self._check(query, key, value)
@@ -214,6 +169,19 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if query.ndim == 2:
             y, weights = y.squeeze(0), None if weights is None else weights.squeeze(0)
         return self.out_proj(y), weights
+
+    def _plainly(self) -> nn.MultiheadAttention:
+        """A plain attention with the weights as they are computed now."""
+        plain = as_class(nn.MultiheadAttention, self)
+        for part in parts(self):
+            plain._modules.pop(part.name)
+            plain._parameters[part.key] = part.effective_weight  # pyright: ignore[reportArgumentType]
+        if isinstance(self.out_proj, SparseLinear):
+            out = as_class(NonDynamicallyQuantizableLinear, self.out_proj)
+            out._parameters["weight"] = self.out_proj.effective_weight  # pyright: ignore[reportArgumentType]
+            out._modules.pop("pattern", None)
+            plain._modules["out_proj"] = out
+        return plain
 
     def _check(self, query: Tensor, key: Tensor, value: Tensor) -> None:
         sizes, at = (self.embed_dim, self.kdim, self.vdim), 0 if self.batch_first else 1

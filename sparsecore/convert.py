@@ -1,125 +1,200 @@
 """Whole models: make layers sparse-capable, make them plain again, and look at them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from threading import Lock
-from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, projections
-from .nn import SparseConv2d, SparseLayer, SparseLinear
+from .layer import SparseLayer
+from .nn import computes_itself, sparse_type
 from .patterns import Gated, Planned
+from .recurrent import RECURRENT, SparseRecurrent, matrices
+from .tied import tie_
 
-Filter = Callable[[str, nn.Module], bool] | type | str | Iterable[str]
+Predicate = Callable[[str, nn.Module], bool]
+Filter = Predicate | type | str | Iterable[str | type]
 
-# Exact types only: a subclass may compute something else with its weight.
-_SPARSE_TYPES: dict[type[nn.Module], type[SparseLayer]] = {
-    nn.Linear: SparseLinear,
-    NonDynamicallyQuantizableLinear: SparseLinear,  # the output projection of nn.MultiheadAttention
-    nn.Conv2d: SparseConv2d,
-}
 _ATTENTION = (nn.MultiheadAttention, SparseMultiheadAttention)
+_WHOLES = (*_ATTENTION, *RECURRENT, *RECURRENT.values())  # whose weights are layers, by parts
 
 
 def is_prunable(name: str, module: nn.Module) -> bool:
-    """The default filter: every nn.Linear and nn.Conv2d, first and last layer included.
+    """The default filter: every layer that multiplies by a weight matrix, first and last layer included.
 
-    The projections of `nn.MultiheadAttention` are linear layers too: `in_proj` (queries, keys and values; `q_proj`,
-    `k_proj` and `v_proj` where keys or values have sizes of their own) and `out_proj`, by names such as
-    `encoder.layers.0.self_attn.in_proj`.  Biases, normalisation and embeddings stay dense.
+    These are nn.Linear, nn.Conv1d to Conv3d, ConvTranspose1d to 3d, nn.Bilinear, Hugging Face's Conv1D and their
+    subclasses without a forward of their own.  The projections of `nn.MultiheadAttention` are linear layers too:
+    `in_proj` (queries, keys and values; `q_proj`, `k_proj` and `v_proj` where keys or values have sizes of their own)
+    and `out_proj`, by names such as `encoder.layers.0.self_attn.in_proj`; so are the matrices of nn.LSTM, nn.GRU and
+    nn.RNN: `rnn.ih_l0`, `rnn.hh_l0`, ...  Biases, normalisation and embeddings stay dense; an embedding can be chosen,
+    and one that shares its weight with a chosen layer is.
     """
-    return type(module) in _SPARSE_TYPES
+    plain = type(module)
+    return (
+        sparse_type(plain) is not None
+        and not isinstance(module, nn.Embedding)
+        and not computes_itself(plain)
+    )
 
 
 def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
     """Replaces the chosen layers by their sparse forms in place and returns the model.
 
-    `nn.MultiheadAttention` with a chosen projection becomes `SparseMultiheadAttention`.  Parameters are shared,
-    not copied, so an existing optimiser keeps working; outputs are unchanged.
+    `nn.MultiheadAttention`, `nn.LSTM`, `nn.GRU` and `nn.RNN` with a chosen matrix become `SparseMultiheadAttention`
+    and so on.  Parameters are shared, not copied, so an existing optimiser keeps working; outputs are unchanged.
+    Layers that share a weight become sparse together and share a pattern: one mask for one tensor.
 
     Args:
-        filter_fn: `f(name, module) -> bool`, a module type, a glob on the layer's name
-            (`"layer?.*"`), or several globs.  Only nn.Linear and nn.Conv2d can be chosen, and the projections of
-            nn.MultiheadAttention, of which it is asked as an nn.Linear each.
+        filter_fn: `f(name, module) -> bool`, a module type, a glob on the layer's name (`"layer?.*"`), or several
+            types and globs.  A glob that begins with "!" excludes, and exclusions alone leave all others of the
+            default: `["!head", "!*.embed"]`.  Matrices of an attention or a recurrent network are asked about as an
+            nn.Linear each; a subclass with a forward of its own has to read `self.weight` there.
 
-    Errors: ValueError if nothing matches.
+    Errors: ValueError if nothing matches, or for a chosen layer whose weight another tool computes
+    (`torch.nn.utils.prune`, weight_norm, parametrize, lazy layers); nothing changes then.
     """
     chosen = _as_predicate(filter_fn)
     found = bool(sparse_layers(model))
-    made: dict[nn.Module, nn.Module] = {}  # a layer in several places stays one layer
-
-    def sparse(path: str, layer: nn.Module) -> nn.Module:
-        names = [name for name, part in _dense_parts(path, layer) if chosen(name, part)]
-        if layer not in made and names:
-            made[layer] = _sparse_form(layer, [name.rpartition(".")[2] for name in names])
-        return made.get(layer, layer)
-
-    if type(model) in _SPARSE_TYPES or type(model) in _ATTENTION:
-        return sparse("", model)
-    for name, module in list(model.named_modules()):
-        if type(module) in _ATTENTION:
-            continue  # what it holds is its own
-        for child_name, child in list(module._modules.items()):
-            if child is not None:
-                path = f"{name}.{child_name}" if name else child_name
-                if (new := sparse(path, child)) is not child:
-                    setattr(module, child_name, new)
-    if not (found or made):
+    wanted = _wanted(model, chosen)
+    if not (found or wanted):
         names = list(dense_layers(model))
         raise ValueError(
-            f"sparsify_: no layer matches {filter_fn!r}; the model's linear and convolution layers "
+            f"sparsify_: no layer matches {_told(filter_fn)}; the model's layers with a weight matrix "
             f"are {', '.join(names[:8]) or 'none'}{', …' if len(names) > 8 else ''}"
         )
+    _refuse_others(wanted)
+    made: dict[nn.Module, nn.Module] = {}  # a layer in several places stays one layer
+    for module, parts in wanted.items():
+        made[module] = _sparse_form(module, [name.rpartition(".")[2] for name in parts])
+    if model in made:
+        model = made[model]
+    for module in list(model.modules()):
+        for name, child in list(module._modules.items()):
+            if child is not None and made.get(child, child) is not child:
+                setattr(module, name, made[child])
+    tie_(model)
     return model
+
+
+def _wanted(model: nn.Module, chosen: Predicate) -> dict[nn.Module, dict[str, nn.Module]]:
+    """The modules that become sparse: those with a chosen part, and those that share a weight with one."""
+    parts = {
+        module: dict(_dense_parts(name, module))
+        for name, module in model.named_modules()
+        if not _within_whole(model, name)
+    }
+    wanted = {
+        module: {n: part for n, part in found.items() if chosen(n, part)}
+        for module, found in parts.items()
+    }
+    weights = {id(part._parameters.get("weight")) for of in wanted.values() for part in of.values()}
+    weights |= {id(layer.raw_weight) for layer in sparse_layers(model).values()}
+    weights.discard(id(None))
+    for module, found in parts.items():
+        wanted[module] |= {
+            n: part for n, part in found.items() if id(part._parameters.get("weight")) in weights
+        }
+    return {module: found for module, found in wanted.items() if found}
+
+
+def _within_whole(model: nn.Module, name: str) -> bool:
+    """Whether a module is a part of an attention or a recurrent network, which becomes sparse as a whole."""
+    parent = name.rpartition(".")[0]
+    return name != "" and type(model.get_submodule(parent)) in _WHOLES
+
+
+def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
+    for found in wanted.values():
+        for name, part in found.items():
+            weight = part._parameters.get("weight")
+            if weight is None or parametrize.is_parametrized(part):
+                raise ValueError(
+                    f"sparsify_: expected a weight that is {name or 'the layer'}'s parameter, got one that another tool "
+                    "computes (torch.nn.utils.prune, weight_norm, spectral_norm, parametrize): remove that first "
+                    "(Ticket.from_prune keeps the masks of prune), or leave the layer out with filter_fn="
+                    f"'!{name}'"
+                )
+            if isinstance(weight, nn.parameter.UninitializedParameter):
+                raise ValueError(
+                    f"sparsify_: expected {name or 'the layer'} to know its shape, got a lazy layer; run the model "
+                    "once before"
+                )
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
     """What `sparsify_` asks its filter about, by name."""
-    parts = (part for name, module in model.named_modules() for part in _dense_parts(name, module))
-    return dict(parts)
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if not _within_whole(model, name):
+            found |= _dense_parts(name, module)
+    return found
 
 
 def _dense_parts(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """What can become sparse of a module alone, without its submodules, by name."""
-    if type(module) in _SPARSE_TYPES:
-        yield path, module
-    elif type(module) in _ATTENTION:
-        for name, layer in projections(cast(nn.MultiheadAttention, module)).items():
+    if isinstance(module, SparseLayer):
+        return
+    if type(module) in _WHOLES:
+        find = projections if type(module) in _ATTENTION else matrices
+        for name, layer in find(module).items():  # pyright: ignore[reportArgumentType]
             yield f"{path}.{name}".lstrip("."), layer
+    elif sparse_type(type(module)) is not None:
+        yield path, module
 
 
 def _sparse_form(module: nn.Module, names: list[str]) -> nn.Module:
-    """Its sparse form: of an attention these projections, of a sparse one these as well."""
-    if isinstance(module, SparseMultiheadAttention):
+    """Its sparse form: of an attention or a recurrent network these parts, of a sparse one these as well."""
+    if isinstance(module, SparseMultiheadAttention | SparseRecurrent):
         return module.sparsify_(names)
     if isinstance(module, nn.MultiheadAttention):
         return SparseMultiheadAttention.from_dense(module, names)
-    return _SPARSE_TYPES[type(module)].from_dense(module)
+    if type(module) in RECURRENT:
+        return RECURRENT[type(module)].from_dense(module, names)  # pyright: ignore[reportArgumentType]
+    kind = sparse_type(type(module))
+    assert kind is not None
+    return kind.from_dense(module)
 
 
 def densify_(model: nn.Module) -> nn.Module:
-    """Replaces sparse layers by plain ones of PyTorch with the same keys, in place; returns the model."""
-    if isinstance(model, SparseLayer | SparseMultiheadAttention):
-        return model.to_dense()
+    """Replaces sparse layers by plain ones of PyTorch with the same keys, in place; returns the model.
+
+    Errors: ValueError for a weight that another tool computes; nothing changes then.
+    """
+    for layer in sparse_layers(model).values():
+        layer._require_parameter("densify_")
+    baked: dict[int, nn.Parameter | None] = {}  # a weight in several places stays one weight
     made: dict[nn.Module, nn.Module] = {}
+
+    def dense(module: SparseLayer | SparseMultiheadAttention | SparseRecurrent) -> nn.Module:
+        if module not in made:
+            plain = module.to_dense()
+            if isinstance(module, SparseLayer):
+                raw = id(module.raw_weight)
+                plain._parameters["weight"] = baked.setdefault(raw, plain._parameters["weight"])
+            made[module] = plain
+        return made[module]
+
+    kinds = (SparseMultiheadAttention, SparseRecurrent)
+    if isinstance(model, SparseLayer | SparseMultiheadAttention | SparseRecurrent):
+        return dense(model)
     for module in list(model.modules()):
-        if isinstance(module, SparseMultiheadAttention):
+        if isinstance(module, kinds):
             continue  # which is made dense as a whole
         for child_name, child in list(module._modules.items()):
-            if isinstance(child, SparseLayer | SparseMultiheadAttention):
-                if child not in made:
-                    made[child] = child.to_dense()
-                setattr(module, child_name, made[child])
+            if isinstance(child, SparseLayer | SparseMultiheadAttention | SparseRecurrent):
+                setattr(module, child_name, dense(child))
     return model
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """Sparse-capable layers by name, in the model's order."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+    """Sparse-capable layers by name, in the model's order; of several that share a weight the first alone."""
+    found = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+    inside = set(found.values())
+    return {name: m for name, m in found.items() if m.leader is None or m.leader not in inside}
 
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
@@ -131,6 +206,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
 
 def require_sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """`sparse_layers`, or a ValueError that says how to get some."""
+    tie_(model)
     layers = sparse_layers(model)
     if not layers:
         raise ValueError(
@@ -209,12 +285,35 @@ class _Unfused:
 _unfused = _Unfused()
 
 
-def _as_predicate(filter_fn: Filter) -> Callable[[str, nn.Module], bool]:
-    if isinstance(filter_fn, type):
-        return lambda name, module: isinstance(module, filter_fn)
-    if isinstance(filter_fn, str):
-        return lambda name, module: fnmatchcase(name, filter_fn)
-    if callable(filter_fn):
+def _as_predicate(filter_fn: Filter) -> Predicate:
+    if callable(filter_fn) and not isinstance(filter_fn, type):
         return filter_fn
-    globs = tuple(filter_fn)
-    return lambda name, module: any(fnmatchcase(name, glob) for glob in globs)
+    wanted = [filter_fn] if isinstance(filter_fn, str | type) else list(filter_fn)
+    for one in wanted:
+        if not isinstance(one, str | type):
+            raise ValueError(
+                f"sparsify_: expected layers by globs on names or by types, got {one!r} among them"
+            )
+    excluded = [one[1:] for one in wanted if isinstance(one, str) and one.startswith("!")]
+    included = [one for one in wanted if not (isinstance(one, str) and one.startswith("!"))]
+
+    def matches(name: str, module: nn.Module, one: str | type) -> bool:
+        return fnmatchcase(name, one) if isinstance(one, str) else isinstance(module, one)
+
+    def chosen(name: str, module: nn.Module) -> bool:
+        if any(fnmatchcase(name, glob) for glob in excluded):
+            return False
+        if not included:
+            return is_prunable(name, module)
+        return any(matches(name, module, one) for one in included)
+
+    return chosen
+
+
+def _told(filter_fn: Filter) -> str:
+    """A filter as its user wrote it."""
+    if isinstance(filter_fn, str):
+        return repr(filter_fn)
+    if callable(filter_fn):
+        return getattr(filter_fn, "__name__", repr(filter_fn))
+    return ", ".join(one.__name__ if isinstance(one, type) else repr(one) for one in filter_fn)

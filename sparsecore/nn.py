@@ -1,269 +1,37 @@
-"""SparseLinear and SparseConv2d: drop-in layers whose weight is seen through a pattern.
+"""Drop-in layers whose weight is seen through a pattern, one for each kind of PyTorch's.
 
-Two modules times any number of patterns.  Reading `layer.weight` gives what the layer computes with
-(the pattern applied to the parameter), so code that takes the weight out of a layer and calls the
-functional itself - torchvision's Swin attention, the fused evaluation of PyTorch's transformers - is
-sparse as well.  The parameter keeps its key `weight` in the state_dict and in `named_parameters()`.
+SparseLinear and SparseConv2d multiply by plans and fused gates; the others compute as PyTorch does, with the weight
+that their pattern gives.  Units are along the weight's own dimensions: a "channel" is an entry of the first, which
+of ConvTranspose and Hugging Face's Conv1D is an input, and of an embedding a row.
 """
 
-from collections.abc import Container
-from typing import Any, TypeVar
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from typing_extensions import Self
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from . import kernels
-from .patterns import Dense, Formats, Gated, Masked, Planned
-
-
-class SparseLayer(nn.Module):
-    """What SparseLinear and SparseConv2d share: a parameter `weight` behind a `pattern`."""
-
-    pattern: nn.Module
-
-    @property
-    def raw_weight(self) -> nn.Parameter:
-        """The parameter itself, [n, k] or [n, k, *taps]; under `Planned` the kept weights, [nnz]."""
-        weight = self._parameters["weight"]
-        assert weight is not None
-        return weight
-
-    @property
-    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
-        """The weight the layer computes with."""
-        # nn.Module registers a parameter only if the attribute is absent: say so until it is there.
-        if "weight" not in self._parameters:
-            raise AttributeError("weight")
-        return self.pattern(self.raw_weight)
-
-    @property
-    def weight_shape(self) -> torch.Size:
-        """Shape of the weight, whatever the parameter's is."""
-        pattern = self.pattern
-        planned = isinstance(pattern, Planned)
-        return torch.Size(pattern.layer.shape) if planned else self.raw_weight.shape
-
-    @property
-    def _channels_last(self) -> bool:
-        """Whether the dense weight lies so."""
-        pattern, raw = self.pattern, self.raw_weight
-        return (
-            pattern.channels_last if isinstance(pattern, Planned) else kernels.is_channels_last(raw)
-        )
-
-    def _sampling(self, x: Tensor) -> Gated | None:
-        """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""
-        pattern = self.pattern
-        if not isinstance(pattern, Gated) or not pattern.samples:
-            return None
-        # On the CPU there is nothing to choose among, and the pattern itself keeps z for the backward.
-        return pattern if x.is_cuda or pattern.impl != "auto" else None
-
-    def set_mask_(self, mask: Tensor) -> Self:
-        """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
-
-        Errors: ValueError for another shape, TypeError for another dtype; nothing changes then.
-        """
-        if mask.shape != self.weight_shape:
-            raise ValueError(
-                f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
-            )
-        pattern = self._masked(mask)
-        self.unplan_()
-        self.pattern = pattern.train(self.training)
-        with torch.no_grad():
-            self.raw_weight.masked_fill_(~self.pattern.mask, 0)
-        return self
-
-    def plan_(self, formats: Formats | None = None, choose: Any = None) -> Self:
-        """From a mask over a dense parameter to the kept weights alone: pattern `Planned`.
-
-        The parameter object stays and becomes the vector [nnz], so make optimisers afterwards.
-        Args: as `Planned` takes them.
-
-        Errors: ValueError for a layer without a mask, a format that cannot do this, or kept weights that are
-        not finite; nothing changes then.
-        """
-        pattern = Planned(
-            self._decided_mask(),
-            formats,
-            **self._slide(),
-            choose=choose,
-            dtype=self.raw_weight.dtype,
-            channels_last=self._channels_last,
-        )
-        values = pattern.kept(self.weight.detach())
-        if not values.isfinite().all():
-            raise ValueError(
-                "plan_: expected finite kept weights, got NaN or infinity; load sound weights first"
-            )
-        self._become(pattern, values)
-        return self
-
-    def unplan_(self) -> Self:
-        """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
-        if isinstance(self.pattern, Planned):
-            self._become(Masked(self.pattern.mask), self.weight.detach())
-        return self
-
-    def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
-        """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
-
-        Weights that stay keep their values, new ones start at 0 or at their entries in `grown`, of the
-        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no mask.
-        """
-        old = self.pattern
-        if not isinstance(old, Masked | Planned) or mask.shape != self.weight_shape:
-            raise ValueError(
-                f"remask_: expected a layer with a mask {tuple(self.weight_shape)}, got "
-                f"{type(old).__name__} and {tuple(mask.shape)}"
-            )
-        before, weight = old.mask, self.weight.detach()
-        if grown is not None:
-            weight = torch.where(before, weight, grown.to(weight))
-        if isinstance(old, Planned):
-            pattern = old.on(mask.to(weight.device))
-            self._become(pattern, pattern.kept(weight))
-        else:
-            masked = self._masked(mask)
-            masked.choice = old.choice
-            self._become(masked, weight.where(masked.mask, 0))
-        return before
-
-    def _masked(self, mask: Tensor) -> Masked:
-        """A pattern whose mask lies in memory as the weight does: their product then does too."""
-        planned = isinstance(self.pattern, Planned)
-        weight = self.weight.detach() if planned else self.raw_weight
-        return Masked(kernels.laid_out_as(mask.to(weight.device), weight).clone())
-
-    def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
-        """Another pattern and what the same Parameter object then holds."""
-        raw = self.raw_weight
-        # Through another dtype, so that autograd forgets the old shape, which a graph that is still alive
-        # (the last step's loss) would keep.
-        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-        raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
-        raw.data = parameter
-        self.pattern = pattern.train(self.training)
-
-    def _decided_mask(self) -> Tensor:
-        if isinstance(self.pattern, Masked | Planned):
-            return self.pattern.mask
-        raise ValueError(
-            f"plan_: expected a layer with a mask, got pattern {type(self.pattern).__name__}; "
-            "apply a ticket or call set_mask_ first"
-        )
-
-    def _slide(self) -> dict[str, Any]:
-        """What a plan knows of a convolution; the layer itself pads the image (`SparseConv2d.forward`)."""
-        return {}
-
-    @classmethod
-    def from_dense(cls, layer: nn.Module) -> Self:
-        """A sparse layer that shares `layer`'s parameters, hooks and settings; its pattern is Dense."""
-        if not isinstance(layer, _plain_type(cls)):
-            raise TypeError(
-                f"{cls.__name__}.from_dense: expected {_plain_type(cls).__name__}, "
-                f"got {type(layer).__name__}"
-            )
-        sparse = as_class(cls, layer)
-        sparse.pattern = Dense()
-        return sparse
-
-    def to_dense(self) -> nn.Module:
-        """A plain layer with the same keys: the pattern is applied to the weight once and dropped.
-
-        A Dense or Masked layer keeps its parameter object (already zero where pruned); a Gated layer
-        gets the gates' mean baked in.
-        """
-        dense = as_class(_plain_type(type(self)), self)
-        del dense._modules["pattern"]
-        dense._parameters["weight"] = self._baked()
-        return dense
-
-    def _baked(self) -> nn.Parameter:
-        """A dense parameter of the weight that the layer computes with: its own, where that is dense."""
-        raw = self.raw_weight
-        if isinstance(self.pattern, Dense):
-            return raw
-        was_training = self.pattern.training
-        with torch.no_grad():
-            self.pattern.eval()
-            effective = self.weight.clone()
-            self.pattern.train(was_training)
-        if isinstance(self.pattern, Masked):
-            raw.data.copy_(effective)
-            return raw
-        return nn.Parameter(effective, raw.requires_grad)
-
-    def _weight_at(self, prefix: str) -> str:
-        """The weight's key in a state_dict where this layer's keys have a prefix."""
-        return prefix + "weight"
-
-    def _save_to_state_dict(
-        self, destination: dict[str, Any], prefix: str, keep_vars: bool
-    ) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        # As under a mask, so that a file does not depend on plans.
-        if isinstance(self.pattern, Planned):
-            destination[self._weight_at(prefix)] = self.weight.detach()
-            destination[prefix + "pattern.mask"] = self.pattern.mask
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
-        mask = state_dict.get(prefix + "pattern.mask")
-        if isinstance(self.pattern, Planned):
-            errors = self._mismatches(state_dict, prefix)
-            if errors:  # the vector of kept weights would not tell
-                rest[-1].extend(errors)
-                return
-            state_dict = self._planned_state(state_dict, prefix)
-        elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
-            self.pattern = self._masked(mask)
-        super()._load_from_state_dict(state_dict, prefix, *rest)
-        if isinstance(self.pattern, Masked):
-            with torch.no_grad():
-                self.raw_weight.masked_fill_(~self.pattern.mask, 0)
-
-    def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """Errors as torch words them, for a weight or mask of another shape."""
-        keys = (self._weight_at(prefix), prefix + "pattern.mask")
-        found = {key: state_dict.get(key) for key in keys}
-        return [
-            f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, "
-            f"the shape in current model is {self.weight_shape}."
-            for key, value in found.items()
-            if value is not None and value.shape != self.weight_shape
-        ]
-
-    def _planned_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
-        """Takes over the mask of a masked layer's state; returns the state with the kept weights alone."""
-        assert isinstance(self.pattern, Planned)
-        key = self._weight_at(prefix)
-        mask, weight = state_dict.get(prefix + "pattern.mask"), state_dict.get(key)
-        if mask is not None:
-            mask = mask.bool().to(self.raw_weight.device)
-            if not torch.equal(mask, self.pattern.mask):
-                self.remask_(mask)
-        return state_dict if weight is None else {**state_dict, key: self.pattern.kept(weight)}
+from .layer import SparseLayer
+from .patterns import Masked, Planned
 
 
 class SparseLinear(SparseLayer, nn.Linear):
     """`nn.Linear` with a pattern; same signature, same keys.  Without a pattern it is exactly nn.Linear."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pattern = Dense()
+    multiplies = True
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self.pattern
         if isinstance(pattern, Planned):
+            _refuse_symbols(input)
             return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
-            return super().forward(input)
+            self.look()
+            return F.linear(input, pattern(self.raw_weight), self.bias)
         return kernels.gated_linear(
             input,
             self.raw_weight,
@@ -280,13 +48,12 @@ class SparseLinear(SparseLayer, nn.Linear):
 class SparseConv2d(SparseLayer, nn.Conv2d):
     """`nn.Conv2d` with a pattern; same signature (stride, padding modes, dilation, groups), same keys."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.pattern = Dense()
+    multiplies = True
 
     def forward(self, input: Tensor) -> Tensor:
         pattern = self.pattern
         if isinstance(pattern, Planned):
+            _refuse_symbols(input)
             if self._pads:
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode)
@@ -295,10 +62,11 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
-            return super().forward(input)
+            self.look()
+            return self._conv_forward(input, pattern(self.raw_weight), self.bias)
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             if gated.impl in ("auto", "materialise"):
-                return super().forward(input)
+                return self._conv_forward(input, pattern(self.raw_weight), self.bias)
             raise ValueError(
                 f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
                 f"{self.padding_mode!r}; use 'auto'"
@@ -328,23 +96,115 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
         return {"slide": (*self.stride, *padding, *self.dilation), "groups": self.groups}
 
 
-def _plain_type(cls: type) -> type[nn.Module]:
-    return nn.Linear if issubclass(cls, nn.Linear) else nn.Conv2d
+def _refuse_symbols(input: Any) -> None:
+    """Errors: TypeError for torch.fx, to which a plan's products are none of PyTorch's operations."""
+    if isinstance(input, torch.fx.Proxy):
+        raise TypeError(
+            "torch.fx: expected plain layers or masks, got a plan; trace sparsecore.densify_(copy.deepcopy(model)), or "
+            "sparsecore.plan_(copy.deepcopy(model), 'mask')"
+        )
 
 
-_Module = TypeVar("_Module", bound=nn.Module)
+class SparseConv1d(SparseLayer, nn.Conv1d):
+    """`nn.Conv1d` with a pattern."""
 
 
-def as_class(cls: type[_Module], module: nn.Module) -> _Module:
-    """A module of another class with the same parameters, submodules, hooks and settings."""
-    other = cls.__new__(cls)
-    other.__dict__ = module.__dict__.copy()
-    for table in ("_parameters", "_buffers", "_modules"):
-        other.__dict__[table] = module.__dict__[table].copy()
-    return other
+class SparseConv3d(SparseLayer, nn.Conv3d):
+    """`nn.Conv3d` with a pattern."""
 
 
-def weight_key(layer: str, state: Container[str]) -> str:
-    """A layer's weight in a model's state: `<layer>.weight`, or `<layer>_weight` of an attention's projection."""
-    key, bare = f"{layer}.weight".lstrip("."), f"{layer}_weight"
-    return bare if key not in state and bare in state else key
+class SparseConvTranspose1d(SparseLayer, nn.ConvTranspose1d):
+    """`nn.ConvTranspose1d` with a pattern; its weight is [k, n / groups, t]."""
+
+
+class SparseConvTranspose2d(SparseLayer, nn.ConvTranspose2d):
+    """`nn.ConvTranspose2d` with a pattern; its weight is [k, n / groups, r, s]."""
+
+
+class SparseConvTranspose3d(SparseLayer, nn.ConvTranspose3d):
+    """`nn.ConvTranspose3d` with a pattern; its weight is [k, n / groups, q, r, s]."""
+
+
+class SparseBilinear(SparseLayer, nn.Bilinear):
+    """`nn.Bilinear` with a pattern; its weight is [n, k1, k2]."""
+
+
+class SparseEmbedding(SparseLayer, nn.Embedding):
+    """`nn.Embedding` with a pattern over its rows.
+
+    Errors: ValueError where `max_norm` would renormalise rows that gates or a plan compute.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        pattern = self.pattern
+        if not isinstance(pattern, Masked):
+            if self.max_norm is not None and self.weight is not self.raw_weight:
+                raise ValueError(
+                    "embedding: expected no max_norm under gates and plans, which it would renormalise in vain; "
+                    "leave this embedding dense"
+                )
+            return super().forward(input)
+        # The rows asked for alone: a table is far larger than a batch.
+        self.look()
+        rows = F.embedding(
+            input, self.raw_weight, self.padding_idx, self.max_norm, self.norm_type,
+            self.scale_grad_by_freq, self.sparse,
+        )  # fmt: skip
+        return torch.where(pattern.mask[input], rows, 0)
+
+
+_KINDS: dict[type[nn.Module], type[SparseLayer]] = {
+    nn.Linear: SparseLinear,
+    nn.Conv2d: SparseConv2d,
+    nn.Conv1d: SparseConv1d,
+    nn.Conv3d: SparseConv3d,
+    nn.ConvTranspose1d: SparseConvTranspose1d,
+    nn.ConvTranspose2d: SparseConvTranspose2d,
+    nn.ConvTranspose3d: SparseConvTranspose3d,
+    nn.Bilinear: SparseBilinear,
+    nn.Embedding: SparseEmbedding,
+    NonDynamicallyQuantizableLinear: SparseLinear,  # the output projection of nn.MultiheadAttention
+}
+
+
+@cache
+def sparse_type(cls: type[nn.Module]) -> type[SparseLayer] | None:
+    """The sparse form of a class of layers; None for what is no layer with a weight matrix.
+
+    A subclass gets a class of its own that is both; one with a forward of its own has to read `self.weight` there.
+    """
+    if cls in _KINDS:
+        return _KINDS[cls]
+    if issubclass(cls, SparseLayer) or not issubclass(cls, nn.Module):
+        return None
+    if _is_hugging_face(cls):
+        return _made(SparseLayer, cls)
+    for plain, sparse in _KINDS.items():
+        if issubclass(cls, plain):
+            return _made(SparseLayer if computes_itself(cls) else sparse, cls)
+    return None
+
+
+def computes_itself(cls: type[nn.Module]) -> bool:
+    """Whether a class has a forward of its own, other than that of the kind it belongs to."""
+    known = any(issubclass(cls, plain) and cls.forward is plain.forward for plain in _KINDS)
+    return not known and not _is_hugging_face(cls)
+
+
+def _is_hugging_face(cls: type) -> bool:
+    """Whether this is the Conv1D of GPT-2: a linear layer with its weight as [k, n]."""
+    return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
+def _made(sparse: type[SparseLayer], cls: type[nn.Module]) -> type[SparseLayer]:
+    def reduce(self: SparseLayer, protocol: Any) -> tuple:
+        return _new, (cls,), self.__dict__  # a class that is made has no name to find it by
+
+    own = {"__reduce_ex__": reduce, "__module__": __name__, "__doc__": cls.__doc__}
+    return type(f"Sparse{cls.__name__}", (sparse, cls), own)
+
+
+def _new(cls: type[nn.Module]) -> SparseLayer:
+    made = sparse_type(cls)
+    assert made is not None
+    return made.__new__(made)

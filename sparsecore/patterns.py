@@ -12,6 +12,7 @@ from typing_extensions import Self
 from . import kernels
 from .gates import AbstractGate
 from .granularity import Granularity, Weight
+from .zeros import Keeper
 
 Formats = str | tuple[str, ...]  # of all products, or of forward, dX and dW
 
@@ -111,16 +112,22 @@ class _MaskedWeight(torch.autograd.Function):
     """where(mask, weight, 0) forward and backward: pruned entries see a gradient of exactly 0, even from inf."""
 
     @staticmethod
-    def forward(ctx, weight: Tensor, mask: Tensor, bits: Tensor | None) -> Tensor:
+    def forward(
+        ctx, weight: Tensor, mask: Tensor, bits: Tensor | None, keeper: Keeper | None
+    ) -> Tensor:
         ctx.save_for_backward(mask)
-        ctx.bits = bits
+        ctx.bits, ctx.keeper = bits, keeper
         return _where(weight, mask, bits)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
         (mask,) = ctx.saved_tensors  # linear, so it is its own backward
-        masked = _MaskedWeight.apply if torch.is_grad_enabled() else _where
-        return masked(grad, mask, ctx.bits), None, None
+        if torch.is_grad_enabled():
+            return _MaskedWeight.apply(grad, mask, ctx.bits, None), None, None, None
+        masked = _where(grad, mask, ctx.bits)
+        if ctx.keeper is not None:
+            ctx.keeper.note(masked)
+        return masked, None, None, None
 
 
 def _where(weight: Tensor, mask: Tensor, bits: Tensor | None) -> Tensor:
@@ -165,10 +172,16 @@ class Dense(nn.Module):
 
 
 class Masked(nn.Module):
-    """A decided mask; it travels in the state_dict as `<layer>.pattern.mask`."""
+    """A mask over a dense weight; it travels in the state_dict as `<layer>.pattern.mask`.
+
+    decided: whether the parameter's own pruned places are zero, and are kept so (`SparseLayer.set_mask_`); a search
+    that looks through a mask for a while leaves the parameter as it is.
+    """
 
     mask: Tensor
     choice: Any = None  # why a plan left it so
+    decided: bool = False
+    keeper: Keeper | None = None
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
@@ -178,7 +191,10 @@ class Masked(nn.Module):
         self._bits = _Bits()
 
     def forward(self, weight: Tensor) -> Tensor:
-        return _MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight))
+        if torch.jit.is_tracing():  # which knows no functions of Python's
+            return torch.where(self.mask, weight, 0)
+        keeper = None if torch.compiler.is_compiling() else self.keeper
+        return _MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight), keeper)
 
     def extra_repr(self) -> str:
         return f"sparsity={1 - self.mask.float().mean().item():.4f}"
@@ -202,6 +218,8 @@ class Planned(nn.Module):
         formats: one format, or three for forward, dX and dW; None: `choose` is asked at the first use.
         slide, groups: of a convolution, as `kernels.plan_of` takes them.
         channels_last: whether the dense weight lies so, where it is asked for.
+        multiplies: whether `multiply` will be asked; a layer of another kind computes with the dense weight
+            (`forward`), which is what "state" does.
         choose: f(pattern, x) -> a choice with `formats` (None for the floor), which may measure.
 
     Errors: those of `kernels.plan_of`, for formats that cannot do this.
@@ -217,16 +235,18 @@ class Planned(nn.Module):
         choose: "Callable[[Planned, Tensor], Any] | None" = None,
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        multiplies: bool = True,
     ) -> None:
         super().__init__()
-        self.channels_last = channels_last
+        self.channels_last, self.multiplies = channels_last, multiplies
         self.index = kernels.kept_index(mask)  # no buffer: averaging or casting it would break it
         self.layer = kernels.Layer(tuple(mask.shape), tuple(slide), groups)
         self.formats, self.choose = formats, choose
         self.choice: Any = None  # what `choose` said, with its reason
         self._plans: dict[torch.dtype, kernels.Plan] = {}
         self._parts: dict[tuple[torch.dtype, tuple[int, ...]], list[kernels.Plan]] = {}
-        self._prepare(dtype)
+        if multiplies:
+            self._prepare(dtype)
 
     @property
     def mask(self) -> Bool[Tensor, "n k *taps"]:
@@ -240,7 +260,7 @@ class Planned(nn.Module):
     def on(self, mask: Bool[Tensor, "n k *taps"]) -> "Planned":
         """The same formats for another mask of the same shape; nothing is measured anew."""
         layer = self.layer
-        dtype = next(iter(self._plans))
+        dtype = next(iter(self._plans), torch.float32)
         return Planned(
             mask,
             self.formats,
@@ -249,6 +269,7 @@ class Planned(nn.Module):
             choose=self.choose,
             dtype=dtype,
             channels_last=self.channels_last,
+            multiplies=self.multiplies,
         )
 
     def kept(self, dense: Tensor) -> Float[Tensor, " nnz"]:

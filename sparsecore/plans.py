@@ -15,7 +15,7 @@ from . import capture, kernels
 from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
 from .kernels import Layer
-from .nn import SparseLayer
+from .layer import SparseLayer
 from .patterns import Masked, Planned
 from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
 from .steptime import device_of, step_time, undisturbed

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .batches import EpochBatches
 from .connectivity import LinearPath, State, path_errors
 from .convert import densify_, require_sparse_layers
-from .nn import SparseLayer, weight_key
+from .layer import SparseLayer, weight_key
 from .patterns import Masked, Planned
 from .progress import QUIET, Progress
 

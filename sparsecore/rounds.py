@@ -1,15 +1,15 @@
 """Rounds of iterative pruning: networks trained under ever sparser masks, kept for reuse and for analyses."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from . import safefile
-from .nn import weight_key
-from .tickets import pack_mask, unpack_mask
+from .layer import weight_key
+from .tickets import layer_order, pack_mask, unpack_mask
 
 
 class RoundError(ValueError):
@@ -43,9 +43,22 @@ class Round:
     run: str
     engine: str = ""
 
+    def __repr__(self) -> str:
+        measured = "" if self.accuracy is None else f", {self.accuracy:.2f} %"
+        return f"Round({self.index}, {100 * self.density:.4g} % kept in {len(self.masks)} layers{measured})"
+
     def weights(self) -> dict[str, Tensor]:
         """The trained weights by masked layer."""
         return {name: self.trained[weight_key(name, self.trained)] for name in self.masks}
+
+    def ordered_as(self, other: "Round") -> "Round":
+        """The same round, its layers and weights in the order of `other`'s, which has the same names."""
+        return replace(
+            self,
+            masks={name: self.masks[name] for name in other.masks},
+            start={key: self.start[key] for key in other.start},
+            trained={key: self.trained[key] for key in other.start},
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with bit-packed masks.  Errors: RoundError if it cannot."""
@@ -54,8 +67,9 @@ class Round:
         tensors |= {f"trained/{key}": value for key, value in self.trained.items()}
         meta = {name: getattr(self, name) for name in _FACTS}
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        order = {"shapes": shapes, "layers": list(self.masks)}
         try:
-            safefile.write(Path(path), tensors, meta | {"shapes": shapes}, kind="round")
+            safefile.write(Path(path), tensors, meta | order, kind="round")
         except (TypeError, ValueError) as error:
             raise RoundError(str(error)) from None
 
@@ -84,7 +98,7 @@ class Round:
         if not shapes or set(shapes) != set(parts["mask"]):
             raise ValueError("expected one shape for every mask")
         masks = {
-            name: unpack_mask(name, parts["mask"][name], shape) for name, shape in shapes.items()
+            name: unpack_mask(name, parts["mask"][name], shapes[name]) for name in layer_order(meta)
         }
         expected = {key: value.shape for key, value in parts["start"].items()}
         if expected != {key: value.shape for key, value in parts["trained"].items()}:

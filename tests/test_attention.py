@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import sparsecore as sc
 from sparsecore import kernels
 from sparsecore.gates import HardConcrete
-from sparsecore.nn import weight_key
+from sparsecore.layer import weight_key
 
 CALLS = ("self", "memory", "apart", "one sentence", "one sentence and its memory")
 SIZES = {"memory": [(E, E), (7, 7)], "apart": [(E, E), (7, E), (E, 5), (7, 5)]}
@@ -134,7 +134,7 @@ def test_refusals_say_what_was_expected() -> None:
         layer(x, y, z, is_causal=True)
     with pytest.raises(TypeError, match="expected MultiheadAttention, got Linear"):
         sc.SparseMultiheadAttention.from_dense(layer.out_proj.to_dense())
-    with pytest.raises(TypeError, match="make the attention dense"):
+    with pytest.raises(TypeError, match="make that dense"):
         sc.densify_(layer.k_proj)
 
 

@@ -115,6 +115,13 @@ def _in_graph(x: Tensor) -> bool:
 
 
 def _forward_of(x: Tensor, values: Tensor, bias: Tensor | None, plan: Plan) -> Tensor:
+    if torch.jit.is_tracing():
+        if plan.traced is None or not plan.nnz:
+            raise ValueError(
+                f"torch.jit.trace: expected plain layers, a mask, state or compact, got {plan.formats}; trace "
+                "sparsecore.densify_(copy.deepcopy(model))"
+            )
+        return plan.traced(x, values, bias, plan.layer, plan.storages)
     if _in_graph(x):
         if plan.traced is None or not plan.nnz:
             return _forward(x, values, bias, *plan.flat())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..convert import plain_state, require_dense_parameters, require_sparse_layers, sparse_layers
-from ..nn import SparseLayer
+from ..layer import SparseLayer
 from ..patterns import Dense, Masked, Planned
 from .groups import Groups, Kept, LayerUnits, keep
 from .tracing import trace

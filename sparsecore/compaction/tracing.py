@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..attention import SparseMultiheadAttention
-from ..nn import SparseLayer
+from ..layer import SparseLayer
 from .operations import IN_PLACE, Traced, hooked, kind_of_call, kind_of_module
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import checkpoints
 from ..batches import EpochBatches
@@ -18,7 +17,9 @@ from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch, takes_images
 from ..gates import TopK
 from ..granularity import Granularity, Weight
-from ..nn import SparseLayer
+from ..layer import SparseLayer
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated, Masked
 from ..progress import QUIET, Progress
 from ..recipe import Recipe, optimizer_for
@@ -35,6 +36,7 @@ from ..tickets import Ticket, dense_state
 from .epochs import StepEpochs, run_epochs, way_of
 from .finished import check_weights, searched_in
 from .protocol import Watch
+from .told import telling
 
 
 @dataclass(frozen=True)
@@ -85,15 +87,18 @@ class EdgePopup:
             schedule="cosine",
         )
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """The finished ticket of the k best-scored weights of each layer, k = floor((1 - sparsity) * its weights).
 
@@ -108,17 +113,19 @@ class EdgePopup:
         Errors: ValueError for bad arguments or a layer that would keep nothing; SearchError if the
         objective is not finite, or for a checkpoint of another search.
         """
+        batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
+        checkpoints.check_resumable(checkpoint, batches)
         sparsities = self._sparsities(require_dense_parameters(model), sparsity)
         run = ""
         if checkpoint is not None:
             facts = (replace(self, distribution=None), sparsities)
-            run = checkpoints.fingerprint(model, batches, *facts)
+            run = checkpoints.fingerprint(model, batches, *facts, loss=by)
         densities = {name: 1 - sparsity for name, sparsity in sparsities.items()}
         hard = searched_in(model, self.weights, densities)
         net = copy.deepcopy(hard)
         with batch_statistics(net):
             saved = way_of(checkpoint, run)
-            work = _PopupEpochs(self, net, hard, batches, sparsities, watch, saved)
+            work = _PopupEpochs(self, net, hard, batches, sparsities, watch, saved, by)
             progress.tell("engine", work.engine.told)
             records = run_epochs(
                 work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
@@ -126,6 +133,7 @@ class EdgePopup:
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
         scores = {name: score.cpu() for name, score in work.scores().items()}
         meta = self._meta(sparsity) | {"progress": records, "engine": str(work.engine.way)}
+        meta["loss"] = by.name
         ticket = Ticket(masks, dense_state(hard), meta, scores)
         if checkpoint is not None:
             checkpoint.unlink(missing_ok=True)
@@ -184,6 +192,7 @@ class _PopupEpochs(StepEpochs):
         sparsities: Mapping[str, float],
         watch: Watch | None,
         saved: str | None,
+        loss: Loss,
     ) -> None:
         super().__init__(batches, watch)
         self.search, self.net, self.hard = search, net, hard
@@ -210,7 +219,7 @@ class _PopupEpochs(StepEpochs):
             {"lr": [self.recipe.lr_at(e, search.epochs) for e in epochs]}, device
         )
         self.optimizer = optimizer_for(logits, self.recipe, lr=self.timeline.now["lr"])
-        step = TrainingStep(net, F.cross_entropy, self.optimizer, timeline=self.timeline)
+        step = TrainingStep(net, loss, self.optimizer, timeline=self.timeline)
         self.engine = launch(
             step.become,
             feed_of(batches, device),

@@ -17,7 +17,9 @@ from ..convert import batch_statistics, require_dense_parameters
 from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
-from ..nn import SparseLayer
+from ..layer import SparseLayer
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..objectives import Objective, reverse_kl
 from ..patterns import Gated
 from ..progress import QUIET, Progress
@@ -30,6 +32,7 @@ from .penalty import fit_penalty
 from .plain_step import PlainStep
 from .protocol import Watch
 from .steps import FusedStep, Members, SearchStep
+from .told import telling
 
 T = TypeVar("T")
 Member = tuple[float, int]  # a ticket's sparsity, and the seed of its gates' noise
@@ -119,15 +122,18 @@ class AbstractGateSearch(ABC):
             raise ValueError(f"{what} of {self.name}: expected a value, got None")
         return value
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """The ticket of exactly the best-scored gates; the model is returned to its former state.
 
@@ -144,13 +150,15 @@ class AbstractGateSearch(ABC):
 
         Errors: ValueError for bad arguments; SearchError if the objective is not finite.
         """
+        batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
+        checkpoints.check_resumable(checkpoint, batches)
         members = [(sparsity, self.seed)]
         if self.control == FixedPenalty():
             return fit_penalty(
                 self, model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
-                watch=watch, facts=self._facts(members),
+                watch=watch, facts=self._facts(members), loss=by,
             )  # fmt: skip
-        return self._find(model, batches, members, progress, checkpoint, watch)[0]
+        return self._find(model, batches, members, progress, checkpoint, watch, by)[0]
 
     def _find(
         self,
@@ -160,7 +168,13 @@ class AbstractGateSearch(ABC):
         progress: Progress,
         checkpoint: Path | None,
         watch: Watch | None,
+        loss: Loss,
     ) -> list[Ticket]:
+        if self.objective.classes and not loss.has_classes:
+            raise ValueError(
+                f"objective {self.objective.name}: expected a loss with classes, got {loss.name}; use objectives.task, "
+                "objectives.loss_change or another of the loss alone"
+            )
         model = self._searched(model, members[0][0])
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
@@ -170,17 +184,17 @@ class AbstractGateSearch(ABC):
             check_possible(shapes, sparsity, self.granularity)
         run = ""
         if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, self._facts(members))
+            run = checkpoints.fingerprint(model, batches, self._facts(members), loss=loss)
         with self._gated(model, layers, members[0][0]) as gated:
             epochs = self.epochs_for(members[0][0])
             saved = way_of(checkpoint, run)
-            work = GateEpochs(self, model, gated, members, batches, watch, saved)
+            work = GateEpochs(self, model, gated, members, batches, watch, saved, loss)
             progress.tell("engine", work.engine.told)
             records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
             found = work.scores()
         tickets = []
         for i, (scores, member) in enumerate(zip(found, members, strict=True)):
-            meta = self._meta(*member)
+            meta = self._meta(*member) | {"loss": loss.name}
             meta["engine"] = str(work.engine.way)
             mine = [record["tickets"][i] for record in records]
             meta["objective_by_epoch"] = [record["objective"] for record in mine]
@@ -237,13 +251,19 @@ class AbstractGateSearch(ABC):
             meta |= {"start_density": self.start_density, "ramp": self.ramp_for(sparsity)}
         return meta
 
-    def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
+    def _step(
+        self,
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
+        loss: Loss | None = None,
+    ) -> SearchStep:
         """The step that suits the gate, the objective and the device."""
         if self.fusible:
             kind = FusedStep if len(members) == 1 else ManyStep
-            return kind(self, model, gated, members)
+            return kind(self, model, gated, members, loss)
         if self.dtype == torch.float32 and not self.channels_last and len(members) == 1:
-            return PlainStep(self, model, gated, members)
+            return PlainStep(self, model, gated, members, loss)
         raise ValueError(
             "search dtype, channels_last and many: expected float32, False and one search for the "
             f"objective {self.objective.name} with {self.gate}, which the fused step does not know"

@@ -14,14 +14,17 @@ from .. import checkpoints
 from ..batches import EpochBatches
 from ..convert import require_dense_parameters, sparse_layers
 from ..granularity import Granularity, Weight
-from ..nn import SparseLayer
+from ..layer import SparseLayer
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..patterns import Masked
 from ..progress import QUIET, Advance, Progress
-from ..scores import Score, score_name, synflow
+from ..scores import Score, score_name, scored, synflow
 from ..sparsities import check_possible, masks_from_scores
 from ..tickets import Ticket
 from .epochs import Epochs, Record, run_epochs
 from .protocol import Watch
+from .told import telling
 
 
 @dataclass(frozen=True)
@@ -56,15 +59,18 @@ class Iterative:
                 f"batches_per_round: expected None (all) or at least 1, got {self.batches_per_round}"
             )
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """A ticket of the units that survive all rounds; the model is returned to its former state.
 
@@ -75,6 +81,8 @@ class Iterative:
 
         Errors: ValueError for bad arguments or NaN scores; SearchError for another search's checkpoint.
         """
+        batches, by = batches_of(batches, model, steps_per_epoch, empty=True), loss_of(loss)
+        checkpoints.check_resumable(checkpoint, batches)
         layers = require_dense_parameters(model)
         schedule = self._schedule(layers, sparsity)
         meta: dict[str, Any] = {
@@ -86,8 +94,9 @@ class Iterative:
         }
         run = ""
         if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, meta, str(self.granularity))
-        work = _Rounds(self, model, batches, schedule, watch)
+            run = checkpoints.fingerprint(model, batches, meta, str(self.granularity), loss=by)
+        meta["loss"] = by.name
+        work = _Rounds(self, model, batches, schedule, watch, by)
         with _patterns_put_back(layers):
             records = run_epochs(
                 work, self.rounds, run=run, progress=progress, checkpoint=checkpoint
@@ -122,7 +131,9 @@ class _Rounds(Epochs):
         batches: EpochBatches,
         schedule: Sequence[float],
         watch: Watch | None,
+        loss: Loss,
     ) -> None:
+        self.loss = loss
         self.search, self.model, self.batches = search, model, batches
         self.schedule, self.watch = schedule, watch
         self.layers = sparse_layers(model)
@@ -152,7 +163,7 @@ class _Rounds(Epochs):
         """Scores the masked model, and notes what survives."""
         search, standing = self.search, self.standing
         part = islice(self.batches.epoch(number - 1), search.batches_per_round)
-        found = search.score(self.model, part, search.seed)
+        found = scored(search.score, self.model, part, search.seed, self.loss)
         alive = {name: standing[name] >= number - 1 for name in found}
         scores = {
             name: search.granularity.mean(values).where(alive[name], -torch.inf)

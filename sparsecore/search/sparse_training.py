@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..batches import EpochBatches
 from ..convert import require_dense_parameters, sparse_layers
 from ..engine import check_engine
 from ..granularity import Granularity, Weight
-from ..nn import SparseLayer
+from ..layer import SparseLayer
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..patterns import Masked
 from ..plans import remask_
 from ..progress import QUIET, Progress
@@ -28,6 +29,7 @@ from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket, dense_state
 from ..training import Step, train
 from .protocol import SearchError, Watch
+from .told import telling
 
 Shapes = Mapping[str, torch.Size]
 Masks = dict[str, Tensor]  # bool by layer, of the weight's shape
@@ -41,6 +43,7 @@ class Due(NamedTuple):
     amount: float  # as the schedule has it
     sparsity: float  # that the ticket shall have
     counts: Mapping[str, int]  # weights that each layer's first mask kept
+    loss: Loss | None = None  # None: the default one
 
 
 @dataclass(frozen=True)
@@ -102,15 +105,18 @@ class AbstractSparseTraining(ABC):
     def update(self, due: Due) -> Masks:
         """The masks from now on."""
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """The trained network under its last masks; the model itself is not touched.
 
@@ -123,6 +129,8 @@ class AbstractSparseTraining(ABC):
         Errors: ValueError for bad arguments or a run too short for any update; SearchError for training that
         fails or a checkpoint of another run.
         """
+        batches = batches_of(batches, model, steps_per_epoch)
+        by = loss_of(loss)
         layers = require_dense_parameters(model)
         _refuse_untrainable(layers)
         if check_sparsity(sparsity) == 0:
@@ -147,7 +155,7 @@ class AbstractSparseTraining(ABC):
         def after_step(step: Step) -> None:
             taken = step.index + 1 - first
             if taken in schedule:
-                due = Due(step, taken, schedule[taken], sparsity, counts)
+                due = Due(step, taken, schedule[taken], sparsity, counts, by)
                 remask_(network, self.update(due), step.optimizer)
 
         try:
@@ -166,10 +174,12 @@ class AbstractSparseTraining(ABC):
                 checkpoint=checkpoint,
                 progress=progress,
                 engine=self.engine,
+                loss=by,
             )
         except ValueError as error:
             raise SearchError(f"{self.name}: {error}") from error
         meta = self._meta(sparsity) | {"updates": len(schedule), "engine": history.way}
+        meta["loss"] = by.name
         if watch is not None:
             meta["progress"] = [
                 {"epoch": record["epoch"], "accuracy": record["watched"]}

@@ -26,7 +26,7 @@ from sparsecore.kernels import (
 )
 from sparsecore.kernels import reference as ref
 from sparsecore.kernels.gated import layers as gated_layers
-from sparsecore.nn import SparseLayer
+from sparsecore.layer import SparseLayer
 from sparsecore.patterns import Gated
 
 pytestmark = pytest.mark.gpu  # on the GPU where there is one, in PyTorch's reference otherwise

@@ -1,0 +1,394 @@
+"""SparseLayer: what all layers share whose weight is seen through a pattern.
+
+`layer.weight` is the parameter itself under no pattern and under a decided mask, whose pruned places are zero
+(`zeros`), so that what others do to a weight works: initialising, adapters that merge, `weight.grad`.  Under gates
+and plans it is computed from the parameter, `raw_weight`, and refuses to be written to.  The parameter keeps its
+key `weight` in the state_dict and in `named_parameters()`.
+
+A weight that several layers share is one weight: the first of them leads, and its pattern is the others' too.
+"""
+
+import weakref
+from collections.abc import Callable, Container
+from functools import cache
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import Self
+
+from . import kernels
+from .patterns import Dense, Formats, Gated, Masked, Planned
+from .stored import StoredLayer
+from .zeros import ComputedWeight, Keeper, plain_python, zero_outside_
+
+
+class SparseLayer(StoredLayer):
+    """A layer with a parameter `weight` behind a `pattern`; the class beside it says what is computed.
+
+    Whatever class of PyTorch's or one's own reads `self.weight` in its forward can stand there.
+    """
+
+    pattern: nn.Module
+    # Whether formats can take the layer's products over; of others a plan keeps the weights alone (`state`).
+    multiplies = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pattern = Dense()
+
+    @property
+    def raw_weight(self) -> nn.Parameter:
+        """The parameter itself, [n, k] or [n, k, *taps]; under `Planned` the kept weights, [nnz].
+
+        Where another tool has put something computed in its place (`torch.nn.utils.prune`), that.
+        """
+        weight = self._parameters.get("weight")
+        return self.__dict__["weight"] if weight is None else weight
+
+    @property
+    def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """The weight the layer computes with: the parameter itself, or computed from it under gates and plans."""
+        # nn.Module registers a parameter only if the attribute is absent: say so until it is there.
+        if self._parameters.get("weight") is None and "weight" not in self.__dict__:
+            raise AttributeError("weight")
+        return self.seen_weight()
+
+    @weight.setter
+    def weight(self, value: Tensor) -> None:
+        # Parameters go where nn.Module keeps them; this is what other tools compute, before each forward.
+        self.__dict__["weight"] = value
+
+    @weight.deleter
+    def weight(self) -> None:
+        self.__dict__.pop("weight", None)
+
+    @property
+    def effective_weight(self) -> Tensor:
+        """The weight the layer computes with, always computed by the pattern: to differentiate, not to write to."""
+        return self.pattern(self.raw_weight)
+
+    def seen_weight(self) -> Tensor:
+        """What others see as the weight."""
+        raw, pattern = self.raw_weight, getattr(self, "pattern", None)
+        if pattern is None or isinstance(pattern, Dense):
+            return raw
+        if not plain_python():
+            return pattern(raw)
+        if isinstance(pattern, Masked) and pattern.decided and self._kept_by(pattern):
+            # Even past what a version tells: `weight.data` may have been written to.
+            zero_outside_(raw.data, pattern.mask)
+            return raw
+        kind = type(pattern).__name__
+        return ComputedWeight.of(pattern(raw), f"{kind} ({pattern.extra_repr()})")
+
+    def _kept_by(self, pattern: Masked) -> bool:
+        """Whether the parameter is this layer's to keep at its mask; sees to it that it is kept."""
+        raw = self.raw_weight
+        if not isinstance(raw, nn.Parameter) or raw.is_inference() or raw.shape != pattern.mask.shape:
+            return False  # a functional call's, another tool's
+        if pattern.keeper is None:
+            pattern.keeper = Keeper(_still(self.leader or self, pattern))
+        pattern.keeper.keep(raw, pattern.mask)
+        return True
+
+    def look(self) -> None:
+        """Sees to it that pruned places of the parameter are zero, under a decided mask."""
+        pattern = self.pattern
+        if isinstance(pattern, Masked) and pattern.decided and plain_python():
+            self._kept_by(pattern)
+
+    @property
+    def leader(self) -> "SparseLayer | None":
+        """The layer whose pattern this one shares, since they share the weight."""
+        return self.__dict__.get("_leader")
+
+    def follow(self, leader: "SparseLayer | None") -> None:
+        """Shares another layer's pattern, or has one of its own again (Dense)."""
+        self.__dict__["_leader"] = None
+        if leader is None:
+            self.pattern = Dense()
+        else:
+            self._modules.pop("pattern", None)
+            self.__dict__["_leader"] = leader  # no submodule: it has a name of its own
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "pattern" and (leader := self.__dict__.get("_leader")) is not None:
+            return leader.pattern
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "pattern" and (leader := self.__dict__.get("_leader")) is not None:
+            leader.pattern = value
+        else:
+            super().__setattr__(name, value)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As nn.Module's.  Errors: ValueError for a dense weight where a plan keeps a vector."""
+        pattern = self._modules.get("pattern")
+        if name == "weight" and isinstance(pattern, Planned) and param is not None:
+            if param.shape != pattern.index.shape:
+                raise ValueError(
+                    f"layer.weight: expected the {len(pattern.index)} kept weights of its plan, got a parameter "
+                    f"{tuple(param.shape)}; call sparsecore.plan_(model, 'mask') first"
+                )
+        super().register_parameter(name, param)
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        """Shape of the weight, whatever the parameter's is."""
+        pattern = self.pattern
+        planned = isinstance(pattern, Planned)
+        return torch.Size(pattern.layer.shape) if planned else self.raw_weight.shape
+
+    @property
+    def _channels_last(self) -> bool:
+        """Whether the dense weight lies so."""
+        pattern, raw = self.pattern, self.raw_weight
+        return (
+            pattern.channels_last if isinstance(pattern, Planned) else kernels.is_channels_last(raw)
+        )
+
+    def _sampling(self, x: Tensor) -> Gated | None:
+        """The pattern, if `kernels.gated_linear` and `gated_conv2d` compute with it."""
+        pattern = self.pattern
+        if not isinstance(pattern, Gated) or not pattern.samples:
+            return None
+        # On the CPU there is nothing to choose among, and the pattern itself keeps z for the backward.
+        return pattern if x.is_cuda or pattern.impl != "auto" else None
+
+    def reset_parameters(self) -> None:
+        """Draws the parameters anew as the plain layer does; of a masked or planned one those that are kept."""
+        plain = as_class(plain_type(type(self)), self)
+        plain._modules.pop("pattern", None)
+        pattern = getattr(self, "pattern", None)
+        if isinstance(pattern, Planned):
+            raw = self.raw_weight
+            dense = raw.new_empty(self.weight_shape)
+            plain._parameters["weight"] = nn.Parameter(dense, requires_grad=False)
+            plain.reset_parameters()  # pyright: ignore[reportCallIssue]
+            with torch.no_grad():
+                raw.copy_(pattern.kept(dense))
+            return
+        plain.reset_parameters()  # pyright: ignore[reportCallIssue]
+        if pattern is not None:
+            self.look()
+
+    def set_mask_(self, mask: Tensor) -> Self:
+        """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
+
+        Errors: ValueError for another shape or a weight that another tool computes, TypeError for another
+        dtype; nothing changes then.
+        """
+        self._require_parameter("set_mask_")
+        if mask.shape != self.weight_shape:
+            raise ValueError(
+                f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
+            )
+        pattern = self._masked(mask)
+        self.unplan_()
+        self._decide(pattern)
+        return self
+
+    def _decide(self, pattern: Masked) -> None:
+        """This mask from now on: of the weight, of its gradient, of whoever reads and steps them."""
+        raw = self.raw_weight
+        pattern.decided = True
+        self.pattern = pattern.train(self.training)
+        if raw.grad is not None and raw.grad.layout == torch.strided:
+            zero_outside_(raw.grad, pattern.mask)
+        if not self._kept_by(pattern):
+            zero_outside_(raw.data, pattern.mask)
+
+    def _require_parameter(self, what: str) -> None:
+        """Errors: ValueError for a weight that is another tool's."""
+        if self._parameters.get("weight") is None or parametrize.is_parametrized(self):
+            raise ValueError(
+                f"{what}: expected a layer whose weight is its parameter, got one that another tool computes "
+                "(torch.nn.utils.prune, weight_norm, parametrize, ...): remove that first"
+            )
+
+    def plan_(self, formats: Formats | None = None, choose: Any = None) -> Self:
+        """From a mask over a dense parameter to the kept weights alone: pattern `Planned`.
+
+        The parameter object stays and becomes the vector [nnz], so make optimisers afterwards.
+        Args: as `Planned` takes them.
+
+        Errors: ValueError for a layer without a mask, a format that cannot do this, or kept weights that are
+        not finite; nothing changes then.
+        """
+        mask = self._decided_mask()
+        self._require_parameter("plan_")
+        pattern = Planned(
+            mask,
+            formats,
+            **self._slide(),
+            choose=choose,
+            dtype=self.raw_weight.dtype,
+            channels_last=self._channels_last,
+            multiplies=self.multiplies,
+        )
+        values = pattern.kept(self.effective_weight.detach())
+        if not values.isfinite().all():
+            raise ValueError(
+                "plan_: expected finite kept weights, got NaN or infinity; load sound weights first"
+            )
+        self._become(pattern, values)
+        return self
+
+    def unplan_(self) -> Self:
+        """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
+        if isinstance(self.pattern, Planned):
+            pattern = Masked(self.pattern.mask)
+            self._become(pattern, self.effective_weight.detach())
+            self._decide(pattern)
+        return self
+
+    def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
+        """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
+
+        Weights that stay keep their values, new ones start at 0 or at their entries in `grown`, of the
+        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no mask.
+        """
+        old = self.pattern
+        if not isinstance(old, Masked | Planned) or mask.shape != self.weight_shape:
+            raise ValueError(
+                f"remask_: expected a layer with a mask {tuple(self.weight_shape)}, got "
+                f"{type(old).__name__} and {tuple(mask.shape)}"
+            )
+        self._require_parameter("remask_")
+        before, weight = old.mask, self.effective_weight.detach()
+        if grown is not None:
+            weight = torch.where(before, weight, grown.to(weight))
+        if isinstance(old, Planned):
+            pattern = old.on(mask.to(weight.device))
+            self._become(pattern, pattern.kept(weight))
+        else:
+            masked = self._masked(mask)
+            masked.choice = old.choice
+            # In its place: the hooks of others (several ranks' reducer) hang on the parameter.
+            self.raw_weight.data.copy_(weight)
+            self.raw_weight.grad = None
+            self._decide(masked)
+        return before
+
+    def _masked(self, mask: Tensor) -> Masked:
+        """A pattern whose mask lies in memory as the weight does: their product then does too."""
+        planned = isinstance(self.pattern, Planned)
+        weight = self.effective_weight.detach() if planned else self.raw_weight
+        return Masked(kernels.laid_out_as(mask.to(weight.device), weight).clone())
+
+    def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
+        """Another pattern and what the same Parameter object then holds."""
+        raw = self.raw_weight
+        # Through another dtype, so that autograd forgets the old shape, which a graph that is still alive
+        # (the last step's loss) would keep.
+        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
+        raw.data = parameter
+        self.pattern = pattern.train(self.training)
+
+    def _decided_mask(self) -> Tensor:
+        if isinstance(self.pattern, Masked | Planned):
+            return self.pattern.mask
+        raise ValueError(
+            f"plan_: expected a layer with a mask, got pattern {type(self.pattern).__name__}; "
+            "apply a ticket or call set_mask_ first"
+        )
+
+    def _slide(self) -> dict[str, Any]:
+        """What a plan knows of a convolution; the layer itself pads the image (`SparseConv2d.forward`)."""
+        return {}
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module) -> Self:
+        """A sparse layer that shares `layer`'s parameters, hooks and settings; its pattern is Dense."""
+        if not isinstance(layer, plain_type(cls)):
+            raise TypeError(
+                f"{cls.__name__}.from_dense: expected {plain_type(cls).__name__}, "
+                f"got {type(layer).__name__}"
+            )
+        sparse = as_class(cls, layer)
+        sparse.pattern = Dense()
+        return sparse
+
+    def to_dense(self) -> nn.Module:
+        """A plain layer with the same keys: the pattern is applied to the weight once and dropped.
+
+        A Dense or Masked layer keeps its parameter object (already zero where pruned); a Gated layer
+        gets the gates' mean baked in.  Errors: ValueError for a weight that another tool computes.
+        """
+        self._require_parameter("to_dense")
+        dense = as_class(plain_type(type(self)), self)
+        dense._modules.pop("pattern", None)
+        dense.__dict__.pop("_leader", None)
+        dense._parameters["weight"] = self._baked()
+        return dense
+
+    def _baked(self) -> nn.Parameter:
+        """A dense parameter of the weight that the layer computes with: its own, where that is dense."""
+        raw = self.raw_weight
+        if isinstance(self.pattern, Dense):
+            return raw
+        was_training = self.pattern.training
+        with torch.no_grad():
+            self.pattern.eval()
+            effective = self.effective_weight.clone()
+            self.pattern.train(was_training)
+        if isinstance(self.pattern, Masked):
+            raw.data.copy_(effective)
+            return raw
+        return nn.Parameter(effective, raw.requires_grad)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """What torch.jit.script asks first.  Errors: TypeError, since a pattern is Python's."""
+        raise TypeError(_UNSCRIPTED)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "pattern" in self._modules and self._parameters.get("weight") is not None:
+            self.look()  # a copy's parameter has no hooks
+
+
+def _still(layer: SparseLayer, pattern: Masked) -> Callable[[], bool]:
+    """Whether the layer still has that pattern, asked by who must not keep them alive."""
+    layer_, pattern_ = weakref.ref(layer), weakref.ref(pattern)
+
+    def still() -> bool:
+        layer, pattern = layer_(), pattern_()
+        return layer is not None and layer.pattern is pattern
+
+    return still
+
+
+_UNSCRIPTED = (
+    "torch.jit.script: expected plain layers, got sparse ones; script "
+    "sparsecore.densify_(copy.deepcopy(model)), or trace or export this one"
+)
+
+
+@cache
+def plain_type(cls: type) -> type[nn.Module]:
+    """The class without sparsity."""
+    return next(c for c in cls.__mro__ if not issubclass(c, SparseLayer) and c is not StoredLayer)
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def as_class(cls: type[_Module], module: nn.Module) -> _Module:
+    """A module of another class with the same parameters, submodules, hooks and settings."""
+    other = cls.__new__(cls)
+    other.__dict__ = module.__dict__.copy()
+    for table in ("_parameters", "_buffers", "_modules"):
+        other.__dict__[table] = module.__dict__[table].copy()
+    return other
+
+
+def weight_key(layer: str, state: Container[str]) -> str:
+    """A layer's weight in a model's state: `<layer>.weight`, or of a part (attention's, LSTM's) a bare parameter's."""
+    parent, _, name = layer.rpartition(".")
+    bare = (f"{layer}_weight", f"{parent}.weight_{name}".lstrip("."))
+    keys = (f"{layer}.weight".lstrip("."), *bare)
+    return next((key for key in keys if key in state), keys[0])

@@ -1,0 +1,117 @@
+"""SparseLSTM, SparseGRU and SparseRNN: PyTorch's recurrent networks with a pattern over each matrix.
+
+A matrix is a layer: `ih_l0` and `hh_l0` of `weight_ih_l0` and `weight_hh_l0`, and so on, a row of which belongs to
+one gate of one unit.  The parameters stay the network's, under its keys.  It computes as PyTorch does, with the
+weights that their patterns give.
+"""
+
+from collections.abc import Collection
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from .layer import as_class
+from .parts import Part, baked, loaded, look, parts, seen
+
+_Plain = TypeVar("_Plain", bound=nn.RNNBase)
+
+
+class SparseRecurrent(nn.RNNBase):
+    """What the three share; `from_dense` makes them."""
+
+    def sparsify_(self, names: Collection[str]) -> Self:
+        """Makes these of its dense matrices sparse layers that share their parameters."""
+        for name in names:
+            self.add_module(name, Part(self, name, f"weight_{name}"))
+        return self
+
+    @classmethod
+    def from_dense(cls, layer: nn.Module, names: Collection[str] | None = None) -> Self:
+        """A sparse network that shares `layer`'s parameters, hooks and settings.
+
+        Args: names: of the `matrices` that become sparse layers; None: all.
+        """
+        plain = _PLAIN[cls]
+        if type(layer) is not plain:
+            raise TypeError(
+                f"{cls.__name__}.from_dense: expected {plain.__name__}, got {type(layer).__name__}"
+            )
+        sparse = as_class(cls, layer)
+        return sparse.sparsify_(matrices(layer) if names is None else names)
+
+    def to_dense(self) -> nn.RNNBase:
+        """The plain network with the same keys, as `SparseLayer.to_dense` makes layers plain."""
+        dense = as_class(_PLAIN[type(self)], self)
+        baked(self, dense)
+        dense._flat_weights = [dense._parameters[key] for key in dense._flat_weights_names]
+        return dense
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        for part in parts(self):
+            part.look()
+        weights = {part.key: part.effective_weight for part in parts(self)}
+        own = self._flat_weights
+        # PyTorch's forward takes them from there.
+        self.__dict__["_flat_weights"] = [
+            weights.get(key, self._parameters[key]) for key in self._flat_weights_names
+        ]
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            self.__dict__["_flat_weights"] = own
+
+    def __getattr__(self, name: str) -> Any:
+        value = super().__getattr__(name)
+        part = self._modules.get(name.removeprefix("weight_")) if name != "_modules" else None
+        return part.weight if isinstance(part, Part) and part.key == name else value
+
+    def _init_flat_weights(self) -> None:
+        self._flat_weights = [self._parameters[key] for key in self._flat_weights_names]
+        self._flat_weight_refs = [None for _ in self._flat_weights]
+
+    def _update_flat_weights(self) -> None:
+        """Nothing: the forward does so."""
+
+    def flatten_parameters(self) -> None:
+        """Nothing: what is computed anew in every forward lies where it is computed."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look(self)
+
+
+class SparseLSTM(SparseRecurrent, nn.LSTM):
+    """`nn.LSTM` with a pattern over each matrix."""
+
+
+class SparseGRU(SparseRecurrent, nn.GRU):
+    """`nn.GRU` with a pattern over each matrix."""
+
+
+class SparseRNN(SparseRecurrent, nn.RNN):
+    """`nn.RNN` with a pattern over each matrix."""
+
+
+_PLAIN: dict[type, type[nn.RNNBase]] = {
+    SparseLSTM: nn.LSTM,
+    SparseGRU: nn.GRU,
+    SparseRNN: nn.RNN,
+}
+RECURRENT = {plain: sparse for sparse, plain in _PLAIN.items()}
+
+
+def matrices(network: nn.RNNBase) -> dict[str, nn.Linear]:
+    """Its matrices that are not sparse yet, as the linear layers that they are; parameters are shared."""
+    found: dict[str, nn.Linear] = {}
+    for key in network._flat_weights_names:
+        weight, name = network._parameters.get(key), key.removeprefix("weight_")
+        if key.startswith("weight_") and weight is not None and name not in network._modules:
+            n, k = weight.shape
+            found[name] = nn.Linear(k, n, bias=False, device="meta")
+            found[name].weight = weight
+    return found

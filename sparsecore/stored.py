@@ -1,0 +1,83 @@
+"""How a sparse layer stands in a state_dict: a dense `weight` and `pattern.mask`, whatever its plan is."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .patterns import Masked, Planned
+
+if TYPE_CHECKING:
+    from .layer import SparseLayer
+
+
+class StoredLayer(nn.Module):
+    """The half of a SparseLayer that files see."""
+
+    def _weight_at(self, prefix: str) -> str:
+        """The weight's key in a state_dict where this layer's keys have a prefix."""
+        return prefix + "weight"
+
+    def _save_to_state_dict(
+        self: "SparseLayer", destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        if isinstance(self.pattern, Masked):
+            self.seen_weight()  # which puts zeros in their places
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        # As under a mask, so that a file does not depend on plans.
+        if isinstance(self.pattern, Planned):
+            destination[self._weight_at(prefix)] = self.effective_weight.detach()
+            destination[prefix + "pattern.mask"] = self.pattern.mask
+
+    def _load_from_state_dict(
+        self: "SparseLayer", state_dict: dict[str, Any], prefix: str, *rest: Any
+    ) -> None:
+        # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
+        state_dict = unpruned(state_dict, prefix, self._weight_at(prefix))
+        mask = state_dict.get(prefix + "pattern.mask")
+        if isinstance(self.pattern, Planned):
+            errors = self._mismatches(state_dict, prefix)
+            if errors:  # the vector of kept weights would not tell
+                rest[-1].extend(errors)
+                return
+            state_dict = self._planned_state(state_dict, prefix)
+        elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
+            self.pattern = self._masked(mask)
+            self.pattern.decided = True
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        if isinstance(self.pattern, Masked):
+            self._decide(self.pattern)
+
+    def _mismatches(self: "SparseLayer", state_dict: dict[str, Any], prefix: str) -> list[str]:
+        """Errors as torch words them, for a weight or mask of another shape."""
+        keys = (self._weight_at(prefix), prefix + "pattern.mask")
+        found = {key: state_dict.get(key) for key in keys}
+        return [
+            f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, "
+            f"the shape in current model is {self.weight_shape}."
+            for key, value in found.items()
+            if value is not None and value.shape != self.weight_shape
+        ]
+
+    def _planned_state(
+        self: "SparseLayer", state_dict: dict[str, Any], prefix: str
+    ) -> dict[str, Any]:
+        """Takes over the mask of a masked layer's state; returns the state with the kept weights alone."""
+        assert isinstance(self.pattern, Planned)
+        key = self._weight_at(prefix)
+        mask, weight = state_dict.get(prefix + "pattern.mask"), state_dict.get(key)
+        if mask is not None:
+            mask = mask.bool().to(self.raw_weight.device)
+            if not torch.equal(mask, self.pattern.mask):
+                self.remask_(mask)
+        return state_dict if weight is None else {**state_dict, key: self.pattern.kept(weight)}
+
+
+def unpruned(state_dict: dict[str, Any], prefix: str, key: str) -> dict[str, Any]:
+    """A layer's state without the reparametrisation of `torch.nn.utils.prune`: its mask as ours."""
+    original, mask = (state_dict.get(f"{key}{end}") for end in ("_orig", "_mask"))
+    if original is None or mask is None or key in state_dict or original.shape != mask.shape:
+        return state_dict
+    state_dict = {k: v for k, v in state_dict.items() if k not in (f"{key}_orig", f"{key}_mask")}
+    kept = mask != 0
+    return state_dict | {key: original.where(kept, 0), prefix + "pattern.mask": kept}
