@@ -17,6 +17,7 @@ from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
 from .data import Batches, load
 from .engine import EngineError, TrainStep, graphed
+from .losses import Loss
 from .nn import SparseConv2d, SparseLinear
 from .patterns import Dense, Gated, Masked, Planned, gated_weight
 from .plans import plan_, remask_, report
@@ -35,6 +36,7 @@ from .search import (
     RigL,
     StrongSearch,
 )
+from .telling import SparsityWarning
 from .tickets import Ticket, TicketError
 from .training import evaluate, train
 
@@ -53,6 +55,7 @@ __all__ = [
     "GradualMagnitude",
     "Iterative",
     "JointSearch",
+    "Loss",
     "Masked",
     "OneShot",
     "Planned",
@@ -63,6 +66,7 @@ __all__ = [
     "SparseConv2d",
     "SparseLinear",
     "SparseMultiheadAttention",
+    "SparsityWarning",
     "StrongSearch",
     "Ticket",
     "TicketError",

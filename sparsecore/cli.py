@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,7 +17,7 @@ from safetensors.torch import save_file
 from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
-from .describe import caveat, layers_of, plans_of
+from .describe import layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
     SANITIES,
@@ -48,6 +50,7 @@ from .options import (
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
+from .telling import ShortSearchWarning, SparsityWarning, of_masks, short_search
 from .tickets import Ticket, dense_state
 
 app = typer.Typer(
@@ -58,6 +61,7 @@ app = typer.Typer(
 )
 app.add_typer(analyses.app, name="analyze")
 console = Console()
+_LINES = 10  # of warnings; a comparison finds many tickets
 
 
 def write_json(path: Path | None, result: dict[str, Any]) -> None:
@@ -116,7 +120,7 @@ def search(
     result = {"ticket": str(out), "method": method, "seconds": seconds}
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
-    if (told := caveat(ticket)) is not None:
+    if (told := short_search(ticket)) is not None:
         console.print(told)
     console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
 
@@ -207,14 +211,15 @@ def info(
     seed: Seed = 0,
     json_file: Json = None,
 ) -> None:
-    """Show a ticket's layers, live rows and columns, and where it comes from."""
+    """Show a ticket's layers, live rows and columns, and where it comes from; --json has all of it."""
     check_folder(json_file)
     loaded = Ticket.load(ticket)
     table, rows = layers_of(loaded, str(ticket))
     console.print(table)
-    console.print_json(json.dumps(loaded.meta))
-    if (told := caveat(loaded)) is not None:
-        console.print(told)
+    console.print(provenance_of(loaded))
+    told = [*of_masks(loaded.masks), *filter(None, [short_search(loaded)])]
+    for line in told:
+        console.print(line, markup=False, highlight=False)
     console.print(f"mask hash {loaded.hash}", soft_wrap=True)
     write_json(
         json_file,
@@ -353,8 +358,37 @@ def demo(
     )
 
 
+@contextmanager
+def _warnings_at_the_end() -> Iterator[None]:
+    """Warnings about tickets are one line each on stderr, after all progress; a short search is told by the command."""
+    told: dict[str, None] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", SparsityWarning)
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if not issubclass(category, SparsityWarning):
+                show(message, category, *place, **more)
+            elif not issubclass(category, ShortSearchWarning):
+                told[" ".join(str(message).split())] = None
+
+        warnings.showwarning = keep
+        try:
+            yield
+        finally:
+            for line in [*told][:_LINES]:
+                print(f"warning: {line}", file=sys.stderr)
+            if len(told) > _LINES:
+                print(f"warning: and {len(told) - _LINES} more like these", file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.  Exit code 2 and one line for bad input, 130 when interrupted."""
+    with _warnings_at_the_end():
+        return _run(argv)
+
+
+def _run(argv: list[str] | None) -> int:
     try:
         code = app(argv, standalone_mode=False)
         return code if isinstance(code, int) else 0

@@ -13,7 +13,6 @@ from rich.table import Table
 
 from . import safefile
 from .data import Dataset, corrupted
-from .describe import caveat
 from .experiment import (
     Setup,
     apply_sanity,
@@ -27,6 +26,7 @@ from .fields import choose
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
 from .sparsities import check_sparsity
+from .telling import short_search
 from .tickets import Ticket, dense_state
 
 matplotlib.use("Agg")
@@ -172,7 +172,7 @@ class Comparison:
             )  # fmt: skip
             ticket.meta["search_seconds"] = round(seconds, 3)
             ticket.save(path)
-        if (told := caveat(ticket)) is not None:
+        if (told := short_search(ticket)) is not None:
             self.caveats[f"{method}, {100 * cell.sparsity:g} %"] = told
         return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
 

@@ -5,30 +5,40 @@ from typing import Any
 import torch
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from .experiment import PlannedModel
 from .plans import report
 from .tickets import Ticket
 
+_FOLDED = 16  # more layers than that do not fit a screen
+_EXTREMES = 6
+
 
 def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
-    """What each layer keeps, as a table and as rows."""
+    """What each layer keeps, as a table and as rows.
+
+    Of more than 16 layers the table has the 6 sparsest and the 6 densest, in the model's order.
+    """
     table = Table(title=title)
     for column in ("layer", "shape", "kept", "sparsity", "live rows", "live columns"):
         table.add_column(column, justify="left" if column in ("layer", "shape") else "right")
-    rows = []
+    rows: list[dict[str, Any]] = []
+    cells: list[tuple[str, ...]] = []
     for name, mask in ticket.masks.items():
         plane = mask.flatten(2).any(2) if mask.ndim > 2 else mask  # any tap keeps a channel alive
         live_rows, live_columns = int(plane.any(1).sum()), int(plane.any(0).sum())
         kept = int(mask.sum())
         sparsity = 1 - kept / mask.numel()
-        table.add_row(
-            name,
-            "×".join(map(str, mask.shape)),
-            f"{kept:,}",
-            f"{100 * sparsity:.3f} %",
-            f"{live_rows}/{plane.shape[0]}",
-            f"{live_columns}/{plane.shape[1]}",
+        cells.append(
+            (
+                name,
+                "×".join(map(str, mask.shape)),
+                f"{kept:,}",
+                f"{100 * sparsity:.3f} %",
+                f"{live_rows}/{plane.shape[0]}",
+                f"{live_columns}/{plane.shape[1]}",
+            )
         )
         rows.append(
             {
@@ -40,6 +50,18 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
                 "live_columns": live_columns,
             }
         )
+    ranked = sorted(range(len(rows)), key=lambda i: rows[i]["sparsity"])
+    folded = set(ranked[_EXTREMES:-_EXTREMES]) if len(rows) > _FOLDED else set[int]()
+    skipped = 0
+    for index, row in enumerate([*cells, None]):
+        if index in folded:
+            skipped += 1
+            continue
+        if skipped:
+            table.add_row(f"… {skipped} more", *[""] * 5)
+            skipped = 0
+        if row is not None:
+            table.add_row(*row)
     total = sum(mask.numel() for mask in ticket.masks.values())
     kept = sum(row["kept"] for row in rows)
     table.add_section()
@@ -47,15 +69,44 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
     return table, rows
 
 
-def caveat(ticket: Ticket) -> str | None:
-    """Why a search by gates was too short, if it was: its gates kept twice what the ticket has room for."""
-    natural = ticket.meta.get("natural_sparsity")  # of any file: it may say anything
-    if not isinstance(natural, float) or 1 - natural <= 2 * (1 - ticket.sparsity):
-        return None
-    return (
-        f"the gates ended {100 * natural:.1f} % sparse, not {100 * ticket.sparsity:.4g} %, so the ticket cuts "
-        "what they still used: more epochs, a smaller search batch or a higher search lr brings them there"
-    )
+_PROVENANCE = {
+    "found by": ("method", "search", "seed", "search_epochs", "rounds", "engine"),
+    "search": ("objective", "control", "gate", "search_lr", "distribution", "rewind"),
+    "gates ended": ("natural_sparsity",),
+    "ticket": ("sparsity", "granularity", "finished", "sanity", "torch"),
+}
+_SETUP = {
+    "model": ("model", "data", "image_size"),
+    "epochs": ("rewind_epochs", "train_epochs"),
+}
+_RECIPE = {"recipe": ("optimizer", "lr", "momentum", "weight_decay", "batch", "schedule")}
+
+
+def provenance_of(ticket: Ticket) -> Table:
+    """Where a ticket comes from, in the settings that matter; `ticket.meta` has all."""
+    setup = ticket.meta.get("setup")
+    setup = setup if isinstance(setup, dict) else {}
+    recipe = setup.get("recipe", ticket.meta.get("recipe"))
+    recipe = recipe if isinstance(recipe, dict) else {}
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for labels, facts in ((_PROVENANCE, ticket.meta), (_SETUP, setup), (_RECIPE, recipe)):
+        for label, keys in labels.items():
+            found = [f"{key} {_short(facts[key])}" for key in keys if _told(facts.get(key))]
+            if found:
+                table.add_row(label, Text(", ".join(found), overflow="ellipsis", no_wrap=False))
+    return table
+
+
+def _told(value: Any) -> bool:
+    return value is not None and value is not False and value != ""
+
+
+def _short(value: Any) -> str:
+    """A value of any file, in a few words: of what holds many, how many."""
+    if isinstance(value, list | dict):
+        return f"of {len(value)}"
+    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    return text if len(text) <= 60 else f"{text[:59]}…"
 
 
 def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[str], list[dict[str, Any]]]:

@@ -16,6 +16,7 @@ from .granularity import NM, Granularity, Weight, parse_granularity
 from .patterns import Dense
 from .plans import check_plan, plan_
 from .sparsities import masks_from_scores, top_k
+from .telling import tell_applied
 
 
 class TicketError(ValueError):
@@ -70,6 +71,15 @@ class Ticket:
             {name: score.detach().float().cpu().clone() for name, score in scores.items()},
         )
 
+    def __repr__(self) -> str:
+        total = sum(mask.numel() for mask in self.masks.values())
+        kept = sum(int(mask.sum()) for mask in self.masks.values())
+        method = self.meta.get("method")
+        return (
+            f"Ticket({method if isinstance(method, str) else 'of unknown origin'}: {kept:,} of {total:,} weights in "
+            f"{len(self.masks)} layers, {100 * (1 - kept / max(total, 1)):.4g} % removed, {self.granularity})"
+        )
+
     @property
     def sparsity(self) -> float:
         """Fraction of the masked layers' weights that is removed."""
@@ -115,7 +125,8 @@ class Ticket:
         """Loads the start weights and fixes the masks; returns the model.
 
         Sparse layers that the ticket does not name become dense.  Everything is checked first:
-        after an error the model is what it was.
+        after an error the model is what it was.  A SparsityWarning tells of layers and units that keep nothing and
+        of frozen layers, the first time that the ticket is applied.
 
         Args:
             example: the model's inputs of a training step, for plan="auto" to measure with at once.
@@ -151,6 +162,7 @@ class Ticket:
                 layer.set_mask_(self.masks[name])
             else:
                 layer.pattern = Dense()
+        tell_applied(self, model)
         return plan_(model, self._sided(plan), *example, captured=captured)
 
     def _sided(self, plan: str) -> str:
@@ -164,10 +176,9 @@ class Ticket:
         tensors |= {f"weight/{key}": value for key, value in self.weights.items()}
         tensors |= {f"score/{name}": score for name, score in (self.scores or {}).items()}
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
+        meta = {"shapes": shapes, "layers": list(self.masks), "provenance": self.meta}
         try:
-            safefile.write(
-                Path(path), tensors, {"shapes": shapes, "provenance": self.meta}, kind="ticket"
-            )
+            safefile.write(Path(path), tensors, meta, kind="ticket")
         except (TypeError, ValueError) as error:
             raise TicketError(str(error)) from None
 
@@ -200,7 +211,10 @@ class Ticket:
             raise ValueError("expected provenance and one shape for every mask")
         granularity = parse_granularity(provenance.get("granularity", "weight"))
         packed = parts["mask"]
-        masks = {name: unpack_mask(name, packed[name], shape) for name, shape in shapes.items()}
+        names = layer_order(meta)
+        masks = {name: unpack_mask(name, packed[name], shapes[name]) for name in names}
+        known = [name for name in names if name in parts["score"]]
+        parts["score"] = {name: parts["score"][name] for name in known} | parts["score"]
         for name, score in parts["score"].items():
             expected = granularity.units(masks[name].shape)
             if score.shape != expected:
@@ -253,6 +267,19 @@ class Ticket:
             chosen = top_k(values, int(units.sum()))
             masks[name] = granularity.spread(chosen, mask.shape)
         return masks
+
+
+def layer_order(meta: Mapping[str, Any]) -> list[str]:
+    """A file's layers in the model's order, which a file of tensors loses; where none is noted, by name.
+
+    Ties between layers go to the earlier one, and noise is drawn for one after another.
+    Errors: ValueError unless each layer that has a shape is there once.
+    """
+    shapes = meta["shapes"]
+    names = meta.get("layers", list(shapes))
+    if not isinstance(names, list) or sorted(names) != sorted(shapes):
+        raise ValueError("layers: expected the name of every mask once")
+    return names
 
 
 def pack_mask(mask: Tensor) -> Tensor:

@@ -32,6 +32,24 @@ def ticket_of(
     return Ticket.from_scores(scores, model, sparsity, granularity, meta={"method": "test"})
 
 
+def test_a_ticket_from_a_file_keeps_the_order_of_layers_and_shuffles_alike(tmp_path: Path) -> None:
+    made = lambda: nn.Sequential(*(nn.Linear(6, 6) for _ in range(12)))  # noqa: E731
+    ticket = ticket_of(sc.sparsify_(seeded(made)))  # "10" is before "2" in a file
+    ticket.save(tmp_path / "T")
+    loaded = Ticket.load(tmp_path / "T")
+    assert list(loaded.masks) == list(loaded.scores) == list(map(str, range(12)))
+    for seed in range(3):
+        assert loaded.shuffled(seed).hash == ticket.shuffled(seed).hash
+    tensors, meta = safefile.read(tmp_path / "T", kind="ticket")
+    for wrong in (["0"], [*meta["layers"], "0"], ["x", *meta["layers"][1:]], "01", [1, 2], {}):
+        safefile.write(tmp_path / "wrong", tensors, meta | {"layers": wrong}, kind="ticket")
+        with pytest.raises(TicketError, match="not a usable ticket"):
+            Ticket.load(tmp_path / "wrong")
+    del meta["layers"]  # as older versions wrote it
+    safefile.write(tmp_path / "older", tensors, meta, kind="ticket")
+    assert Ticket.load(tmp_path / "older").hash == ticket.hash
+
+
 def conv_net(seed: int = 0) -> nn.Module:
     return sc.sparsify_(
         seeded(

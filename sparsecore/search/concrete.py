@@ -4,18 +4,22 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ..batches import EpochBatches
+from .. import checkpoints
 from ..convert import require_dense_parameters
 from ..gates import Concrete
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..tickets import Ticket
 from .gated import AbstractGateSearch
 from .several import in_turn, worth_stacking
 from .steps import LayerwiseStep, Members, SearchStep
+from .told import telling
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,18 @@ class ConcreteSearch(AbstractGateSearch):
     def name(self) -> str:
         return "cts"
 
+    @telling
     def many(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsities: Sequence[float],
         seeds: Sequence[int] | None = None,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> list[Ticket]:
         """Several searches at once, sparsities[i] with the gates' noise from seeds[i]: for small models.
 
@@ -73,22 +80,32 @@ class ConcreteSearch(AbstractGateSearch):
                 f"many: expected as many seeds as sparsities, at least one of each, got {len(seeds)} "
                 f"and {len(sparsities)}"
             )
+        batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
+        checkpoints.check_resumable(checkpoint, batches)
         members = list(zip(sparsities, seeds, strict=True))
         layers = require_dense_parameters(model)
         device = next(model.parameters()).device
         if len(members) == 1 or worth_stacking(device, layers.values()):
-            return self._find(model, batches, members, progress, checkpoint, None)
+            return self._find(model, batches, members, progress, checkpoint, None, by)
         warnings.warn(
             f"many: {len(members)} searches run in turn, since convolutions side by side are slower on a GPU",
             stacklevel=2,
         )
-        return in_turn(self, model, batches, members, progress=progress, checkpoint=checkpoint)
+        return in_turn(
+            self, model, batches, members, progress=progress, checkpoint=checkpoint, loss=by
+        )
 
-    def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
+    def _step(
+        self,
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
+        loss: Loss | None = None,
+    ) -> SearchStep:
         layerwise = self.layerwise
         if layerwise is None:
             closes = not isinstance(self.gate, Concrete) and not self.granularity.unit.single
             layerwise = closes and next(model.parameters()).is_cuda
         if layerwise and self.fusible and len(members) == 1:
-            return LayerwiseStep(self, model, gated, members)
-        return super()._step(model, gated, members)
+            return LayerwiseStep(self, model, gated, members, loss)
+        return super()._step(model, gated, members, loss)

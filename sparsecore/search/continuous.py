@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from typing_extensions import Self
 
 from .. import checkpoints
-from ..batches import Batch, EpochBatches
+from ..batches import Batch, EpochBatches, size_of
 from ..control import AbstractController, FixedPenalty, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..engine import (
     AbstractStep,
+    EngineError,
     Layout,
     Timeline,
     Way,
@@ -33,6 +33,8 @@ from ..engine import (
 )
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..recipe import Recipe, optimizer_for
@@ -42,6 +44,7 @@ from .epochs import StepEpochs, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
 from .protocol import Watch
+from .told import telling
 
 
 @dataclass(frozen=True)
@@ -92,15 +95,18 @@ class ContinuousSparsification:
             if not good:
                 raise ValueError(f"{name}: expected {expected}, got {value}")
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """The ticket of exactly the highest logits over all layers.
 
@@ -116,10 +122,13 @@ class ContinuousSparsification:
         Errors: ValueError for bad arguments; SearchError if the objective is not finite, or for a
         checkpoint of another search.
         """
+        batches = batches_of(batches, model, steps_per_epoch)
+        by = loss_of(loss).smoothed(self.recipe.label_smoothing)
+        checkpoints.check_resumable(checkpoint, batches)
         if self.control == FixedPenalty():
             return fit_penalty(
                 self, model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
-                watch=watch, facts=(self, sparsity),
+                watch=watch, facts=(self, sparsity), loss=by.unsmoothed,
             )  # fmt: skip
         layers = require_dense_parameters(model)
         if check_sparsity(sparsity) == 0:
@@ -128,16 +137,16 @@ class ContinuousSparsification:
         check_possible(shapes, sparsity, self.granularity)
         run = ""
         if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, self, sparsity)
+            run = checkpoints.fingerprint(model, batches, self, sparsity, loss=by)
         net = copy.deepcopy(model)
         with batch_statistics(net):
             saved = way_of(checkpoint, run)
-            work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch, saved)
+            work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch, saved, by)
             progress.tell("engine", work.engine.told)
             records = run_epochs(
                 work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
-        meta = self._meta(sparsity)
+        meta = self._meta(sparsity) | {"loss": by.name}
         meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
         meta["engine"] = str(work.engine.way)
         scores = {name: pattern.logits.detach() for name, pattern in work.gated.items()}
@@ -190,7 +199,9 @@ class _ContinuousStep(AbstractStep):
         gated: dict[str, Gated],
         kept: Kept,
         timeline: Timeline,
+        loss: Loss,
     ) -> None:
+        self.loss = loss
         self.search, self.model, self.gated = search, net, gated
         self.kept, self.timeline = kept, timeline
         self.logits = [pattern.logits for pattern in gated.values()]
@@ -203,17 +214,15 @@ class _ContinuousStep(AbstractStep):
         self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True, capturable=capturable)
         self.control: State = search.control.init(self.device)
         self.lr = torch.tensor(search.lr, device=self.device)
-        self.call: Callable[[nn.Module, Tensor], Tensor] = plainly
+        self.call: Callable[..., Any] = plainly
         self.layout = Layout([net], [self.optimizer, self.gates])
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
         search, recipe, timeline = self.search, self.search.recipe, self.timeline
         timeline.advance()
-        x, y = batch
-        x = self.layout.of(x)
+        batch = self.layout.of(batch)
         with recipe.autocast(self.device):
-            scores = self.call(self.model, x)
-            loss = F.cross_entropy(scores, y, label_smoothing=recipe.label_smoothing)
+            loss = self.loss(self.model, batch, self.call)
         parameters = [*self.weights, *self.logits]
         # A layer the forward does not reach has no gradient: zeros.
         grads = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
@@ -231,7 +240,7 @@ class _ContinuousStep(AbstractStep):
             nn.utils.clip_grad_norm_(self.weights, recipe.clip_norm)
         self.optimizer.step()
         self.gates.step()
-        self.total += loss.detach() * len(y)
+        self.total += loss.detach() * size_of(batch)
 
     def changes(self) -> list[Tensor]:
         found = [*self.model.parameters(), *self.control.values(), self.total]
@@ -249,6 +258,11 @@ class _ContinuousStep(AbstractStep):
         return super().facts(), structure(self.model), self.search.recipe.amp
 
     def become(self, way: Way) -> Self:
+        if way.compiled and self.loss.takes_model:
+            raise EngineError(
+                f"engine {way.name}: a loss of (model, batch) calls the model by itself, which is not compiled then; "
+                "use engine=eager, or a loss of (output, target)"
+            )
         self.layout.become(way.channels_last)
         self.call = compiled_call(repr(self.facts())) if way.compiled else plainly
         return self
@@ -265,6 +279,7 @@ class _ContinuousEpochs(StepEpochs):
         batches: EpochBatches,
         watch: Watch | None,
         saved: str | None,
+        loss: Loss,
     ) -> None:
         super().__init__(batches, watch)
         self.net = net
@@ -300,7 +315,7 @@ class _ContinuousEpochs(StepEpochs):
             # 1 / sigmoid(s0): a constant here.
             pattern.log_gain.requires_grad_(False).fill_(-math.log(search.first_density))
             layer.pattern = self.gated[name] = pattern
-        step = self.step = _ContinuousStep(search, net, self.gated, self.kept, self.timeline)
+        step = self.step = _ContinuousStep(search, net, self.gated, self.kept, self.timeline, loss)
         self.engine = launch(
             step.become,
             feed_of(batches, device),

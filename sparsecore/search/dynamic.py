@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import kernels
-from ..batches import Batch
+from ..batches import Batch, cut
 from ..convert import batch_statistics, sparse_layers
 from ..granularity import NM, Granularity, Weight
+from ..losses import Loss
 from ..patterns import Dense
 from ..recipe import Recipe
 from ..sparsities import DISTRIBUTIONS, by_layer, masks_from_scores, top_k
@@ -131,7 +131,7 @@ class RigL(AbstractRegrowth):
         return {t: self.drop / 2 * (1 + math.cos(math.pi * t / end)) for t in times}
 
     def growth(self, due: Due) -> dict[str, Tensor]:
-        grads = dense_gradients(due.step.model, due.step.batch, self.recipe)
+        grads = dense_gradients(due.step.model, due.step.batch, self.recipe, due.loss)
         return {name: self.granularity.mean(grad.abs()) for name, grad in grads.items()}
 
 
@@ -222,7 +222,9 @@ def exchanged(
     return _best(scores, mask.shape, count, granularity)
 
 
-def dense_gradients(model: nn.Module, batch: Batch, recipe: Recipe) -> dict[str, Tensor]:
+def dense_gradients(
+    model: nn.Module, batch: Batch, recipe: Recipe, loss: Loss | None = None
+) -> dict[str, Tensor]:
     """Gradient of the loss in every weight of the masked layers, pruned ones at their value 0 included.
 
     In float32, with BatchNorm on the batch's own statistics and without dropout: modes, buffers, random state
@@ -232,19 +234,16 @@ def dense_gradients(model: nn.Module, batch: Batch, recipe: Recipe) -> dict[str,
     patterns = {name: layer.pattern for name, layer in layers.items()}
     weights = [layer.raw_weight for layer in layers.values()]
     total = [torch.zeros_like(w) for w in weights]
-    x, y = batch
+    by = (loss or Loss()).smoothed(recipe.label_smoothing)
     with batch_statistics(model):
         try:
             for layer in layers.values():
                 layer.pattern = Dense()
-            parts = zip(x.chunk(recipe.accumulate), y.chunk(recipe.accumulate), strict=True)
-            for part, labels in parts:
-                smoothing = recipe.label_smoothing
-                loss = F.cross_entropy(model(part), labels, label_smoothing=smoothing)
-                loss = loss * (len(labels) / len(y))
+            for part in cut(batch, recipe.accumulate):
+                value = by.weighed(by(model, part), part, batch)
                 # A layer the forward does not reach has no gradient: zeros.
                 grads = torch.autograd.grad(
-                    loss, weights, allow_unused=True, materialize_grads=True
+                    value, weights, allow_unused=True, materialize_grads=True
                 )
                 torch._foreach_add_(total, grads)
         finally:

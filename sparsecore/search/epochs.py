@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoints
-from ..batches import EpochBatches
+from ..batches import EpochBatches, first_flaw
 from ..engine import Engine, Timeline
 from ..progress import Advance, Progress
 from .protocol import SearchError, Watch
@@ -91,11 +91,12 @@ def way_of(path: Path | None, run: str) -> str | None:
     return read_own(path, run)[1]["search"].get("engine")
 
 
-def check_finite(mean: float, index: int, objective: str) -> float:
+def check_finite(mean: float, index: int, objective: str, batches: EpochBatches) -> float:
     """The mean objective of epoch `index`.  Errors: SearchError if it is not finite."""
     if not math.isfinite(mean):
+        flaw = first_flaw(batches, index)
         raise SearchError(
-            f"search epoch {index + 1}: the objective {objective} is not finite ({mean}); check the data and "
+            f"search epoch {index + 1}: the objective {objective} is not finite ({mean}{flaw}); check the data and "
             "the start weights, or lower lr"
         )
     return mean
@@ -127,6 +128,6 @@ class StepEpochs(Epochs):
             samples += engine.feed.size
             advance()
         # The epoch's only host sync.
-        mean = check_finite(float(engine.step.total) / max(samples, 1), index, "task")
+        mean = check_finite(float(engine.step.total) / max(samples, 1), index, "task", self.batches)
         record = {"epoch": index + 1, "objective": mean}
         return record if self.watch is None else record | {"accuracy": self.measure(self.watch)}

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..batches import EpochBatches, Numbered
 from ..engine import Way, feed_of, launch, takes_images
+from ..losses import Loss
 from ..objectives import TeacherMemory
 from ..patterns import Gated, Masked
 from ..progress import Advance
@@ -33,7 +34,9 @@ class GateEpochs(Epochs):
         batches: EpochBatches,
         watch: Watch | None,
         saved: str | None,
+        loss: Loss,
     ) -> None:
+        self.loss = loss
         self.search, self.members, self.batches, self.watch = search, members, batches, watch
         self.model, self.gated, self.length = model, gated, len(batches)
         self.steps = search.epochs_for(members[0][0]) * self.length
@@ -60,7 +63,7 @@ class GateEpochs(Epochs):
         if self._made is None or self._made.search.channels_last != way.channels_last:
             search = replace(self.search, channels_last=way.channels_last)
             members = [(1 - sparsity, seed) for sparsity, seed in self.members]
-            self._made = search._step(self.model, self.gated, members)
+            self._made = search._step(self.model, self.gated, members, self.loss)
             self._made.schedule(self.steps)
         return self._made
 
@@ -75,7 +78,9 @@ class GateEpochs(Epochs):
             self.engine()
             advance()
         means = (self.step.total / self.length).tolist()
-        mean = check_finite(sum(means) / len(means), index, self.search.objective.name)
+        mean = check_finite(
+            sum(means) / len(means), index, self.search.objective.name, self.batches
+        )
         tickets = [
             {"objective": objective, "progress": self._record(index, logits)}
             for objective, logits in zip(means, self.step.logits(), strict=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..batches import Batch
 from ..control import AbstractController, banded
 from ..gates import AbstractGate, Concrete
+from ..losses import Loss
 from ..objectives import Objective, task
 from ..patterns import Gated
 from ..recipe import Recipe, optimizer_for
@@ -107,18 +108,29 @@ class JointSearch(AbstractGateSearch):
             "clip_norm": recipe.clip_norm,
         }
 
-    def _step(self, model: nn.Module, gated: dict[str, Gated], members: Members) -> SearchStep:
-        return JointStep(self, model, gated, members)
+    def _step(
+        self,
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
+        loss: Loss | None = None,
+    ) -> SearchStep:
+        return JointStep(self, model, gated, members, loss)
 
 
 class JointStep(FusedStep):
     """A fused step after which the weights move too."""
 
     def __init__(
-        self, search: JointSearch, model: nn.Module, gated: dict[str, Gated], members: Members
+        self,
+        search: JointSearch,
+        model: nn.Module,
+        gated: dict[str, Gated],
+        members: Members,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(search, model, gated, members)
-        self.net.label_smoothing = search.recipe.label_smoothing
+        smoothed = (loss or Loss()).smoothed(search.recipe.label_smoothing)
+        super().__init__(search, model, gated, members, smoothed)
         self.batchwise = True  # the teacher moves: nothing about it can be remembered
         layers = self.net.layers.values()
         for layer, weight in zip(layers, self.bank.weights, strict=True):

@@ -2,17 +2,20 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
-from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
+from ..loaders import batches_of
+from ..losses import LossLike, loss_of
 from ..progress import QUIET, Progress
-from ..scores import Score, score_name
+from ..scores import Score, score_name, scored
 from ..sparsities import Distribution, by_layer, check_possible
 from ..tickets import Ticket
 from .protocol import Watch
+from .told import telling
 
 
 @dataclass(frozen=True)
@@ -30,15 +33,18 @@ class OneShot:
     seed: int = 0
     distribution: Distribution | None = None
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """A ticket that keeps the best-scored weights and starts from the model's weights.
 
@@ -47,16 +53,18 @@ class OneShot:
         Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores, or a
         granularity that cannot hold as many weights.
         """
+        batches, by = batches_of(batches, model, steps_per_epoch, empty=True), loss_of(loss)
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         densities = by_layer(self.distribution, shapes, sparsity, self.granularity)
         check_possible(shapes, sparsity, self.granularity, densities)
-        found = self.score(model, batches.epoch(0), self.seed)
+        found = scored(self.score, model, batches.epoch(0), self.seed, by)
         scores = {name: self.granularity.mean(values) for name, values in found.items()}
         meta = {
             "method": score_name(self.score),
             "sparsity": sparsity,
             "seed": self.seed,
+            "loss": by.name,
             "distribution": getattr(self.distribution, "__name__", "global"),
         }
         return Ticket.from_scores(

@@ -12,6 +12,7 @@ from torch import nn
 from .. import checkpoints
 from ..batches import EpochBatches
 from ..control import FixedPenalty
+from ..losses import Loss
 from ..progress import Progress
 from ..tickets import Ticket
 from .epochs import read_own
@@ -33,6 +34,7 @@ def fit_penalty(
     checkpoint: Path | None,
     watch: Watch | None,
     facts: Any,
+    loss: Loss,
 ) -> Ticket:
     """The ticket of the search under a constant lambda whose gates end within a tenth of the asked density.
 
@@ -50,7 +52,7 @@ def fit_penalty(
     tried: list[tuple[float, float]] = []
     if checkpoint is not None:
         inner = checkpoint.with_name(checkpoint.name + ".search")
-        run = checkpoints.fingerprint(model, batches, "penalty", facts)
+        run = checkpoints.fingerprint(model, batches, "penalty", facts, loss=loss)
         begun -= checkpoints.seconds(checkpoint) + checkpoints.seconds(inner)
         if checkpoint.exists():
             tried = [(weight, found) for weight, found in read_own(checkpoint, run)[1]["penalties"]]
@@ -58,7 +60,13 @@ def fit_penalty(
     def once(weight: float) -> Ticket:
         under: Search = replace(search, control=FixedPenalty(weight))  # type: ignore[type-var]
         return under(
-            model, batches, sparsity=sparsity, progress=progress, checkpoint=inner, watch=watch
+            model,
+            batches,
+            sparsity=sparsity,
+            progress=progress,
+            checkpoint=inner,
+            watch=watch,
+            loss=loss,
         )
 
     last: tuple[float, Ticket] | None = None

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..batches import Batch
 from ..control import State
+from ..losses import Loss
 from ..patterns import Gated
 from .steps import Members, SearchStep
 
@@ -23,8 +24,9 @@ class PlainStep(SearchStep):
         model: nn.Module,
         gated: dict[str, Gated],
         members: Members,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(search, model, gated, members)
+        super().__init__(search, model, gated, members, loss)
         (self.target,) = self.first_targets()
         for pattern in gated.values():
             pattern.impl = "materialise"  # the one that can be differentiated twice

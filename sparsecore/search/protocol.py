@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import nn
 
-from ..batches import EpochBatches
+from ..losses import LossLike
 from ..progress import QUIET, Progress
 from ..tickets import Ticket
 
@@ -25,22 +25,27 @@ class Search(Protocol):
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """A ticket of `sparsity`; the model is returned to its former state.
 
         Args:
             model: with sparse layers (`sparsify_`), holding the weights the ticket shall start from.
+            batches: as `loaders.batches_of` takes them.
             sparsity: fraction removed.
             checkpoint: a long search writes here as it goes, goes on from there when it was killed, to the
                 same ticket, and removes it at the end.
             watch: measures the network as the search progresses; what it says is noted in the
                 ticket's provenance and changes nothing.
+            loss: of the task, as `losses.Loss` takes it.
+            steps_per_epoch: of batches without a length.
 
         Errors: ValueError for bad arguments; SearchError for a search that cannot go on.
         """

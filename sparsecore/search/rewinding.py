@@ -16,6 +16,8 @@ from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..engine import check_engine
 from ..granularity import NM, Granularity, Weight
+from ..loaders import batches_of
+from ..losses import Loss, LossLike, loss_of
 from ..progress import QUIET, Progress
 from ..recipe import Recipe
 from ..regions import Repellent
@@ -25,6 +27,7 @@ from ..sparsities import check_possible, check_sparsity, kept_count, masks_from_
 from ..tickets import Ticket, dense_state
 from ..training import train
 from .protocol import SearchError, Watch
+from .told import telling
 
 _REWINDS = ("weights", "learning-rate")
 
@@ -104,15 +107,18 @@ class Rewinding:
         # 1 - 0.8 ** k is not binary: what is a millionth of a round above k takes k rounds.
         return max(1, math.ceil(math.log1p(-sparsity) / math.log1p(-self.rate) - 1e-6))
 
+    @telling
     def __call__(
         self,
         model: nn.Module,
-        batches: EpochBatches,
+        batches: Any,
         *,
         sparsity: float,
         progress: Progress = QUIET,
         checkpoint: Path | None = None,
         watch: Watch | None = None,
+        loss: LossLike = None,
+        steps_per_epoch: int | None = None,
     ) -> Ticket:
         """The ticket of the largest surviving weights; the model itself is not touched.
 
@@ -131,6 +137,8 @@ class Rewinding:
         Errors: ValueError for bad arguments; SearchError for training that cannot go on, files of another
         run or damaged ones.
         """
+        batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
+        checkpoints.check_resumable(checkpoint or self.rounds, batches)
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         scores = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
@@ -142,7 +150,7 @@ class Rewinding:
                 f"epochs: expected at least one of {len(batches)} batches, got {self.epochs} epochs"
             )
         files = _Files.make(self.rounds, checkpoint)
-        run = checkpoints.fingerprint(model, batches, replace(self, rounds=None))
+        run = checkpoints.fingerprint(model, batches, replace(self, rounds=None), loss=by)
         start, told = dense_state(model), []
         optima: list[Mapping[str, Tensor]] = []  # of earlier rounds, where they count
         with progress.task("rounds", total=count) as advance:
@@ -153,7 +161,9 @@ class Rewinding:
                 done = files.find(asked)
                 if done is None:
                     left = count - index
-                    done = self._train(model, batches, asked, optima, files, progress, watch, left)
+                    done = self._train(
+                        model, batches, asked, optima, files, progress, watch, left, by
+                    )
                 if self.repel:
                     optima.append(done.trained)
                 files.forget_training(index)
@@ -166,6 +176,7 @@ class Rewinding:
         meta = self._meta(sparsity) | {
             "search_seconds": sum(facts["seconds"] for facts in told),
             "engine": told[-1]["engine"],
+            "loss": by.name,
             "rounds": told,
             "progress": [
                 {"epoch": i, "sparsity": 1 - r["density"], "accuracy": r["accuracy"]}
@@ -201,6 +212,7 @@ class Rewinding:
         progress: Progress,
         watch: Watch | None,
         left: int,
+        loss: Loss,
     ) -> Round:
         """The round that is asked for, with what its training gave; kept, where rounds are."""
         # A new copy each time: nothing of an earlier round can be left in it.
@@ -221,6 +233,7 @@ class Rewinding:
                 progress=progress,
                 engine=self.engine,
                 repeats=left,
+                loss=loss,
             )
         except FileError as error:
             raise SearchError(
@@ -286,13 +299,18 @@ class _Files:
                 f"{path} belongs to another run: expected the fingerprint {asked.run[:12]} of this "
                 f"search, its data and start weights, got {found.run[:12]}; name another folder"
             )
-        same = found.index == asked.index and found.masks.keys() == asked.masks.keys()
+        same = (
+            found.index == asked.index
+            and found.masks.keys() == asked.masks.keys()
+            and found.start.keys() == asked.start.keys()
+        )
         if not same or not all(torch.equal(found.masks[n], m) for n, m in asked.masks.items()):
             raise SearchError(
                 f"{path} does not follow from the round before it: remove it and the rounds after "
                 "it, and the search makes them again"
             )
-        return found
+        # A file sorts by name; equal magnitudes go to the earlier layer, on the way there and back alike.
+        return found.ordered_as(asked)
 
     def keep(self, done: Round) -> None:
         if self.rounds is not None:

@@ -11,6 +11,7 @@ from torch import nn
 
 from .. import checkpoints
 from ..batches import EpochBatches
+from ..losses import Loss
 from ..progress import Progress
 from ..tickets import Ticket
 from .epochs import read_own
@@ -36,6 +37,7 @@ def in_turn(
     *,
     progress: Progress,
     checkpoint: Path | None,
+    loss: Loss,
 ) -> list[Ticket]:
     """The ticket of each member by a search of its own, which its provenance tells.
 
@@ -50,7 +52,7 @@ def in_turn(
     if checkpoint is not None:
         inner = checkpoint.with_name(checkpoint.name + ".search")
         beside = [checkpoint.with_name(f"{checkpoint.name}.{i}") for i in range(len(members))]
-        run = checkpoints.fingerprint(model, batches, "in turn", search._facts(members))
+        run = checkpoints.fingerprint(model, batches, "in turn", search._facts(members), loss=loss)
         begun -= checkpoints.seconds(checkpoint) + checkpoints.seconds(inner)
         if checkpoint.exists():
             done = read_own(checkpoint, run)[1]["done"]
@@ -59,7 +61,7 @@ def in_turn(
         advance(len(tickets))
         for i, (sparsity, seed) in list(enumerate(members))[len(tickets) :]:
             ticket = replace(search, seed=seed)(
-                model, batches, sparsity=sparsity, progress=progress, checkpoint=inner
+                model, batches, sparsity=sparsity, progress=progress, checkpoint=inner, loss=loss
             )
             ticket = replace(ticket, meta=ticket.meta | {"many": "in turn"})
             tickets.append(ticket)

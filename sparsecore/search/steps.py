@@ -18,7 +18,9 @@ from typing_extensions import Self
 from .. import capture, kernels
 from ..batches import Batch
 from ..control import Reading, State
-from ..engine import AbstractStep, Way, compiled_call, plainly, structure
+from ..engine import AbstractStep, EngineError, Way, compiled_call, plainly, structure
+from ..engine.layout import channels_last
+from ..losses import Loss
 from ..objectives import Net, TeacherMemory
 from ..patterns import Gated
 from .kept import Kept
@@ -38,9 +40,10 @@ class SearchStep(AbstractStep):
         model: nn.Module,
         gated: dict[str, Gated],
         members: Members,
+        loss: Loss | None = None,
     ) -> None:
         self.search, self.gated, self.members = search, gated, members
-        self.model, self.net = model, Net(model)
+        self.model, self.net = model, Net(model, loss)
         first = next(iter(gated.values()))
         self.gate, self.device = first.gate, first.logits.device
         # With BatchNorm a sample's scores depend on its batch, which changes from epoch to epoch.
@@ -119,8 +122,9 @@ class FusedStep(SearchStep):
         model: nn.Module,
         gated: dict[str, Gated],
         members: Members,
+        loss: Loss | None = None,
     ) -> None:
-        super().__init__(search, model, gated, members)
+        super().__init__(search, model, gated, members, loss)
         self._build()
         self.leaves = [out.detach().requires_grad_() for out in self.bank.out]
         for i, pattern in enumerate(gated.values()):
@@ -166,13 +170,12 @@ class FusedStep(SearchStep):
 
     def objective(self, batch: Batch) -> Tensor:
         """The objective in the search's dtype and memory format."""
-        x, y = batch
-        if self.search.channels_last and x.ndim == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
+        if self.search.channels_last:
+            batch = channels_last(batch)
         lower = self.search.dtype != torch.float32
         scope = torch.autocast(self.device.type, self.search.dtype) if lower else nullcontext()
         with scope:
-            return self._objective((x, y))
+            return self._objective(batch)
 
     def _objective(self, batch: Batch) -> Tensor:
         return self.search.objective(self.net, batch)
@@ -199,6 +202,11 @@ class FusedStep(SearchStep):
     def become(self, way: Way) -> Self:
         if not self.compiles:
             super().become(way)
+        if way.compiled and self.net.loss.takes_model:
+            raise EngineError(
+                f"engine {way.name}: a loss of (model, batch) calls the model by itself, which is not compiled then; "
+                "use engine=eager, or a loss of (output, target)"
+            )
         self.net.call = compiled_call(repr(self.facts())) if way.compiled else plainly
         self.net.side = capture.side_stream(self.device) if way.graph else None
         return self
@@ -254,8 +262,9 @@ class LayerwiseStep(FusedStep):
         model: nn.Module,
         gated: dict[str, Gated],
         members: Members,
+        loss: Loss | None = None,
     ) -> None:
-        SearchStep.__init__(self, search, model, gated, members)
+        SearchStep.__init__(self, search, model, gated, members, loss)
         self._build([])
         self.leaves: list[Tensor] = []
         for i, pattern in enumerate(gated.values()):

@@ -1,5 +1,6 @@
 """Rounds on disk: a search that dies anywhere and goes on; full disks, damaged and foreign files."""
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import count
@@ -7,14 +8,52 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Blobs, mlp
+from helpers import Blobs, mlp, seeded
 from rewinds import RECIPE, SEARCH, Killed, Stops, batchnorm_net, same, small, under
+from torch import nn
 
 import sparsecore as sc
 from sparsecore import safefile
 from sparsecore.granularity import Block
 from sparsecore.rounds import Round, RoundError, load_rounds, round_path
 from sparsecore.search import SearchError, rewinding
+from sparsecore.training import train
+
+
+def tied(*args, **options):
+    """Training after which all magnitudes tie, as those rounded to bfloat16 often do."""
+    history = train(*args, **options)
+    with torch.no_grad():
+        for p in args[0].parameters():
+            p.copy_(torch.where(p == 0, p, 0.25 * p.sign()))
+    return history
+
+
+@pytest.mark.parametrize("rewind", ["weights", "learning-rate"])
+@pytest.mark.parametrize("noted", [True, False], ids=["noted", "older files"])
+def test_rounds_from_files_keep_the_models_order_of_layers(
+    noted: bool, rewind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal magnitudes go to the earlier layer, whose name need not be the first in the alphabet."""
+    made = lambda: nn.Sequential(  # noqa: E731
+        OrderedDict(z=nn.Linear(12, 8), relu=nn.ReLU(), m=nn.Linear(8, 8), a=nn.Linear(8, 4))
+    )
+    model = sc.sparsify_(seeded(made))
+    monkeypatch.setattr(rewinding, "train", tied)
+    search = replace(SEARCH, epochs=1, rewind=rewind, rate=0.3)
+    expected = search(model, Blobs(), sparsity=0.6)
+    kept = replace(search, rounds=tmp_path)
+    kept(model, Blobs(), sparsity=0.4)  # the first rounds, which the next search reads
+    if not noted:
+        for path in tmp_path.iterdir():
+            tensors, meta = safefile.read(path, kind="round")
+            del meta["layers"]
+            safefile.write(path, tensors, meta, kind="round")
+    found = kept(model, Blobs(), sparsity=0.6)
+    assert found.hash == expected.hash and same(found.weights, expected.weights)
+    assert list(found.masks) == list(found.scores) == ["z", "m", "a"]
+    if noted:
+        assert all(list(r.masks) == ["z", "m", "a"] for r in load_rounds(tmp_path))
 
 
 def dying(call: Callable, at: int, when: str) -> Callable:

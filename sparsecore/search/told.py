@@ -1,0 +1,48 @@
+"""Around every search: one process alone, and warnings of what its ticket hides."""
+
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
+from torch import distributed, nn
+
+from ..telling import tell_found, within_a_search
+from ..tickets import Ticket
+from .protocol import SearchError
+
+S = TypeVar("S")
+P = ParamSpec("P")
+R = TypeVar("R", Ticket, list[Ticket])
+Method = Callable[Concatenate[S, nn.Module, P], R]
+
+
+def telling(search: Method[S, P, R]) -> Method[S, P, R]:
+    """A search's method that refuses several ranks, and in the end warns of what its tickets hide.
+
+    Errors: SearchError in a process group of more than one rank.
+    """
+
+    @functools.wraps(search)
+    def told(self: S, model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+        _require_one_rank()
+        with within_a_search() as outermost:
+            found = search(self, model, *args, **kwargs)
+        if outermost:
+            for ticket in [found] if isinstance(found, Ticket) else found:
+                tell_found(ticket, model)
+        return found
+
+    return told
+
+
+def _require_one_rank() -> None:
+    """Ranks see other data and draw other noise: each would find a ticket of its own."""
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return
+    ranks = distributed.get_world_size()
+    if ranks > 1:
+        raise SearchError(
+            f"search: expected one process, got a process group of {ranks} ranks, each of which would find another "
+            "ticket; search before init_process_group or in a program of its own, save the ticket, and apply "
+            "it on every rank"
+        )

@@ -1,0 +1,180 @@
+"""What a search and `apply_` tell of a ticket, once each, and what the command line makes of it."""
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import Blobs, mlp, seeded
+from torch import nn
+
+import sparsecore as sc
+from sparsecore import telling
+from sparsecore.cli import main
+from sparsecore.gates import HardConcrete
+from sparsecore.scores import magnitude, random, snip
+from sparsecore.search import Search, SearchError
+from sparsecore.tickets import Ticket, dense_state
+
+
+def told(call) -> list[str]:
+    """The SparsityWarnings of a call."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        call()
+    return [str(w.message) for w in caught if issubclass(w.category, sc.SparsityWarning)]
+
+
+def uneven() -> nn.Module:
+    """A network whose last layer has far smaller weights than its first."""
+    model = sc.sparsify_(mlp())
+    with torch.no_grad():
+        model[2].weight.mul_(0.01)
+    return model
+
+
+class Unused(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare, self.head = nn.Linear(12, 8), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.used(x).relu())
+
+
+def test_an_empty_layer_is_told_by_the_search_and_by_the_first_application() -> None:
+    model = uneven()
+    search = lambda: sc.OneShot(magnitude)(model, Blobs(), sparsity=0.5)  # noqa: E731
+    (text,) = (t for t in told(search) if "keeps nothing" in t)
+    assert text.startswith("layer '2' keeps nothing: the output is the bias alone")
+    ticket = search()
+    assert any("layer '2' keeps nothing" in t for t in told(lambda: ticket.apply_(model)))
+    assert not told(lambda: ticket.apply_(model))
+    # Another ticket is another event, though it be equal.
+    assert told(lambda: replace(ticket).apply_(sc.sparsify_(mlp())))
+
+
+def test_where_the_warning_points() -> None:
+    model = uneven()
+    with pytest.warns(sc.SparsityWarning) as caught:
+        ticket = sc.OneShot(magnitude)(model, Blobs(), sparsity=0.5)
+        ticket.apply_(model)
+    assert {w.filename for w in caught} == {__file__}
+
+
+def test_units_cut_off() -> None:
+    model = sc.sparsify_(mlp())
+    masks = {
+        n: torch.ones(layer.weight_shape, dtype=torch.bool)
+        for n, layer in sc.sparse_layers(model).items()
+    }
+    ticket = Ticket(masks, dense_state(model))
+    assert not told(lambda: ticket.apply_(model))
+    masks["0"][3:5] = False
+    (text,) = told(lambda: Ticket(masks, dense_state(model)).apply_(model))
+    assert text.startswith("units cut off: 2 of 24 of '0' keep no weight")
+
+
+def test_frozen_layers_that_a_ticket_prunes() -> None:
+    model = sc.sparsify_(mlp())
+    model[0].raw_weight.requires_grad_(False)
+    ticket = sc.OneShot(random)(model, Blobs(), sparsity=0.3)
+    (text,) = told(lambda: ticket.apply_(model))
+    assert text.startswith("layer '0' is frozen (requires_grad=False) and pruned")
+    assert any(
+        "'0' is frozen" in t for t in told(lambda: sc.OneShot(random)(model, Blobs(), sparsity=0.3))
+    )
+    finished = replace(ticket, meta=ticket.meta | {"finished": True})
+    assert not told(lambda: finished.apply_(model))  # is not to be trained
+    model.requires_grad_(False)
+    assert not told(lambda: replace(ticket).apply_(model))  # a network for evaluation
+
+
+@pytest.mark.parametrize(
+    "search", [sc.OneShot(snip), sc.ConcreteSearch(epochs=2)], ids=["snip", "cts"]
+)
+def test_layers_that_the_forward_never_calls(search: Search) -> None:
+    model = sc.sparsify_(seeded(Unused))
+    found = told(lambda: search(model, Blobs(), sparsity=0.5))
+    assert any(t.startswith("layer 'spare' took no part in the search") for t in found)
+    assert not any("'used' took" in t or "'head' took" in t for t in found)
+
+
+def test_gates_that_ended_far_from_the_sparsity() -> None:
+    search = sc.JointSearch(epochs=1, gate=HardConcrete(), lr=1e-4)
+    model = sc.sparsify_(mlp())
+    with pytest.warns(telling.ShortSearchWarning, match="the gates ended") as caught:
+        search(model, Blobs(), sparsity=0.9)
+    assert len([w for w in caught if w.category is telling.ShortSearchWarning]) == 1
+
+
+def test_searches_within_searches_tell_once() -> None:
+    """Rounds apply tickets, and a search for a penalty searches."""
+    recipe = sc.Recipe(optimizer="adam", lr=1e-2)
+    model = uneven()
+    found = told(lambda: sc.Rewinding(recipe, epochs=1, rate=0.5)(model, Blobs(), sparsity=0.75))
+    assert len([t for t in found if "nothing" in t]) <= 1
+    assert len(found) == len(set(found))
+
+
+def test_a_process_group_of_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    recipe = sc.Recipe(optimizer="adam", lr=1e-2)
+    searches: list[Search] = [
+        sc.OneShot(snip), sc.Iterative(), sc.ConcreteSearch(), sc.JointSearch(), sc.StrongSearch(), sc.EdgePopup(),
+        sc.ContinuousSparsification(), sc.Rewinding(recipe, 1), sc.SET(recipe, 1), sc.RigL(recipe, 1),
+        sc.GradualMagnitude(recipe, 1),
+    ]  # fmt: skip
+    model = sc.sparsify_(mlp())
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    for search in searches:
+        with pytest.raises(
+            SearchError, match="expected one process, got a process group of 2 ranks"
+        ):
+            search(model, Blobs(), sparsity=0.5)
+    with pytest.raises(SearchError, match="2 ranks"):
+        sc.ConcreteSearch().many(model, Blobs(), sparsities=[0.5, 0.6])
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 1)
+    assert sc.OneShot(snip)(model, Blobs(), sparsity=0.5)
+
+
+def test_reprs_fit_a_line() -> None:
+    model = sc.sparsify_(mlp())
+    ticket = sc.OneShot(magnitude)(model, Blobs(), sparsity=0.5)
+    assert repr(ticket) == "Ticket(magnitude: 192 of 384 weights in 2 layers, 50 % removed, weight)"
+    assert len(repr(Ticket(ticket.masks, ticket.weights, {"method": ["odd"]}))) < 120
+
+
+def test_the_command_line_has_a_line_each_and_info_fits_a_screen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "T.safetensors")
+    command = [
+        "search",
+        "--model",
+        "resnet-20",
+        "--data",
+        "digits",
+        "--method",
+        "snip",
+        "--rewind-epochs",
+        "0",
+    ]
+    assert main([*command, "--sparsity", "0.995", "--out", out]) == 0
+    shown = capsys.readouterr()
+    lines = [line for line in shown.err.splitlines() if line.startswith("warning: ")]
+    assert (
+        len(lines) == len(set(lines)) == 2 and "keep nothing" in lines[0] and "cut off" in lines[1]
+    )
+    assert "keep nothing" not in shown.out and "SparsityWarning" not in shown.err
+    assert main(["info", out, "--json", str(tmp_path / "i.json")]) == 0
+    shown = capsys.readouterr().out
+    assert (
+        len(shown.splitlines()) <= 45
+        and "more" in shown
+        and "keep nothing" in " ".join(shown.split())
+    )
+    assert (tmp_path / "i.json").read_text().count('"live_rows"') == 20
