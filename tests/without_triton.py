@@ -8,7 +8,6 @@ from importlib.abc import MetaPathFinder
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-
 # What Windows and macOS do not have, or one of them.
 ABSENT = {"triton", "fcntl", "grp", "pwd", "resource", "termios"}
 

@@ -52,7 +52,7 @@ def _run_forward(
         return _strided(y, x, format), weight, fill
     y = _like(x, plan.layer.output(x.shape), format).zero_()
     y = y if bias is None else y.add_(bias.view(-1, *[1] * (y.ndim - 2)))
-    return y, None, None
+    return _strided(y, x, format), None, None
 
 
 def _weight_again(
@@ -73,7 +73,7 @@ def _run_dx(
     if dy.numel() and plan.nnz:
         weight = _weight_again(values, dy.dtype, plan, weight, fill)
         return _strided(format.grad_input(dy, weight, plan.layer, storage, shape), dy, format)
-    return _like(dy, shape, format).zero_()
+    return _strided(_like(dy, shape, format).zero_(), dy, format)
 
 
 def _run_dw(dy: Tensor, x: Tensor, values: Tensor, plan: Plan) -> Tensor:
