@@ -1,12 +1,15 @@
 """BatchNorm's running statistics, for weights that no training led to."""
 
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .batches import EpochBatches
+from .batches import on, parts_of
+from .calls import forward
+from .loaders import batches_of
 
 
 def running_norms(model: nn.Module) -> list[_BatchNorm]:
@@ -18,7 +21,7 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def recompute_statistics_(model: nn.Module, batches: EpochBatches, *, limit: int = 20) -> nn.Module:
+def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) -> nn.Module:
     """Measures all running statistics anew: their mean over the first batches of epoch 0; returns the model.
 
     Weights that were interpolated, averaged or pruned need it, since the statistics they came with are
@@ -26,7 +29,7 @@ def recompute_statistics_(model: nn.Module, batches: EpochBatches, *, limit: int
     dropout, is off.  Modes and momenta are put back; a model without running statistics is left alone.
 
     Args:
-        batches: of training data.
+        batches: of training data, as `loaders.batches_of` takes them.
         limit: how many of them at most; each counts the same.
 
     Errors: ValueError if there is no batch to measure on.
@@ -34,6 +37,7 @@ def recompute_statistics_(model: nn.Module, batches: EpochBatches, *, limit: int
     norms = running_norms(model)
     if not norms:
         return model
+    batches = batches_of(batches, model, empty=True)
     if min(limit, len(batches)) < 1:
         raise ValueError(
             f"recompute_statistics_: expected at least one batch, got {len(batches)} of them and "
@@ -48,8 +52,9 @@ def recompute_statistics_(model: nn.Module, batches: EpochBatches, *, limit: int
             norm.momentum = None  # a plain mean over batches
             norm.train()
         with torch.no_grad():
-            for x, _ in islice(batches.epoch(0), limit):
-                model(x)
+            device = next(model.parameters()).device
+            for batch in islice(batches.epoch(0), limit):
+                forward(model, on(device, parts_of(batch)[0]))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum

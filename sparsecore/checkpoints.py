@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import safefile
-from .batches import EpochBatches
+from .batches import EpochBatches, parts_of
 from .convert import sparse_layers
 from .kernels import laid_out_as
+from .losses import Loss
 from .patterns import Planned
 
 _OWN = ("lr", "fused", "foreach", "capturable")  # how an optimiser computes is its own affair
@@ -90,16 +92,45 @@ def unpack_optimizer(
         group |= mine
 
 
-def fingerprint(model: nn.Module, batches: EpochBatches, *facts: Any) -> str:
-    """Tells runs apart: the facts, the first batch, and the values a run starts from (masks included)."""
-    x, y = next(iter(batches.epoch(0)))
-    data = (len(batches), y.tolist(), f"{x.double().sum().item():.7g}")  # sums depend on threads
+def fingerprint(
+    model: nn.Module, batches: EpochBatches, *facts: Any, loss: Loss | None = None
+) -> str:
+    """Tells runs apart: the facts, the loss by its name, the first batch, and the values a run starts from (masks
+    included).
+
+    Errors: ValueError for no batch.
+    """
+    batch = next(iter(batches.epoch(0)), None)
+    if batch is None:
+        raise ValueError("batches: expected at least one, got none")
+    data = (len(batches), *_told(batch))
+    facts += () if loss is None else loss.facts
     digest = hashlib.sha256(repr((facts, data)).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _told(batch: Any) -> list[Any]:
+    """A batch's targets, and the sums of its inputs, which depend on threads."""
+    inputs, target = parts_of(batch)
+    labels = target.tolist() if isinstance(target, Tensor) else None
+    sums = [
+        f"{t.double().sum().item():.7g}" if isinstance(t, Tensor) else repr(t)
+        for t in tree_leaves((inputs,) if isinstance(target, Tensor) else (inputs, target))
+    ]
+    return [labels, *sums]
+
+
+def check_resumable(path: Path | None, batches: EpochBatches) -> None:
+    """Errors: ValueError for a checkpoint of a run on data that cannot be read from any epoch on."""
+    if path is not None and getattr(batches, "passing", False):
+        raise ValueError(
+            "checkpoint: expected data that can be read again (a DataLoader, a list, a function that makes an "
+            "iterator, an object with epoch(i)), got a stream; leave the checkpoint out"
+        )
 
 
 def seconds(path: Path | None) -> float:

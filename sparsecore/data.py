@@ -236,7 +236,8 @@ class Batches:
     Args:
         split: "train" or "test".
         augment: random flips and crops out of a 4-pixel border.
-        drop_last: leave out a last, smaller batch.
+        drop_last: whether a last, smaller batch is left out; None: one of a single sample where a model with BatchNorm
+            trains, which cannot compute with it.
     """
 
     def __init__(
@@ -248,7 +249,7 @@ class Batches:
         seed: int = 0,
         shuffle: bool = True,
         augment: bool = False,
-        drop_last: bool = False,
+        drop_last: bool | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         if split not in ("train", "test"):

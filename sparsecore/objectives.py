@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .batches import Batch
+from .batches import Batch, parts_of
+from .calls import forward
 from .convert import require_dense_parameters
 from .engine import plainly
+from .losses import Loss
 from .patterns import Gated
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
@@ -32,11 +34,13 @@ class TeacherMemory:
         self.table: Tensor | None = None  # [samples, classes]
         self.complete = False  # after the first epoch
 
-    def scores(self, x: Tensor, dense: Callable[[Tensor], Tensor]) -> Tensor:
-        """[B, classes] for the batch x of the samples `rows`."""
+    def output(self, x: Any, dense: Callable[[Any], Any]) -> Any:
+        """What `dense` gives for the batch x of the samples `rows`; only tensors are remembered."""
         if self.complete and self.table is not None:
             return self.table.index_select(0, self.rows)
         scores = dense(x)
+        if not isinstance(scores, Tensor) or len(scores) != len(self.rows):
+            return scores
         if self.samples * scores[0].numel() * scores.element_size() <= self.LIMIT:
             if self.table is None:
                 self.table = scores.new_empty(self.samples, *scores.shape[1:])
@@ -45,41 +49,83 @@ class TeacherMemory:
 
 
 class Net:
-    """A gated model seen as two functions of a batch: sparse (a sample) and dense (the teacher)."""
+    """A gated model seen as two functions of a batch's inputs: sparse (a sample) and dense (the teacher).
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Class scores are [B, classes, ...], wherever the model has its classes.
+    """
+
+    def __init__(self, model: nn.Module, loss: Loss | None = None) -> None:
+        self.model, self.loss = model, loss or Loss()
+        self.target: Any = None  # the present batch's
         self.layers = require_dense_parameters(model)
         self.memory: TeacherMemory | None = None
-        self.call: Callable[[nn.Module, Tensor], Tensor] = plainly  # how its forward is run
+        self.call: Callable[..., Any] = plainly  # how its forward is run
         self.side: Any = None  # a CUDA stream for the teacher, beside the sparse network's
-        self.label_smoothing = 0.0  # of the task, by the recipe of weights that train
 
-    def sparse(self, x: Tensor) -> Tensor:
-        """Class scores [B, classes] of the sampled sparse network."""
-        return self.call(self.model, x)
+    def task(self, batch: Batch) -> Tensor:
+        """The loss of the network as it computes now."""
+        return self.loss(self.model, batch, self.call)
 
-    def dense(self, x: Tensor) -> Tensor:
-        """Class scores [B, classes] of the dense network, without gradient."""
+    def output(self, x: Any) -> Any:
+        """What the sampled sparse network gives."""
+        return forward(self.model, x, self.call)
+
+    def dense_output(self, x: Any) -> Any:
+        """What the dense network gives, without gradient."""
         with torch.no_grad(), self.opened():
-            return self.call(self.model, x)
+            return forward(self.model, x, self.call)
 
-    def teacher(self, x: Tensor) -> Tensor:
-        """What `dense` gives; looked up where the search remembers it."""
-        return self.dense(x) if self.memory is None else self.memory.scores(x, self.dense)
+    def teacher_output(self, x: Any) -> Any:
+        """What `dense_output` gives; looked up where the search remembers it."""
+        return (
+            self.dense_output(x)
+            if self.memory is None
+            else self.memory.output(x, self.dense_output)
+        )
 
-    def both(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def outputs(self, x: Any) -> tuple[Any, Any]:
         """(sparse, teacher), side by side where there is a stream for it."""
         if self.side is None:
-            teacher = self.teacher(x)
-            return self.sparse(x), teacher
+            teacher = self.teacher_output(x)
+            return self.output(x), teacher
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
-            teacher = self.teacher(x)
-        sparse = self.sparse(x)
+            teacher = self.teacher_output(x)
+        sparse = self.output(x)
         main.wait_stream(self.side)
         return sparse, teacher
+
+    def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sparse, teacher) of the task's loss."""
+        if self.loss.takes_model:
+            with torch.no_grad(), self.opened():
+                teacher = self.task(batch)
+            return self.task(batch), teacher
+        sparse, dense = self.outputs(parts_of(batch)[0])
+        loss = self.loss.unsmoothed
+        return loss.of(sparse, batch), loss.of(dense, batch)
+
+    def scores(self, output: Any) -> Tensor:
+        """Class scores [B, classes, ...] out of what the model gave.  Errors: ValueError where there are none."""
+        return self.loss.class_scores(output, self.target)
+
+    def sparse(self, x: Any) -> Tensor:
+        """Class scores [B, classes, ...] of the sampled sparse network."""
+        return self.scores(self.output(x))
+
+    def dense(self, x: Any) -> Tensor:
+        """Class scores [B, classes, ...] of the dense network, without gradient."""
+        return self.scores(self.dense_output(x))
+
+    def teacher(self, x: Any) -> Tensor:
+        """What `dense` gives; looked up where the search remembers it."""
+        return self.scores(self.teacher_output(x))
+
+    def both(self, x: Any) -> tuple[Tensor, Tensor]:
+        """Class scores (sparse, teacher), side by side where there is a stream for it."""
+        sparse, teacher = self.outputs(x)
+        return self.scores(sparse), self.scores(teacher)
 
     @contextmanager
     def opened(self) -> Iterator[None]:
@@ -137,6 +183,8 @@ class Objective:
     follows a ratio of gradients (GradBalance) it hardly matters, with a lambda of its own it does: `fixed` and
     `lagrangian` weigh c R against the excess.
 
+    `classes`: it compares class scores, which not every loss has.
+
     `second_order`: it is made of gradients in the weights (`net.weights()`), so that descending it
     differentiates twice.
     """
@@ -145,42 +193,41 @@ class Objective:
     loss: Callable[[Net, Batch], Tensor]
     scale: float = 100.0
     second_order: bool = False
+    classes: bool = False
 
     def __call__(self, net: Net, batch: Batch) -> Tensor:
+        net.target = parts_of(batch)[1]
         return self.loss(net, batch) * self.scale
 
 
 def _task(net: Net, batch: Batch) -> Tensor:
-    x, y = batch
-    return F.cross_entropy(net.sparse(x), y, label_smoothing=net.label_smoothing)
+    return net.task(batch)
 
 
 def _loss_change(net: Net, batch: Batch) -> Tensor:
-    x, y = batch
-    sparse, teacher = net.both(x)
-    return (F.cross_entropy(sparse, y) / F.cross_entropy(teacher, y) - 1).abs()
+    sparse, teacher = net.losses(batch)
+    return (sparse / teacher - 1).abs()
 
 
 def _gradient_norm(net: Net, batch: Batch) -> Tensor:
-    x, y = batch
     weights = net.weights()
-    grads = torch.autograd.grad(F.cross_entropy(net.sparse(x), y), weights, create_graph=True)
+    grads = torch.autograd.grad(net.task(batch), weights, create_graph=True)
     return -torch.stack([g.square().sum() for g in grads]).sum().sqrt()
 
 
 def _kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q), mean over the batch, from log-probabilities [B, classes]."""
+    """KL(p || q), mean over the batch, from log-probabilities [B, classes, ...]: a sum over pixels or tokens."""
     return F.kl_div(log_q, log_p, reduction="batchmean", log_target=True)
 
 
 def _reverse_kl(net: Net, batch: Batch) -> Tensor:
-    sparse, teacher = net.both(batch[0])
-    return _kl(sparse.log_softmax(-1), teacher.log_softmax(-1))
+    sparse, teacher = net.both(parts_of(batch)[0])
+    return _kl(sparse.log_softmax(1), teacher.log_softmax(1))
 
 
 def _forward_kl(net: Net, batch: Batch) -> Tensor:
-    sparse, teacher = net.both(batch[0])
-    return _kl(teacher.log_softmax(-1), sparse.log_softmax(-1))
+    sparse, teacher = net.both(parts_of(batch)[0])
+    return _kl(teacher.log_softmax(1), sparse.log_softmax(1))
 
 
 def _standardised(values: Tensor) -> Tensor:
@@ -205,21 +252,19 @@ def _matching(
 
 def _features(net: Net, batch: Batch) -> Tensor:
     # Without the class scores the last layer would see no gradient.
-    x, _ = batch
+    x = parts_of(batch)[0]
     with net.activations() as dense:
-        dense.append(net.dense(x).softmax(-1))
+        dense.append(net.dense(x).softmax(1))
     with net.activations() as sparse:
-        sparse.append(net.sparse(x).softmax(-1))
+        sparse.append(net.sparse(x).softmax(1))
     return _matching(sparse, dense, _standardised_samples)
 
 
 def _gradients(net: Net, batch: Batch) -> Tensor:
-    x, y = batch
     weights = net.weights()
     with net.opened():
-        dense = torch.autograd.grad(F.cross_entropy(net.model(x), y), weights)
-    loss = F.cross_entropy(net.sparse(x), y)
-    sparse = torch.autograd.grad(loss, weights, create_graph=True)
+        dense = torch.autograd.grad(net.task(batch), weights)
+    sparse = torch.autograd.grad(net.task(batch), weights, create_graph=True)
     return _matching(list(sparse), list(dense), _standardised)
 
 
@@ -229,9 +274,9 @@ loss_change = Objective("loss-change", _loss_change, scale=10_000.0)
 gradient_norm = Objective("gradient-norm", _gradient_norm, scale=1.0, second_order=True)
 """-||dL_sparse / dtheta||_2 over the weights under gates alone; the authors' norm counts biases and
 normalisation too."""
-reverse_kl = Objective("reverse-kl", _reverse_kl)
-forward_kl = Objective("forward-kl", _forward_kl)
-features = Objective("features", _features)
+reverse_kl = Objective("reverse-kl", _reverse_kl, classes=True)
+forward_kl = Objective("forward-kl", _forward_kl, classes=True)
+features = Objective("features", _features, classes=True)
 """Mean squared difference between the two networks' activations and softmax of class scores, each sample of each
 standardised over its features; a mean over the layers."""
 gradients = Objective("gradients", _gradients, second_order=True)

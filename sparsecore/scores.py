@@ -6,25 +6,43 @@ once.  The model is left as it was.
 """
 
 import copy
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .batches import Batch
+from .batches import (
+    Batch,
+    Several,
+    joined,
+    of_samples,
+    on,
+    parts_of,
+    size_of,
+    target_key,
+)
+from .calls import forward
 from .convert import batch_statistics, require_dense_parameters, sparse_layers
+from .losses import Loss, LossLike, loss_of
+from .outputs import is_labels, own_loss, scores_in
 
-Score = Callable[[nn.Module, Iterable[Batch], int], dict[str, Tensor]]
+Score = Callable[..., dict[str, Tensor]]  # of (model, batches, seed), and loss= if it has one
 
 _NORMALISATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-def random(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
-    """Uniform noise: the floor that any method has to beat."""
+def random(
+    model: nn.Module, batches: Iterable[Batch], seed: int, *, loss: LossLike = None
+) -> dict[str, Tensor]:
+    """Uniform noise: the floor that any method has to beat.  loss: not looked at."""
     generator = torch.Generator().manual_seed(seed)
     return {
         name: torch.rand(layer.raw_weight.shape, generator=generator).to(layer.raw_weight.device)
@@ -32,13 +50,17 @@ def random(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, T
     }
 
 
-def magnitude(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
-    """|theta|."""
+def magnitude(
+    model: nn.Module, batches: Iterable[Batch], seed: int, *, loss: LossLike = None
+) -> dict[str, Tensor]:
+    """|theta|.  loss: not looked at."""
     layers = require_dense_parameters(model)
     return {name: layer.raw_weight.detach().abs() for name, layer in layers.items()}
 
 
-def snip(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
+def snip(
+    model: nn.Module, batches: Iterable[Batch], seed: int, *, loss: LossLike = None
+) -> dict[str, Tensor]:
     """|dL/dtheta * theta| of the loss over one pass of `batches` (Lee, Ajanthan & Torr 2019).
 
     Every sample counts the same, also those of a smaller last batch; the scale is that of a sum of means over
@@ -47,10 +69,13 @@ def snip(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Ten
     with _differentiable(model) as weights:
         total = [torch.zeros_like(w) for w in weights.values()]
         size = 0
-        for x, y in batches:
-            size = size or len(y)
-            loss = F.cross_entropy(model(x), y) * (len(y) / size)
-            _add_(total, _gradient(loss, weights))
+        by = loss_of(loss)
+        for batch in _read(batches, model):
+            size = size or size_of(batch)
+            value = by(model, batch) * (size_of(batch) / size)
+            _add_(total, _gradient(value, weights))
+    if not size:
+        raise ValueError("snip: expected at least one batch, got none")
     return {
         name: (t * w.detach()).abs() for (name, w), t in zip(weights.items(), total, strict=True)
     }
@@ -63,41 +88,57 @@ def grasp(
     *,
     temperature: float = 200.0,
     per_class: int = 10,
+    loss: LossLike = None,
 ) -> dict[str, Tensor]:
     """theta * Hg, signed: what a weight contributes to the gradient's flow (Wang, Zhang & Grosse 2020, eq. 8).
 
     The paper removes the highest of -theta * Hg, which are the lowest of these.  g and H are of the
     cross-entropy of logits / `temperature` over `per_class` samples of every class, drawn by `seed` out
-    of the first batches that have them.  No more than a batch is differentiated at a time.
+    of the first batches that have them.  No more than a batch is differentiated at a time.  Where a sample has many
+    labels (pixels, tokens), or the loss is another (which no temperature flattens), it is of the first batch.
 
     Errors: ValueError if there is no batch; RuntimeError from PyTorch for an operation without a second
     derivative (hardsigmoid).
     """
     # The one kernel of attention that can be differentiated twice.
     with _differentiable(model) as weights, sdpa_kernel(SDPBackend.MATH):
-        parts = _few_of_each_class(model, batches, per_class, seed)
-        count = sum(len(y) for _, y in parts)
+        by = loss_of(loss)
+        parts = _few_samples(model, _read(batches, model), per_class, seed, by)
+        count = sum(size_of(part) for part in parts)
 
-        def loss(x: Tensor, y: Tensor) -> Tensor:
-            return F.cross_entropy(model(x) / temperature, y, reduction="sum") / count
+        def cooled(batch: Batch) -> Tensor:
+            if not by.is_cross_entropy:
+                return by(model, batch)
+            inputs, target = parts_of(batch)
+            output = forward(model, inputs)
+            if own_loss(output) is not None:
+                return by.of(output, batch)
+            scores, labels = by.aligned(by.class_scores(output, target), target)
+            by.of(output, batch)  # refuses what has no such loss
+            if labels.ndim == 1:
+                return F.cross_entropy(scores / temperature, labels.long(), reduction="sum") / count
+            return F.cross_entropy(scores / temperature, labels.long())
 
         g = [torch.zeros_like(w) for w in weights.values()]
         for part in parts:
-            _add_(g, _gradient(loss(*part), weights))
+            _add_(g, _gradient(cooled(part), weights))
         product = [torch.zeros_like(w) for w in weights.values()]
         for part in parts:  # H is the sum over the parts: g has to be whole before
-            own = _gradient(loss(*part), weights, create_graph=True)
+            own = _gradient(cooled(part), weights, create_graph=True)
             along = torch.stack([(a * b).sum() for a, b in zip(own, g, strict=True)]).sum()
             _add_(product, _gradient(along, weights))
     return {name: w.detach() * hg for (name, w), hg in zip(weights.items(), product, strict=True)}
 
 
-def synflow(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, Tensor]:
+def synflow(
+    model: nn.Module, batches: Iterable[Batch], seed: int, *, loss: LossLike = None
+) -> dict[str, Tensor]:
     """|dR/dtheta * theta| / R, R the summed outputs of the |theta| network for ones (Tanaka et al. 2020, eq. 3).
 
     In a ReLU network the scores into a hidden unit add up to those out of it and, divided by R, to 1 in
     a layer that all signals pass.  Computed in float64 on a copy; of `batches` only a sample's shape is
-    used.  Prune by it in rounds (`search.Iterative`): at once, it cuts off whole layers.
+    used; embeddings of tokens give ones.  loss: not looked at but for its `scores`.
+    Prune by it in rounds (`search.Iterative`): at once, it cuts off whole layers.
 
     As in the paper's R there are no biases: their signal comes through none of the layers before.
     Two things are this library's.  Every layer is divided by the mean sum of its rows, and
@@ -116,12 +157,12 @@ def synflow(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, 
     of torchvision's ViT at first) lets nothing pass.
     """
     layers = require_dense_parameters(model)
-    x, _ = _first(batches)
+    inputs = parts_of(_first(_read(batches, model)))[0]
     net = _positive(model)
     weights = {
         name: layer.raw_weight.requires_grad_() for name, layer in sparse_layers(net).items()
     }
-    flow = net(torch.ones_like(x[:1], dtype=torch.float64)).sum()
+    flow = _flow(net, inputs, loss_of(loss))
     if not flow.isfinite():
         raise ValueError(
             "synflow: expected a finite sum of outputs, got overflow in float64; check the weights, or "
@@ -140,6 +181,23 @@ def synflow(model: nn.Module, batches: Iterable[Batch], seed: int) -> dict[str, 
         name: (g * w.detach() / scale).abs().float()
         for (name, w), g in zip(weights.items(), gradient, strict=True)
     }
+
+
+def scored(
+    score: Score, model: nn.Module, batches: Iterable[Batch], seed: int, loss: Loss
+) -> dict[str, Tensor]:
+    """A score under a loss.
+
+    Errors: ValueError for a score of the user's own that takes none, where one is asked for.
+    """
+    if not loss.facts and loss.scores is None:
+        return score(model, batches, seed)
+    taken = inspect.signature(score).parameters
+    if "loss" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        raise ValueError(
+            f"loss: expected a score that takes loss=, got {score_name(score)}; give its function that keyword"
+        )
+    return score(model, batches, seed, loss=loss)  # type: ignore[call-arg]
 
 
 SCORES: dict[str, Score] = {
@@ -186,37 +244,89 @@ def _add_(total: list[Tensor], values: Iterable[Tensor]) -> None:
         t += v
 
 
+def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
+    """Batches on the model's device."""
+    device = next(model.parameters()).device
+    for batch in batches:
+        yield on(device, batch)
+
+
+def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
+    """The sum of what the network gives for ones; where tokens are embedded, for embeddings of ones."""
+    embeddings = [m for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    hooks = [
+        m.register_forward_hook(lambda module, args, out: torch.ones_like(out)) for m in embeddings
+    ]
+
+    def ones(t: Any) -> Any:
+        if isinstance(t, Tensor) and (t.is_floating_point() or not embeddings):
+            return torch.ones_like(t, dtype=torch.float64)
+        return t
+
+    key = target_key(inputs) if isinstance(inputs, Mapping) else None
+    if key is not None:
+        inputs = {k: v for k, v in inputs.items() if k != key}
+    kind = Several if isinstance(inputs, Several) else lambda x: x
+    first = of_samples(tuple(inputs) if kind is Several else inputs, slice(0, 1))
+    try:
+        output = forward(net, kind(tree_map(ones, first)))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if loss.scores is not None:
+        return loss.scores(output).sum()
+    try:
+        return scores_in(output).sum()
+    except ValueError:  # a nest: all that it gives
+        found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+        return torch.stack([t.sum() for t in found]).sum()
+
+
 def _first(batches: Iterable[Batch]) -> Batch:
     for batch in batches:
         return batch
     raise ValueError("scores: expected at least one batch, got none")
 
 
-def _few_of_each_class(
-    model: nn.Module, batches: Iterable[Batch], count: int, seed: int
+def _few_samples(
+    model: nn.Module, batches: Iterator[Batch], count: int, seed: int, loss: Loss
 ) -> list[Batch]:
-    """`count` samples of every class, fewer where there are fewer, in even parts no larger than a batch."""
+    """`count` samples of every class, fewer where there are fewer, in even parts no larger than a batch.
+
+    The first batch where its samples have no single class each.
+    """
+    first = next(batches, None)
+    if first is None:
+        raise ValueError("grasp: expected at least one batch, got none")
+    target = parts_of(first)[1]
+    if not (loss.is_cross_entropy and is_labels(target) and target.ndim == 1):
+        return [first]
     generator = torch.Generator().manual_seed(seed)
     taken, size = torch.empty(0, dtype=torch.int64), 1
     found: list[Batch] = []
-    for x, y in batches:
+    for batch in chain([first], batches):
+        x, y = parts_of(batch)
         if not found:
             with torch.no_grad():
-                taken, size = torch.zeros(model(x).shape[-1], dtype=torch.int64), len(y)
+                output = forward(model, x)
+                if own_loss(output) is None:
+                    loss.of(output, batch)  # refuses what does not fit
+                classes = loss.class_scores(output, y).shape[1]
+            taken, size = torch.zeros(classes, dtype=torch.int64), len(y)
         order = torch.randperm(len(y), generator=generator)
-        labels = y.cpu()[order]
+        order = order[(y.cpu() != -100)[order]] if bool((y == -100).any()) else order
+        labels = y.cpu()[order].long()
         classes = F.one_hot(labels, len(taken))
         place = (taken + classes.cumsum(0)).gather(1, labels[:, None]).squeeze(1)  # from 1
         chosen = order[place <= count].to(y.device)
-        found.append((x[chosen], y[chosen]))
+        found.append(of_samples(batch, chosen))
         taken += classes.sum(0)
         if bool((taken >= count).all()):
             break
-    if not found:
-        raise ValueError("grasp: expected at least one batch, got none")
-    x, y = (torch.cat(values) for values in zip(*found, strict=True))
-    parts = -(-len(y) // size)
-    return list(zip(x.tensor_split(parts), y.tensor_split(parts), strict=True))
+    whole = joined(found)
+    parts = -(-size_of(whole) // size)
+    rows = torch.arange(size_of(whole), device=parts_of(whole)[1].device).tensor_split(parts)
+    return [of_samples(whole, slice(int(r[0]), int(r[-1]) + 1)) for r in rows]
 
 
 def _positive(model: nn.Module) -> nn.Module:

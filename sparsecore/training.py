@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -13,11 +12,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from . import checkpoints
-from .batches import Batch, EpochBatches
+from .batches import Batch, EpochBatches, first_flaw
 from .engine import (
     Evaluation,
     Timeline,
@@ -29,6 +27,8 @@ from .engine import (
     takes_images,
 )
 from .engine.training_step import Penalty
+from .loaders import batches_of
+from .losses import Loss, LossLike, loss_of
 from .progress import QUIET, Progress
 from .recipe import Recipe, optimizer_for
 
@@ -58,7 +58,11 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds
 
 @dataclass
 class History:
-    """What a run gave: a record per epoch (or part of one), and the states asked for."""
+    """What a run gave: a record per epoch (or part of one), and the states asked for.
+
+    A record holds "epoch", "lr", "loss", "seconds", and of the test data "accuracy" where there are classes,
+    "test_loss" where there are none, or the "metric" that was asked for.
+    """
 
     epochs: list[dict[str, Any]] = field(default_factory=list)
     snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
@@ -76,20 +80,46 @@ class History:
         return sum(epoch["seconds"] for epoch in self.epochs)
 
 
-def evaluate(model: nn.Module, batches: EpochBatches) -> float:
-    """Accuracy in percent, in evaluation mode; every module's mode is put back.
+def evaluate(
+    model: nn.Module,
+    batches: Any,
+    metric: LossLike = None,
+    loss: LossLike = None,
+    *,
+    steps_per_epoch: int | None = None,
+) -> float:
+    """Accuracy in percent, or another metric, in evaluation mode; every module's mode is put back.
 
-    Errors: DataEnded for fewer batches than their length says.
+    Args:
+        batches: as `loaders.batches_of` takes them.
+        metric: the mean over samples of what this is for a batch: a loss by name, a function of (output, target) or of
+            (model, batch), or a `losses.Loss`; None: accuracy, per pixel or token where labels are.
+        loss: that the model trained by, which knows where class scores are.
+
+    Errors: ValueError where there are no classes and no metric; DataEnded for fewer batches than their length says.
     """
-    return Evaluation(model, batches).measure().accuracy
+    found = batches_of(batches, None, steps_per_epoch)
+    by, asked = loss_of(loss), None if metric in (None, "accuracy") else loss_of(metric)
+    measured = Evaluation(model, found, by=by, metric=asked).measure()
+    if asked is not None:
+        return measured.loss
+    if math.isnan(measured.accuracy):
+        raise ValueError(
+            f"evaluate: expected classes for an accuracy, got none from the loss {by.name} and its targets; say "
+            "metric=, a loss by name ('mse', 'bce') or a function of (output, target)"
+        )
+    return measured.accuracy
 
 
 def train(
     model: nn.Module,
-    train_batches: EpochBatches,
-    test_batches: EpochBatches | None,
+    train_batches: Any,
+    test_batches: Any,
     recipe: Recipe,
     *,
+    loss: LossLike = None,
+    metric: LossLike = None,
+    steps_per_epoch: int | None = None,
     start_epoch: float = 0,
     stop_epoch: float | None = None,
     total_epochs: float | None = None,
@@ -110,7 +140,11 @@ def train(
     Epochs may be fractions: 1.5 is the middle of the second epoch, to the nearest batch.
 
     Args:
-        test_batches: None leaves accuracies out.
+        train_batches: as `loaders.batches_of` takes them: an object with len() and epoch(i), a DataLoader, a list, ...
+        test_batches: likewise, with a length; None leaves accuracies out.
+        loss: as `losses.Loss` takes it; None: cross-entropy where shapes leave no doubt, or the model's own.
+        metric: measured on the test data in place of accuracy, as `evaluate` takes it.
+        steps_per_epoch: of training batches without a length.
         total_epochs: the schedule's length, `recipe.epochs` by default.
         seed: of dropout and the like; data order belongs to the batches.
         snapshots: epochs after which the state_dict is kept (rewind points); start_epoch counts.
@@ -133,6 +167,11 @@ def train(
     possible here.
     """
     check_engine(engine, next(model.parameters()).device)
+    by = loss_of(loss).smoothed(recipe.label_smoothing)
+    train_batches = batches_of(train_batches, model, steps_per_epoch)
+    test_batches = None if test_batches is None else batches_of(test_batches)
+    asked = None if metric in (None, "accuracy") else loss_of(metric)
+    checkpoints.check_resumable(checkpoint, train_batches)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:
         raise ValueError(f"start_epoch: expected 0 to {stop:g}, the end, got {start_epoch}")
@@ -140,10 +179,10 @@ def train(
     fingerprint, saved = "", None
     if checkpoint is not None:
         known = (asdict(recipe), start_epoch, total_epochs or recipe.epochs, seed)
-        fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts)
+        fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts, loss=by)
         saved = _read(checkpoint, fingerprint) if checkpoint.exists() else None
     total = total_epochs or recipe.epochs
-    run = _Run(model, recipe, total, stop, train_batches, test_batches, penalty)
+    run = _Run(model, recipe, total, stop, train_batches, test_batches, penalty, by, asked)
     run.after_step = after_step
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
@@ -169,19 +208,21 @@ def train(
                 ):
                     # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
                     torch.manual_seed(_mix(seed, part.epoch, part.first))
-                    loss = run.part(part, advance)
-                if not math.isfinite(loss):
+                    mean = run.part(part, advance)
+                if not math.isfinite(mean):
+                    flaw = first_flaw(train_batches, part.epoch, part.first, part.last)
+                    mend = f"lower lr ({recipe.lr}), add warm-up or clip_norm, or check the data"
                     raise TrainingError(
-                        f"epoch {part.epoch + 1}: the loss is {loss}; lower lr ({recipe.lr}), "
-                        "add warm-up or clip_norm, or check the data"
+                        f"epoch {part.epoch + 1}: the loss is {mean}"
+                        + (f"{flaw}; check the data" if flaw else f"; {mend}")
                     )
                 record = {
                     "epoch": part.end,
                     "lr": recipe.lr_at(part.epoch, run.total),
-                    "loss": loss,
+                    "loss": mean,
                 }
                 if run.evaluation is not None:
-                    record["accuracy"] = run.evaluation.measure().accuracy
+                    record |= run.measured()
                 if watch is not None:
                     record["watched"] = watch(run.evaluated)
                 record["seconds"] = perf_counter() - start
@@ -193,7 +234,8 @@ def train(
                     history.snapshots[part.end] = run.snapshot()
                 if checkpoint is not None:
                     run.save(checkpoint, fingerprint, history)
-                shown = {k: record[k] for k in ("accuracy", "watched") if k in record}
+                told = ("accuracy", "test_loss", "metric", "watched")
+                shown = {k: record[k] for k in told if k in record}
                 advance(0, epoch=part.end, **shown)
     finally:  # in the memory format that the model had
         run.engine.step.become(Way())
@@ -267,7 +309,10 @@ class _Run:
         batches: EpochBatches,
         test_batches: EpochBatches | None,
         penalty: Penalty | None,
+        loss: Loss,
+        metric: Loss | None,
     ) -> None:
+        self.loss, self.metric = loss, metric
         self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
         self.steps, self.test_batches = max(len(batches), 1), test_batches
         self.device = next(model.parameters()).device
@@ -293,7 +338,7 @@ class _Run:
         recipe = self.recipe
         return TrainingStep(
             self.model,
-            partial(F.cross_entropy, label_smoothing=recipe.label_smoothing),
+            self.loss,
             self.optimizer,
             accumulate=recipe.accumulate,
             amp=recipe.amp_dtype,
@@ -325,8 +370,20 @@ class _Run:
                 self.test_batches,
                 engine="auto" if engine == "auto" and way.graph else way.name,
                 times=-(-steps // self.steps),
+                by=self.loss.unsmoothed,
+                metric=self.metric,
                 channels_last=way.channels_last,
             )
+
+    def measured(self) -> dict[str, float]:
+        """What a record tells of the test data."""
+        assert self.evaluation is not None
+        found = self.evaluation.measure()
+        if self.metric is not None:
+            return {"metric": found.loss}
+        if self.evaluation.classes:
+            return {"accuracy": found.accuracy}
+        return {"test_loss": found.loss}
 
     def part(self, part: _Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""

@@ -9,6 +9,8 @@ from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from .. import capture
 from ..planner import cache_of, where
@@ -169,7 +171,8 @@ class _Auto:
         )
 
     def _key(self, step: AbstractStep, way: Way) -> str:
-        shapes = [(tuple(t.shape), t.dtype) for t in self._first[0]]
+        leaves = tree_leaves(self._first[0])
+        shapes = [(tuple(t.shape), t.dtype) for t in leaves if isinstance(t, Tensor)]
         digest = hashlib.sha256(repr((step.facts(), shapes)).encode()).hexdigest()[:16]
         return f"engine | {where(step.device)} | {digest} | {way}"
 

@@ -267,14 +267,14 @@ class Timeline:
         return [self.index, *self.now.values()]
 
 
-def plainly(model: nn.Module, *inputs: Any) -> Any:
+def plainly(model: nn.Module, *inputs: Any, **named: Any) -> Any:
     """`compiled_call`'s like, uncompiled."""
-    return model(*inputs)
+    return model(*inputs, **named)
 
 
 @cache
 def compiled_call(facts: str) -> Callable[..., Any]:
-    """`model(*inputs)`, compiled; `facts` tell structures apart, each of which has code of its own.
+    """`model(*inputs, **named)`, compiled; `facts` tell structures apart, each of which has code of its own.
 
     Copies of a model share what was compiled for one of them, whatever their weights and masks.
     """

@@ -6,29 +6,38 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from .. import capture
-from ..batches import Batch, EpochBatches
+from ..batches import Batch, EpochBatches, parts_of, size_of
+from ..calls import fits, forward
+from ..losses import Loss
 from .auto import launch
 from .engine import AbstractStep, stamp, structure
 from .feeds import feed_of
+from .layout import channels_last
+
+_HITS, _COUNTED, _VALUE, _OF = range(4)  # places in an evaluation's `total`
 
 
 class Measured(NamedTuple):
-    """accuracy in percent; loss: cross-entropy in nats, NaN where it was not asked for."""
+    """accuracy in percent, of labels: NaN where there are no classes or another metric was asked for.  loss: a mean,
+    cross-entropy in nats, of labels where it has some and of samples otherwise, or that of the metric that was asked
+    for; NaN where neither was.
+    """
 
     accuracy: float
     loss: float
 
 
 class Evaluation(AbstractStep):
-    """One model on the same batches, as often as asked; `total` sums hits, samples and their losses.
+    """One model on the same batches, as often as asked; `total` sums hits, labels, and losses with what they are of.
 
     Args:
         engine: of the steps; a forward alone is not worth compiling.
         times: about how often it will be asked.
-        loss: whether that is wanted too.
+        loss: whether that is wanted too; it is measured in any case where there are no classes.
+        by: the loss, which also knows the classes.
+        metric: measured in place of both.
     """
 
     def __init__(
@@ -39,12 +48,16 @@ class Evaluation(AbstractStep):
         engine: str = "eager",
         times: int = 1,
         loss: bool = False,
+        by: Loss | None = None,
+        metric: Loss | None = None,
         channels_last: bool = False,
     ) -> None:
         self.model, self.length, self.loss = model, len(batches), loss
+        self.by, self.metric = by or Loss(), metric
+        self.classes = metric is None and self.by.has_classes  # until an output shows none
         self.device = next(model.parameters()).device
-        self.total = torch.zeros(3, dtype=torch.float64, device=self.device)
-        self.format = torch.channels_last if channels_last else torch.preserve_format
+        self.total = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.channels_last = channels_last
         if not capture.possible_on(self.device):
             engine = "eager"
         self.engine = launch(
@@ -61,10 +74,11 @@ class Evaluation(AbstractStep):
             self.engine.begin(0)
             for _ in range(self.length):
                 self.engine()
-            hits, count, losses = self.total.tolist()
-        if not count:
+            hits, labels, value, count = self.total.tolist()
+        if not (labels or count):
             raise ValueError("evaluation: expected at least one sample, got data without any")
-        return Measured(100 * (hits / count), losses / count if self.loss else float("nan"))
+        nan = float("nan")
+        return Measured(100 * (hits / labels) if labels else nan, value / count if count else nan)
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
@@ -83,15 +97,30 @@ class Evaluation(AbstractStep):
             yield
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
-        x, y = batch
-        scores = self.model(x.to(memory_format=self.format) if x.ndim == 4 else x)
-        hits = scores.argmax(-1) == y
-        self.total[0].add_(hits.sum())
-        self.total[1].add_(hits.numel())
-        if self.loss:
-            self.total[2].add_(
-                F.cross_entropy(scores, y, reduction="none").sum(dtype=torch.float64)
-            )
+        batch = channels_last(batch) if self.channels_last else batch
+        inputs = parts_of(batch)[0]
+        judge = self.by if self.metric is None else self.metric
+        if judge.takes_model and not (self.classes and fits(self.model, inputs)):
+            self._add(judge(self.model, batch).double() * size_of(batch), size_of(batch))
+            return
+        output = forward(self.model, inputs)
+        if self.classes:
+            found = judge.hits(output, batch)
+            if found is None:
+                self.classes = False
+            else:
+                hits, counts = found
+                self.total[_HITS].add_((hits & counts).sum())
+                self.total[_COUNTED].add_(counts.sum())
+        if self.loss or not self.classes:
+            if judge.takes_model:
+                self._add(judge(self.model, batch).double() * size_of(batch), size_of(batch))
+            else:
+                self._add(judge.summed(output, batch), judge.counted(batch))
+
+    def _add(self, value: Tensor, count: Tensor | int) -> None:
+        self.total[_VALUE].add_(value)
+        self.total[_OF].add_(count)
 
     def changes(self) -> list[Tensor]:
         return [self.total]

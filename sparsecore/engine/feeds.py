@@ -3,11 +3,13 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..batches import Batch, DataEnded, EpochBatches, Numbered
+from ..batches import Batch, DataEnded, EpochBatches, Numbered, size_of
 from ..data import Batches
 
 Fed = tuple[Batch, Tensor | None]  # a batch, and the numbers of its samples where they have some
@@ -131,28 +133,29 @@ class Given(Feed):
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.now: Fed | None = None
-        self.memory: tuple[Tensor | None, ...] | None = None
+        self.memory: list[Any] | None = None  # tensors, and what a batch has beside them
+        self.spec: TreeSpec | None = None
 
     def put(self, fed: Fed) -> bool:
         """Makes a batch the present one; whether it is of the usual shape, which is the first one's."""
-        (x, y), rows = fed
-        given = x, y, rows
+        given, spec = tree_flatten(fed)
         if self.memory is None:  # strides too: it is what a graph will read
-            self.memory = tuple(
-                None if t is None else torch.empty_like(t, device=self.device) for t in given
-            )
-        usual = all(map(_alike, given, self.memory))
+            self.memory = [
+                torch.empty_like(t, device=self.device) if isinstance(t, Tensor) else t
+                for t in given
+            ]
+            self.spec = spec
+        usual = spec == self.spec and all(map(_alike, given, self.memory))
         if usual and self.held:
             for t, mine in zip(given, self.memory, strict=True):
-                if t is not None and mine is not None and t is not mine:
+                if isinstance(t, Tensor) and t is not mine:
                     mine.copy_(t, non_blocking=True)
-            x, y, rows = self.memory
+            given = self.memory
         else:
-            x, y, rows = (
-                None if t is None else t.to(self.device, non_blocking=True) for t in given
-            )
-        assert x is not None and y is not None
-        self.now = (x, y), rows
+            given = [
+                t.to(self.device, non_blocking=True) if isinstance(t, Tensor) else t for t in given
+            ]
+        self.now = tree_unflatten(given, spec)
         return usual
 
     def begin(self, epoch: int, first: int = 0) -> None:
@@ -168,7 +171,7 @@ class Given(Feed):
 
     @property
     def size(self) -> int:
-        return len(self.present()[1])
+        return size_of(self.present())
 
     def present(self) -> Batch:
         return self.batch()[0]
@@ -194,7 +197,7 @@ class Loaded(Given):
     def _numbered(self, epoch: int, order: Tensor | None) -> Iterator[Fed]:
         start = 0
         for batch in self.batches.epoch(epoch):
-            stop = start + len(batch[1])
+            stop = start + size_of(batch)
             yield batch, None if order is None else order[start:stop]
             start = stop
 
@@ -206,7 +209,7 @@ class Loaded(Given):
         return self.put(following)
 
 
-def _alike(t: Tensor | None, memory: Tensor | None) -> bool:
-    if t is None or memory is None:
-        return t is memory
+def _alike(t: Any, memory: Any) -> bool:
+    if not isinstance(t, Tensor) or not isinstance(memory, Tensor):
+        return type(t) is type(memory) and t == memory
     return t.shape == memory.shape and t.dtype == memory.dtype

@@ -2,9 +2,11 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from ..kernels import laid_out_as
 
@@ -40,11 +42,19 @@ class Layout:
                     if isinstance(value, Tensor) and value.shape == p.shape:
                         slots[name] = laid_out_as(value, p)
 
-    def of(self, x: Tensor) -> Tensor:
-        """A batch as the models want it."""
-        if self.channels_last and x.ndim == 4:
-            return x.contiguous(memory_format=torch.channels_last)
-        return x
+    def of(self, batch: Any) -> Any:
+        """A batch, or a part of one, as the models want it."""
+        return channels_last(batch) if self.channels_last else batch
+
+
+def channels_last(batch: Any) -> Any:
+    """A batch whose images lie so."""
+
+    def turned(t: Any) -> Any:
+        images = isinstance(t, Tensor) and t.ndim == 4
+        return t.contiguous(memory_format=torch.channels_last) if images else t
+
+    return tree_map(turned, batch)
 
 
 def takes_images(model: nn.Module) -> bool:

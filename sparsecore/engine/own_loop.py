@@ -9,11 +9,12 @@ from torch import Tensor, nn
 
 from .. import capture
 from ..batches import Batch
+from ..losses import LossLike, loss_of
 from .auto import launch
 from .engine import check_engine, stamp
 from .feeds import Given
 from .layout import capturable_, takes_images
-from .training_step import Loss, Penalty, TrainingStep
+from .training_step import Penalty, TrainingStep
 
 
 class TrainStep:
@@ -30,11 +31,12 @@ class TrainStep:
 
     Args:
         model: on its device, in training mode, planned already if it is to be.
-        loss: of (what the model gives, y), a mean over the batch.  As part of a graph it runs once: what it
-            counts or draws in Python it does no more, and tensors that it reads are to be changed in place.
+        loss: of (what the model gives, y), a mean over the batch, or what else `losses.Loss` takes.  As part of a
+            graph it runs once: what it counts or draws in Python it does no more, and tensors that it reads are to be
+            changed in place.
         optimizer: of the model's parameters.  On a GPU its rate becomes a tensor there, and SGD, Adam and AdamW
             compute fused.
-        example: a batch (x, y) like those to come.
+        example: a batch (x, y) like those to come; also a flat tuple of several inputs and y, or a dict.
         engine: "auto" tries some steps, which leave no trace, and may lay convolutions out channels last; or
             "eager", "graph", "compile", "compile-graph".
         steps: about how many there will be: compiling has to pay in them.
@@ -52,7 +54,7 @@ class TrainStep:
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: LossLike,
         optimizer: torch.optim.Optimizer,
         example: Batch,
         *,
@@ -71,7 +73,7 @@ class TrainStep:
         self._optimizer, self._amp = optimizer, amp
         self._hold_rates()
         step = TrainingStep(
-            model, loss, optimizer, amp=self._precision(device), scaler=scaler, clip_norm=clip_norm,
+            model, loss_of(loss), optimizer, amp=self._precision(device), scaler=scaler, clip_norm=clip_norm,
             accumulate=accumulate, penalty=penalty,
         )  # fmt: skip
         self._step, self._feed = step, Given(device)
@@ -80,11 +82,14 @@ class TrainStep:
         self._engine = launch(step.become, self._feed, engine=engine, steps=steps, layouts=layouts)
         self.told = self._engine.told or str(self._engine.way)
 
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """The mean loss before the step, 0-dim, on the device; no host sync."""
+    def __call__(self, *batch: Any) -> Tensor:
+        """The mean loss before the step, 0-dim, on the device; no host sync.
+
+        batch: x and y, all parts of a flat batch, or a whole batch as one argument.
+        """
         self._step.amp = self._precision(self._step.device)
         self._hold_rates()
-        self._feed.now = (x, y), None
+        self._feed.now = (batch[0] if len(batch) == 1 else batch), None
         self._engine.refresh()
         self._engine()
         return self._step.last.clone()

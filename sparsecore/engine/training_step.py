@@ -10,11 +10,20 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
-from ..batches import Batch
-from .engine import AbstractStep, Timeline, Way, compiled_call, plainly, stamp, structure
+from ..batches import Batch, cut, size_of
+from ..losses import Loss
+from .engine import (
+    AbstractStep,
+    EngineError,
+    Timeline,
+    Way,
+    compiled_call,
+    plainly,
+    stamp,
+    structure,
+)
 from .layout import Layout, state_kept
 
-Loss = Callable[[Any, Tensor], Tensor]  # of (what the model gives, y): a mean over the batch
 Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
 
 
@@ -22,6 +31,7 @@ class TrainingStep(AbstractStep):
     """One optimiser step; `total` sums loss * samples.
 
     Args:
+        loss: of the model and a batch, as it is; one of a label-smoothing recipe is `smoothed` already.
         optimizer: fit for graphs (`layout.capturable_`), where steps become some.
         accumulate: micro-batches that a batch is cut into.
         amp: the dtype of autocast.
@@ -57,14 +67,13 @@ class TrainingStep(AbstractStep):
         self.call: Callable[[nn.Module, Tensor], Any] = plainly
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
-        x, y = batch
         if self.timeline is not None:
             self.timeline.advance()
         self.optimizer.zero_grad()
         # What has been cast under an autocast around this is older than the weights, and what is cast here may be
         # a graph's memory.
         torch.clear_autocast_cache()
-        mean = self._backward(x, y)
+        mean = self._backward(batch)
         torch.clear_autocast_cache()
         if self.penalty is not None:
             self.scaler.scale(self.penalty(self.model)).backward()
@@ -75,16 +84,16 @@ class TrainingStep(AbstractStep):
         self.scaler.update()
         self._average()
         self.last.copy_(mean)
-        self.total += mean * len(y)
+        self.total += mean * size_of(batch)
 
-    def _backward(self, x: Tensor, y: Tensor) -> Tensor:
+    def _backward(self, batch: Batch) -> Tensor:
         """The mean loss, detached; its gradients are in the parameters."""
-        x, mean = self.layout.of(x), None
-        for part, labels in zip(x.chunk(self.accumulate), y.chunk(self.accumulate), strict=True):
+        batch, mean = self.layout.of(batch), None
+        for part in cut(batch, self.accumulate):
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                loss = self.loss(self.call(self.model, part), labels)
+                loss = self.loss(self.model, part, self.call)
             if self.accumulate > 1:
-                loss = loss * (len(labels) / len(y))
+                loss = self.loss.weighed(loss, part, batch)
             self.scaler.scale(loss).backward()
             mean = loss.detach() if mean is None else mean + loss.detach()
         assert mean is not None
@@ -119,8 +128,8 @@ class TrainingStep(AbstractStep):
         # What is not stepped gathers its gradients.
         rest = (p.grad for p in self.model.parameters() if id(p) not in stepped)
         found += [grad for grad in rest if grad is not None]
-        if isinstance(self.loss, nn.Module):
-            found += self.loss.buffers()
+        if isinstance(self.loss.fn, nn.Module):
+            found += self.loss.fn.buffers()
         for slots in self.optimizer.state.values():
             found += [value for value in slots.values() if isinstance(value, Tensor)]
         if self.scaler.is_enabled():
@@ -166,6 +175,11 @@ class TrainingStep(AbstractStep):
         return structure(self.model), how, self.penalty is not None, self.average is not None
 
     def become(self, way: Way) -> Self:
+        if way.compiled and self.loss.takes_model:
+            raise EngineError(
+                f"engine {way.name}: a loss of (model, batch) calls the model by itself, which is not compiled then; "
+                "use engine=eager, or a loss of (output, target)"
+            )
         self.layout.become(way.channels_last)
         self.call = compiled_call(repr(structure(self.model))) if way.compiled else plainly
         return self

@@ -40,6 +40,7 @@ from ..progress import QUIET, Progress
 from ..recipe import Recipe, optimizer_for
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
+from ..tied import require_own_weights
 from .epochs import StepEpochs, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
@@ -131,6 +132,7 @@ class ContinuousSparsification:
                 watch=watch, facts=(self, sparsity), loss=by.unsmoothed,
             )  # fmt: skip
         layers = require_dense_parameters(model)
+        require_own_weights(model)
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}

@@ -33,6 +33,7 @@ from ..sparsities import (
     uniform_densities,
 )
 from ..tickets import Ticket, dense_state
+from ..tied import require_own_weights
 from .epochs import StepEpochs, run_epochs, way_of
 from .finished import check_weights, searched_in
 from .protocol import Watch
@@ -116,6 +117,7 @@ class EdgePopup:
         batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
         checkpoints.check_resumable(checkpoint, batches)
         sparsities = self._sparsities(require_dense_parameters(model), sparsity)
+        require_own_weights(model)
         run = ""
         if checkpoint is not None:
             facts = (replace(self, distribution=None), sparsities)

@@ -25,6 +25,7 @@ from ..patterns import Gated
 from ..progress import QUIET, Progress
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
+from ..tied import require_own_weights
 from .epochs import run_epochs, way_of
 from .gate_epochs import GateEpochs
 from .many_step import ManyStep
@@ -177,6 +178,7 @@ class AbstractGateSearch(ABC):
             )
         model = self._searched(model, members[0][0])
         layers = require_dense_parameters(model)
+        require_own_weights(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         for sparsity, _ in members:
             if check_sparsity(sparsity) == 0:
@@ -194,7 +196,8 @@ class AbstractGateSearch(ABC):
             found = work.scores()
         tickets = []
         for i, (scores, member) in enumerate(zip(found, members, strict=True)):
-            meta = self._meta(*member) | {"loss": loss.name}
+            meta = self._meta(*member)
+            meta["loss"] = loss.name
             meta["engine"] = str(work.engine.way)
             mine = [record["tickets"][i] for record in records]
             meta["objective_by_epoch"] = [record["objective"] for record in mine]

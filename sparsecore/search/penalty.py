@@ -25,7 +25,7 @@ Tried = Sequence[tuple[float, float]]  # each lambda, and the sparsity at which 
 
 
 def fit_penalty(
-    search: Search,
+    search: Any,
     model: nn.Module,
     batches: EpochBatches,
     *,

@@ -225,8 +225,3 @@ def _refuse_untrainable(layers: Mapping[str, SparseLayer]) -> None:
             f"sparse training: expected weights that require gradients, got frozen ones in "
             f"{', '.join(frozen[:4])}: call requires_grad_(True) on them or leave them dense"
         )
-    if len({id(layer.raw_weight) for layer in layers.values()}) < len(layers):
-        raise ValueError(
-            "sparse training: expected a weight of its own in each sparse layer, got one that several share: "
-            "leave such layers dense"
-        )

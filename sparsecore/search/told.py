@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import distributed, nn
 
@@ -10,20 +10,17 @@ from ..telling import tell_found, within_a_search
 from ..tickets import Ticket
 from .protocol import SearchError
 
-S = TypeVar("S")
-P = ParamSpec("P")
-R = TypeVar("R", Ticket, list[Ticket])
-Method = Callable[Concatenate[S, nn.Module, P], R]
+Method = TypeVar("Method", bound=Callable[..., Ticket | list[Ticket]])
 
 
-def telling(search: Method[S, P, R]) -> Method[S, P, R]:
+def telling(search: Method) -> Method:
     """A search's method that refuses several ranks, and in the end warns of what its tickets hide.
 
     Errors: SearchError in a process group of more than one rank.
     """
 
     @functools.wraps(search)
-    def told(self: S, model: nn.Module, *args: P.args, **kwargs: P.kwargs) -> R:
+    def told(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Ticket | list[Ticket]:
         _require_one_rank()
         with within_a_search() as outermost:
             found = search(self, model, *args, **kwargs)
@@ -32,17 +29,14 @@ def telling(search: Method[S, P, R]) -> Method[S, P, R]:
                 tell_found(ticket, model)
         return found
 
-    return told
+    return cast(Method, told)
 
 
 def _require_one_rank() -> None:
     """Ranks see other data and draw other noise: each would find a ticket of its own."""
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return
-    ranks = distributed.get_world_size()
-    if ranks > 1:
+    if (count := ranks()) > 1:
         raise SearchError(
-            f"search: expected one process, got a process group of {ranks} ranks, each of which would find another "
+            f"search: expected one process, got a process group of {count} ranks, each of which would find another "
             "ticket; search before init_process_group or in a program of its own, save the ticket, and apply "
             "it on every rank"
         )

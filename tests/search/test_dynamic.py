@@ -160,7 +160,7 @@ def test_dense_gradients_disturb_nothing() -> None:
 
     before, modes = facts(), [m.training for m in model.modules()]
     grads = dense_gradients(model, (x, y), SGD)  # conftest looks at the generator
-    with pytest.raises(IndexError):
+    with pytest.raises(ValueError, match="labels from 0 to 3"):
         dense_gradients(model, (x, y + 9), SGD)
     assert same(before, facts()) and modes == [m.training for m in model.modules()]
     assert patterns == [layer.pattern for layer in sc.sparse_layers(model).values()]
