@@ -4,8 +4,9 @@ import functools
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
-from torch import distributed, nn
+from torch import nn
 
+from ..ranks import ranks
 from ..telling import tell_found, within_a_search
 from ..tickets import Ticket
 from .protocol import SearchError
