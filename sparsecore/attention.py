@@ -22,9 +22,9 @@ from typing_extensions import Self
 
 from . import kernels
 from .layer import as_class
+from .nn import SparseLinear
 from .parts import Part, baked, loaded, look, parts, seen
 from .patterns import Planned
-from .nn import SparseLinear
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
 _BARE = ("in_proj", *_SEPARATE)  # whose weights are bare parameters of the attention

@@ -113,8 +113,8 @@ def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
             weight = part._parameters.get("weight")
             if weight is None or parametrize.is_parametrized(part):
                 raise ValueError(
-                    f"sparsify_: expected a weight that is {name or 'the layer'}'s parameter, got one that another tool "
-                    "computes (torch.nn.utils.prune, weight_norm, spectral_norm, parametrize): remove that first "
+                    f"sparsify_: expected a weight that is {name or 'the layer'}'s parameter, got one that "
+                    "another tool computes (torch.nn.utils.prune, weight_norm, spectral_norm, parametrize): remove that first "
                     "(Ticket.from_prune keeps the masks of prune), or leave the layer out with filter_fn="
                     f"'!{name}'"
                 )

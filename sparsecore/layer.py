@@ -45,6 +45,8 @@ class SparseLayer(StoredLayer):
         Where another tool has put something computed in its place (`torch.nn.utils.prune`), that.
         """
         weight = self._parameters.get("weight")
+        if weight is None and parametrize.is_parametrized(self, "weight"):
+            return self.parametrizations.weight()  # pyright: ignore
         return self.__dict__["weight"] if weight is None else weight
 
     @property
@@ -86,7 +88,11 @@ class SparseLayer(StoredLayer):
     def _kept_by(self, pattern: Masked) -> bool:
         """Whether the parameter is this layer's to keep at its mask; sees to it that it is kept."""
         raw = self.raw_weight
-        if not isinstance(raw, nn.Parameter) or raw.is_inference() or raw.shape != pattern.mask.shape:
+        if (
+            not isinstance(raw, nn.Parameter)
+            or raw.is_inference()
+            or raw.shape != pattern.mask.shape
+        ):
             return False  # a functional call's, another tool's
         if pattern.keeper is None:
             pattern.keeper = Keeper(_still(self.leader or self, pattern))

@@ -239,7 +239,9 @@ class Planned(nn.Module):
     ) -> None:
         super().__init__()
         self.channels_last, self.multiplies = channels_last, multiplies
-        self.index = kernels.kept_index(mask)  # no buffer: averaging or casting it would break it
+        self.index = kernels.kept_index(
+            mask if multiplies else mask.flatten(1)
+        )  # no buffer: averaging or casting it would break it
         self.layer = kernels.Layer(tuple(mask.shape), tuple(slide), groups)
         self.formats, self.choose = formats, choose
         self.choice: Any = None  # what `choose` said, with its reason

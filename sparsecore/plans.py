@@ -15,10 +15,12 @@ from . import capture, kernels
 from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
 from .kernels import Layer
-from .layer import SparseLayer
+from .layer import SparseLayer, plain_type
 from .patterns import Masked, Planned
 from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
+from .ranks import require_equal_ranks, require_one_rank
 from .steptime import device_of, step_time, undisturbed
+from .tied import holders
 
 # Kept shares above which a layer stays a mask unless it is measured: indices would cost what they save.
 _MOSTLY = 0.6
@@ -73,7 +75,10 @@ def plan_(
 ) -> nn.Module:
     """Makes the masked layers of a model compute by a plan; returns the model.
 
-    Parameters become the vectors of kept weights (the objects stay), so make the optimiser afterwards.
+    Parameters become the vectors of kept weights (the objects stay), so make the optimiser afterwards: with
+    `decay_groups`, since rules that look for matrices (`p.ndim >= 2` decays, Muon) find none there; plan="mask" keeps
+    them.  A weight that several layers share stays under its mask, and layers that no format multiplies for (beside
+    nn.Linear and nn.Conv2d) keep a mask under "auto", or their kept weights alone under "state".
 
     Args:
         plan: "auto" measures each layer; "mask" is a mask over dense weights; a format ("state", "csr",
@@ -85,22 +90,26 @@ def plan_(
             also what the host takes to launch them, which on a GPU is often more.
         cache: file of remembered choices; see `planner.cache_of`.
 
-    Errors: ValueError for an unknown plan, a layer that a named format cannot take, or a weight that
-    several layers share; nothing changes then, nor after an example that the model refuses.
+    Errors: ValueError for an unknown plan, a layer that a named format cannot take, a weight that several modules
+    share under a named format, or several ranks; nothing changes then, nor after an example that the model refuses.
     """
     found = require_sparse_layers(model)
     check_plan(plan)
+    if plan != "mask":
+        require_one_rank("plan_", "use plan='mask'")
     layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
     if plan == "mask":
         for layer in layers.values():
             layer.unplan_()
         return model
-    _refuse_shared(model, layers)
-    formats = {name: _named(plan, layer) for name, layer in layers.items()}
+    shared = _shared(model, layers)
+    formats = {name: _named(plan, layer, shared.get(name)) for name, layer in layers.items()}
     before = {layer: layer.pattern for layer in layers.values()}
     try:
         for name, layer in layers.items():
-            if formats[name] is None:
+            if formats[name] is None and name in shared:
+                _masked_(layer, Choice(None, f"its weight is that of {shared[name]} as well"))
+            elif formats[name] is None:
                 _open_(layer, cache, measured=bool(example), captured=captured)
             else:
                 layer.plan_(formats[name])
@@ -109,7 +118,7 @@ def plan_(
     except BaseException:
         for layer, pattern in before.items():
             if layer.pattern is not pattern:
-                weight = layer.weight.detach()
+                weight = layer.effective_weight.detach()
                 kept = pattern.kept(weight) if isinstance(pattern, Planned) else weight
                 layer._become(pattern, kept)
         raise
@@ -132,6 +141,12 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool, capt
     share = int(mask.sum()) / max(mask.numel(), 1)  # exact: a mean in float32 rounds to 1
     if share == 1:
         _apply_(layer, Choice((kernels.FLOOR,) * 3, "nothing is pruned: as a dense layer"))
+    elif not layer.multiplies:
+        kind = plain_type(type(layer)).__name__
+        _masked_(
+            layer,
+            Choice(None, f"no format multiplies for {kind}; 'state' keeps only its kept weights"),
+        )
     elif share > _MOSTLY and not measured:
         _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
     else:
@@ -150,25 +165,30 @@ def _mask(layer: SparseLayer) -> Tensor | None:
     return pattern.mask if isinstance(pattern, Masked | Planned) else None
 
 
-def _refuse_shared(model: nn.Module, layers: Mapping[str, SparseLayer]) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, module in model.named_modules():
-        for key, parameter in module._parameters.items():
-            if parameter is not None:
-                owners.setdefault(id(parameter), []).append(f"{name}.{key}")
+def _shared(model: nn.Module, layers: Mapping[str, SparseLayer]) -> dict[str, str]:
+    """Other places of layers' weights, in words."""
+    places, found = holders(model), {}
     for name, layer in layers.items():
-        held = owners[id(layer.raw_weight)]
+        held = places[id(layer.raw_weight)]
         if len(held) > 1:
-            raise ValueError(
-                f"plan: expected a weight of its own in {name}, got one shared by {', '.join(held)}; "
-                "give each its own, or use plan='mask'"
-            )
+            found[name] = ", ".join(held)
+    return found
 
 
-def _named(plan: str, layer: SparseLayer) -> str | None:
+def _named(plan: str, layer: SparseLayer, shared: str | None) -> str | None:
     """The format of a layer under a named plan; None under "auto"."""
     if plan == "auto":
         return None
+    if shared is not None:
+        raise ValueError(
+            f"plan {plan!r}: expected weights of one layer each, got one shared by {shared}; "
+            "give each its own, or use 'auto' or 'mask'"
+        )
+    if not layer.multiplies and plan != "state":
+        kind = plain_type(type(layer)).__name__
+        raise ValueError(f"plan {plan!r}: no format multiplies for {kind}; use 'auto' or 'state'")
+    if not layer.multiplies:
+        return plan
     mask = _mask(layer)
     assert mask is not None
     if plan == "block":
@@ -289,10 +309,11 @@ def remask_(
     entries; what has grown starts at 0.  Formats stay, nothing is measured anew.  Averages of a planned model
     (EMA) and optimisers that are not given hold the old places: make them anew.
 
-    Errors: ValueError for a layer that is not there or has no mask, or a mask of another shape or dtype;
-    nothing changes then.
+    Errors: ValueError for a layer that is not there or has no mask, a mask of another shape or dtype, or masks
+    that differ between the ranks of a process group; nothing changes then.
     """
     layers = sparse_layers(model)
+    require_equal_ranks(masks)
     for name, mask in masks.items():
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__

@@ -8,11 +8,11 @@ weights that their patterns give.
 from collections.abc import Collection
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from typing_extensions import Self
 
 from .layer import as_class
-from .parts import Part, baked, loaded, look, parts, seen
+from .parts import Part, baked, loaded, look, parts
 
 _Plain = TypeVar("_Plain", bound=nn.RNNBase)
 

@@ -1,25 +1,29 @@
 """How a sparse layer stands in a state_dict: a dense `weight` and `pattern.mask`, whatever its plan is."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from .patterns import Masked, Planned
 
-if TYPE_CHECKING:
-    from .layer import SparseLayer
-
 
 class StoredLayer(nn.Module):
     """The half of a SparseLayer that files see."""
+
+    # What the other half has.
+    pattern: nn.Module
+    seen_weight: Any
+    _masked: Any
+    _decide: Any
+    remask_: Any
 
     def _weight_at(self, prefix: str) -> str:
         """The weight's key in a state_dict where this layer's keys have a prefix."""
         return prefix + "weight"
 
     def _save_to_state_dict(
-        self: "SparseLayer", destination: dict[str, Any], prefix: str, keep_vars: bool
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
     ) -> None:
         if isinstance(self.pattern, Masked):
             self.seen_weight()  # which puts zeros in their places
@@ -29,9 +33,7 @@ class StoredLayer(nn.Module):
             destination[self._weight_at(prefix)] = self.effective_weight.detach()
             destination[prefix + "pattern.mask"] = self.pattern.mask
 
-    def _load_from_state_dict(
-        self: "SparseLayer", state_dict: dict[str, Any], prefix: str, *rest: Any
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
         state_dict = unpruned(state_dict, prefix, self._weight_at(prefix))
         mask = state_dict.get(prefix + "pattern.mask")
@@ -42,13 +44,14 @@ class StoredLayer(nn.Module):
                 return
             state_dict = self._planned_state(state_dict, prefix)
         elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
-            self.pattern = self._masked(mask)
-            self.pattern.decided = True
+            pattern = self._masked(mask)
+            pattern.decided = True
+            self.pattern = pattern
         super()._load_from_state_dict(state_dict, prefix, *rest)
         if isinstance(self.pattern, Masked):
             self._decide(self.pattern)
 
-    def _mismatches(self: "SparseLayer", state_dict: dict[str, Any], prefix: str) -> list[str]:
+    def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Errors as torch words them, for a weight or mask of another shape."""
         keys = (self._weight_at(prefix), prefix + "pattern.mask")
         found = {key: state_dict.get(key) for key in keys}
@@ -59,9 +62,7 @@ class StoredLayer(nn.Module):
             if value is not None and value.shape != self.weight_shape
         ]
 
-    def _planned_state(
-        self: "SparseLayer", state_dict: dict[str, Any], prefix: str
-    ) -> dict[str, Any]:
+    def _planned_state(self, state_dict: dict[str, Any], prefix: str) -> dict[str, Any]:
         """Takes over the mask of a masked layer's state; returns the state with the kept weights alone."""
         assert isinstance(self.pattern, Planned)
         key = self._weight_at(prefix)

@@ -33,7 +33,7 @@ def tie_(model: nn.Module) -> None:
         layer.follow(None)
         layer.pattern = pattern
     for leader, *others in shared:
-        pattern = next(p for p in _patterns([leader, *others]))
+        pattern = _patterns([leader, *others])[0]
         leader.follow(None)
         leader.pattern = pattern
         for layer in others:
@@ -56,9 +56,11 @@ def _patterns(group: list[SparseLayer]) -> list[nn.Module]:
 def _check(group: list[SparseLayer], names: dict[SparseLayer, str]) -> None:
     first, *rest = _patterns(group)
     for other in rest:
-        same = isinstance(first, Masked) and isinstance(other, Masked)
-        if isinstance(other, Dense) or (same and torch.equal(first.mask, other.mask)):
+        if isinstance(other, Dense):
             continue
+        if isinstance(first, Masked) and isinstance(other, Masked):
+            if torch.equal(first.mask, other.mask):
+                continue
         raise ValueError(
             f"expected one mask for the weight that {', '.join(names[layer] for layer in group)} share, got "
             "different ones: give each a weight of its own, or all the same mask"
@@ -92,3 +94,12 @@ def outsiders(model: nn.Module) -> dict[str, list[str]]:
         if others:
             found[name] = others
     return found
+
+
+def require_own_weights(model: nn.Module) -> None:
+    """Errors: ValueError for weights that modules other than sparse layers hold too, which gates would not reach."""
+    for name, places in outsiders(model).items():
+        raise ValueError(
+            f"search by gates: expected {name}'s weight in sparse layers alone, got it in {', '.join(places)} too, "
+            "where gates would not be seen; leave the layer dense, or search by scores or rewinding"
+        )

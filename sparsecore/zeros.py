@@ -43,7 +43,9 @@ class Keeper:
 
     def __init__(self, still: Callable[[], bool]) -> None:
         self.still = still
-        self.known: tuple[Any, ...] = ()  # the parameter, its version and the mask when it was last seen
+        self.known: tuple[
+            Any, ...
+        ] = ()  # the parameter, its version and the mask when it was last seen
         self.handle: Any = None
         self.trusted: tuple[Any, ...] = ()
         self.passed: tuple[Any, int] = (None, 0)
@@ -51,7 +53,12 @@ class Keeper:
     def keep(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Puts the places back if the parameter, its values or its mask are others than those last seen."""
         now = (id(parameter), parameter._version, mask)
-        if self.known and self.known[:2] == now[:2] and self.known[2] is mask and self._hooked(parameter):
+        if (
+            self.known
+            and self.known[:2] == now[:2]
+            and self.known[2] is mask
+            and self._hooked(parameter)
+        ):
             return
         self.watch(parameter)
         self.put_back(parameter, mask)
@@ -113,7 +120,7 @@ class Keeper:
         held = [
             value
             for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape
+            if isinstance(value, Tensor) and value.shape == parameter.shape and not value.is_sparse
         ]
         seen = (id(optimizer), id(mask), id(parameter), *map(id, held))
         entrywise = type(optimizer) in _ENTRYWISE
@@ -201,16 +208,20 @@ def _name(func: Any) -> str:
 
 
 _ACCESS = ("__get__", "__set__", "__delete__")
+_OPERATORS = {
+    "__setitem__",
+    "__set__",
+    *(f"__i{name}__" for name in (
+        "add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"
+    )),
+}  # fmt: skip
 _HARMLESS = ("requires_grad_", "retain_grad", "register_hook", "share_memory_")
 
 
 def _writes(func: Any) -> bool:
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    operators = name in ("__setitem__", "__set__") or (
-        name.startswith("__i") and name.endswith("__") and name not in ("__invert__", "__init__", "__int__", "__index__")
-    )  # fmt: skip
-    return in_place or operators
+    return in_place or name in _OPERATORS
 
 
 def _views(result: Any, weight: Tensor) -> bool:

@@ -277,9 +277,6 @@ def test_bad_arguments_are_refused_before_any_training() -> None:
         frozen = sparse_mlp()
         frozen[0].raw_weight.requires_grad_(False)
         refused(search, frozen, 0.5, "frozen ones in 0")
-        tied = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 12), nn.Linear(12, 12))))
-        tied[1]._parameters["weight"] = tied[0].raw_weight
-        refused(search, tied, 0.5, "several share")
     refused(RigL(SGD, 4), sparse_mlp(), 0.5, "at least one update of its masks, got 16 steps")
     refused(SET(SGD, 1), sparse_mlp(), 0.5, "update more often")
     refused(SET(SGD, 4, granularity=Channel()), sparse_mlp(), 0.95, "got none .* in 0")
