@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench gpu compare-gpu clean
+.PHONY: demo test test-integrations lint bench gpu compare-gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -11,6 +11,10 @@ demo: .venv/.demo
 
 test: lint
 	$(BIN)/python -m pytest -n 2
+
+# In the loops of timm, transformers, accelerate, lightning and peft; nothing is downloaded but the packages.
+test-integrations: .venv/.test-integrations
+	SPARSECORE_INTEGRATIONS=1 $(BIN)/python -m pytest -n 2 tests/integrations
 
 lint: .venv/.test
 	$(BIN)/ruff check .
@@ -49,6 +53,10 @@ compare-gpu:
 
 .venv/.test: .venv/.python pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt --editable '.[demo,test]'
+	touch $@
+
+.venv/.test-integrations: .venv/.test
+	$(BIN)/pip install --quiet -c constraints.txt --editable '.[demo,test,test-integrations]'
 	touch $@
 
 clean:
