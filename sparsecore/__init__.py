@@ -15,13 +15,26 @@ from .attention import SparseMultiheadAttention
 from .batchnorm import recompute_statistics_
 from .compaction import Compacted, compact
 from .convert import advance_, densify_, is_prunable, sparse_layers, sparsify_
+from .coverage import Coverage, coverage
 from .data import Batches, load
+from .decay import decay_groups
 from .engine import EngineError, TrainStep, graphed
 from .losses import Loss
-from .nn import SparseConv2d, SparseLinear
+from .nn import (
+    SparseBilinear,
+    SparseConv1d,
+    SparseConv2d,
+    SparseConv3d,
+    SparseConvTranspose1d,
+    SparseConvTranspose2d,
+    SparseConvTranspose3d,
+    SparseEmbedding,
+    SparseLinear,
+)
 from .patterns import Dense, Gated, Masked, Planned, gated_weight
 from .plans import plan_, remask_, report
 from .recipe import Recipe
+from .recurrent import SparseGRU, SparseLSTM, SparseRNN
 from .rounds import Round, load_rounds
 from .search import (
     SET,
@@ -48,6 +61,7 @@ __all__ = [
     "Compacted",
     "ConcreteSearch",
     "ContinuousSparsification",
+    "Coverage",
     "Dense",
     "EdgePopup",
     "EngineError",
@@ -63,9 +77,19 @@ __all__ = [
     "Rewinding",
     "RigL",
     "Round",
+    "SparseBilinear",
+    "SparseConv1d",
     "SparseConv2d",
+    "SparseConv3d",
+    "SparseConvTranspose1d",
+    "SparseConvTranspose2d",
+    "SparseConvTranspose3d",
+    "SparseEmbedding",
+    "SparseGRU",
+    "SparseLSTM",
     "SparseLinear",
     "SparseMultiheadAttention",
+    "SparseRNN",
     "SparsityWarning",
     "StrongSearch",
     "Ticket",
@@ -75,6 +99,8 @@ __all__ = [
     "compact",
     "connectivity",
     "control",
+    "coverage",
+    "decay_groups",
     "densify_",
     "evaluate",
     "gated_weight",

@@ -85,6 +85,27 @@ class SparseLayer(StoredLayer):
         kind = type(pattern).__name__
         return ComputedWeight.of(pattern(raw), f"{kind} ({pattern.extra_repr()})")
 
+    def _operand(self, x: Any) -> Tensor:
+        """The weight for a product with x."""
+        if isinstance(
+            x, torch.fx.Proxy
+        ):  # whose graph takes parameters as they are, and all else as constants
+            self._refuse_symbols(x)
+            return self.seen_weight()
+        self.look()
+        return self.pattern(self.raw_weight)
+
+    def _refuse_symbols(self, x: Any) -> None:
+        """Errors: TypeError for torch.fx, which knows neither a plan's products nor what gates compute."""
+        pattern = self.pattern
+        if isinstance(x, torch.fx.Proxy) and not (
+            isinstance(pattern, Dense) or (isinstance(pattern, Masked) and pattern.decided)
+        ):
+            raise TypeError(
+                f"torch.fx: expected plain layers or masks, got {type(pattern).__name__}; trace "
+                "sparsecore.densify_(copy.deepcopy(model)), or a copy under plan_(..., 'mask')"
+            )
+
     def _kept_by(self, pattern: Masked) -> bool:
         """Whether the parameter is this layer's to keep at its mask; sees to it that it is kept."""
         raw = self.raw_weight

@@ -26,12 +26,11 @@ class SparseLinear(SparseLayer, nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         pattern = self.pattern
         if isinstance(pattern, Planned):
-            _refuse_symbols(input)
+            self._refuse_symbols(input)
             return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
-            self.look()
-            return F.linear(input, pattern(self.raw_weight), self.bias)
+            return F.linear(input, self._operand(input), self.bias)
         return kernels.gated_linear(
             input,
             self.raw_weight,
@@ -53,7 +52,7 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
     def forward(self, input: Tensor) -> Tensor:
         pattern = self.pattern
         if isinstance(pattern, Planned):
-            _refuse_symbols(input)
+            self._refuse_symbols(input)
             if self._pads:
                 mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
                 input = F.pad(input, self._reversed_padding_repeated_twice, mode)
@@ -62,11 +61,10 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
             return pattern.multiply(input, self.raw_weight, self.bias)
         gated = self._sampling(input)
         if gated is None:
-            self.look()
-            return self._conv_forward(input, pattern(self.raw_weight), self.bias)
+            return self._conv_forward(input, self._operand(input), self.bias)
         if self.padding_mode != "zeros" or isinstance(self.padding, str):
             if gated.impl in ("auto", "materialise"):
-                return self._conv_forward(input, pattern(self.raw_weight), self.bias)
+                return self._conv_forward(input, self._operand(input), self.bias)
             raise ValueError(
                 f"impl={gated.impl!r}: expected zero padding given in pixels, got {self.padding!r} and "
                 f"{self.padding_mode!r}; use 'auto'"
@@ -94,15 +92,6 @@ class SparseConv2d(SparseLayer, nn.Conv2d):
     def _slide(self) -> dict[str, Any]:
         padding = (0, 0) if self._pads else self.padding
         return {"slide": (*self.stride, *padding, *self.dilation), "groups": self.groups}
-
-
-def _refuse_symbols(input: Any) -> None:
-    """Errors: TypeError for torch.fx, to which a plan's products are none of PyTorch's operations."""
-    if isinstance(input, torch.fx.Proxy):
-        raise TypeError(
-            "torch.fx: expected plain layers or masks, got a plan; trace sparsecore.densify_(copy.deepcopy(model)), or "
-            "sparsecore.plan_(copy.deepcopy(model), 'mask')"
-        )
 
 
 class SparseConv1d(SparseLayer, nn.Conv1d):

@@ -4,8 +4,10 @@ import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as once
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from .patterns import Masked, Planned
 from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
 from .ranks import require_equal_ranks, require_one_rank
 from .steptime import device_of, step_time, undisturbed
+from .telling import SparsityWarning
 from .tied import holders
 
 # Kept shares above which a layer stays a mask unless it is measured: indices would cost what they save.
@@ -122,7 +125,21 @@ def plan_(
                 kept = pattern.kept(weight) if isinstance(pattern, Planned) else weight
                 layer._become(pattern, kept)
         raise
+    if any(isinstance(layer.pattern, Planned) for layer in layers.values()):
+        _tell_of_shapes()
     return model
+
+
+@once
+def _tell_of_shapes() -> None:
+    """Once: rules that look for matrices find vectors, and say nothing."""
+    warn(
+        "plan_: a planned layer's parameter is the vector of its kept weights, so that rules that look for matrices "
+        "(decay where p.ndim >= 2, Muon) find none: take sparsecore.decay_groups(model, weight_decay), or plan='mask', "
+        "which keeps matrices; told once",
+        SparsityWarning,
+        stacklevel=3,
+    )
 
 
 def check_plan(plan: str) -> None:

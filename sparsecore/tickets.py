@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import safefile
+from . import foreign, safefile
 from .convert import plain_state, require_sparse_layers
 from .granularity import NM, Granularity, Weight, parse_granularity
 from .patterns import Dense
@@ -79,6 +79,53 @@ class Ticket:
             f"Ticket({method if isinstance(method, str) else 'of unknown origin'}: {kept:,} of {total:,} weights in "
             f"{len(self.masks)} layers, {100 * (1 - kept / max(total, 1)):.4g} % removed, {self.granularity})"
         )
+
+    @classmethod
+    def from_zeros(cls, model: nn.Module) -> "Ticket":
+        """The ticket of a model whose pruned weights are zeros: what other tools leave when they are done.
+
+        Every layer with a weight matrix that has a zero gets a mask, of its entries that are not; the weights are
+        the model's.  The model may be dense or sparse, and stays as it is.
+
+        Errors: TicketError for a model without such zeros, or with weights that are not finite.
+        """
+        return cls._found("from_zeros", foreign.zeros_of, model)
+
+    @classmethod
+    def from_prune(cls, model: nn.Module) -> "Ticket":
+        """The ticket of a dense model under `torch.nn.utils.prune`: its masks, and the weights below them.
+
+        Pruned weights keep the values in `weight_orig`.  Apply it to a fresh model, or to this one after
+        `prune.remove`.
+
+        Errors: TicketError for a model that holds no such mask, or one over another parameter than a weight.
+        """
+        return cls._found("from_prune", foreign.pruned_of, model)
+
+    @classmethod
+    def _found(
+        cls, name: str, how: Callable[[nn.Module], foreign.Found], model: nn.Module
+    ) -> "Ticket":
+        try:
+            masks, weights = how(model)
+        except ValueError as error:
+            raise TicketError(str(error)) from None
+        meta = {"method": name, "granularity": "weight", "torch": torch.__version__}
+        return cls(masks, weights, meta)
+
+    def prune_(self, model: nn.Module) -> nn.Module:
+        """Writes the ticket as masks of `torch.nn.utils.prune` into a dense model; returns the model.
+
+        Weights are the ticket's.  A mask of an attention's or a recurrent network's matrix is over that parameter.
+        `prune.remove` makes zeros of it; a plain checkpoint is `densify_(ticket.apply_(model)).state_dict()`.
+
+        Errors: TicketError for a ticket of another model, or a sparse one; nothing changes then.
+        """
+        try:
+            foreign.prune_(self.masks, self.weights, model)
+        except ValueError as error:
+            raise TicketError(str(error)) from None
+        return model
 
     @property
     def sparsity(self) -> float:
