@@ -209,8 +209,13 @@ def test_generation(name: str) -> None:
     assert torch.equal(sc.densify_(model).generate(batch["input_ids"], **options), before)
 
 
-@pytest.mark.parametrize("plan", ["state", "csr", "compact"])
-@pytest.mark.parametrize("name", ["vit", "bert", "gpt2", "llama"])
+PLANNED = [
+    ("gpt2", "state"),  # its Conv1D layers have no other
+    *((name, plan) for name in ("vit", "bert", "llama") for plan in ("state", "csr", "compact")),
+]
+
+
+@pytest.mark.parametrize(("name", "plan"), PLANNED)
 def test_plans(name: str, plan: str) -> None:
     model, batch, run = network(name)
     ticketed(model, [batch], filter_fn=["!*wte", "!lm_head"])
