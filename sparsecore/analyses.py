@@ -30,8 +30,8 @@ from .experiment import (
     data_of,
     loaders,
     model_of,
-    new_model,
     setup_of,
+    start_model,
 )
 from .gates import GATES, AbstractGate
 from .options import DataDir, Device, ImageSize, Json, Seed, device_of, given, numbers, with_setup
@@ -86,7 +86,8 @@ class Case(Results):
         return model_of(self.ticket, self.dataset, self.device)
 
     def batches(self, seed: int) -> Batches:
-        return loaders(self.dataset, self.setup.recipe, seed, self.device)[0]
+        drop_last = self.setup.drop_last
+        return loaders(self.dataset, self.setup.recipe, seed, self.device, drop_last)[0]
 
     @property
     def test(self) -> Batches:
@@ -196,8 +197,8 @@ def rewind(
     recipe = replace(setup.recipe, epochs=round(setup.total_epochs))
     with Progress() as progress:
         scan = rewind_by_instability(
-            new_model(setup, data, seed).to(target), recipe,
-            lambda s: loaders(data, recipe, s, target)[0], loaders(data, recipe, 0, target)[1],
+            start_model(setup, data, seed).to(target), recipe,
+            lambda s: loaders(data, recipe, s, target, setup.drop_last)[0], loaders(data, recipe, 0, target)[1],
             epochs, seed=seed, seeds=(seed + 1, seed + 2), points=points, folder=results.out / f"rewind-{seed}",
             progress=progress,
         )  # fmt: skip

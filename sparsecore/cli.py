@@ -42,6 +42,7 @@ from .options import (
     PlanName,
     RecipeOption,
     Seed,
+    Version,
     device_of,
     numbers,
     recipe_with,
@@ -50,17 +51,25 @@ from .options import (
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
+from .start_weights import WeightsWarning
 from .telling import ShortSearchWarning, SparsityWarning, of_masks, short_search
 from .tickets import Ticket, dense_state
 
 app = typer.Typer(
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Find a sparse ticket in a network and train it.",
 )
 app.add_typer(analyses.app, name="analyze")
+
+
+@app.callback()
+def sparsecore(version: Version = False) -> None:
+    """Find a sparse ticket in a network and train it."""
+
+
 console = Console()
+_TOLD = (SparsityWarning, datasets.DataWarning, WeightsWarning)
 _LINES = 10  # of warnings; a comparison finds many tickets
 
 
@@ -360,14 +369,15 @@ def demo(
 
 @contextmanager
 def _warnings_at_the_end() -> Iterator[None]:
-    """Warnings about tickets are one line each on stderr, after all progress; a short search is told by the command."""
+    """Warnings of our own are one line each on stderr, after all progress; a short search is told by the command."""
     told: dict[str, None] = {}
     with warnings.catch_warnings():
-        warnings.simplefilter("always", SparsityWarning)
+        for kind in _TOLD:
+            warnings.simplefilter("always", kind)
         show = warnings.showwarning
 
         def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if not issubclass(category, SparsityWarning):
+            if not issubclass(category, _TOLD):
                 show(message, category, *place, **more)
             elif not issubclass(category, ShortSearchWarning):
                 told[" ".join(str(message).split())] = None
@@ -398,6 +408,8 @@ def _run(argv: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
+    except torch.OutOfMemoryError as error:
+        message = f"out of memory: {error}; take a smaller batch, model or --image-size"
     except Exception as error:
         # typer's usage errors share no public base class across its versions, only this method.
         if not hasattr(error, "format_message"):

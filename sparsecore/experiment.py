@@ -5,6 +5,7 @@
 """
 
 from dataclasses import asdict, dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -14,7 +15,7 @@ from torch import nn
 
 from . import checkpoints
 from .compaction import Compacted, compact
-from .convert import Filter, is_prunable, sparsify_
+from .convert import Filter, dense_layers, is_prunable, sparsify_
 from .data import Batches, Dataset, limited, load
 from .fields import choose
 from .methods import DTYPES, search_for, split
@@ -24,6 +25,7 @@ from .recipe import Recipe
 from .recipes import build, recipe_for
 from .search import Rewinding, Search
 from .sparsities import check_sparsity
+from .start_weights import TRAINED, read_state, start_from_, start_trained_
 from .tickets import Ticket, TicketError
 from .training import History, evaluate, train
 
@@ -43,7 +45,11 @@ class Setup:
         train_epochs: of training after the rewind point.
         search_epochs, search_lr, gain_lr, tau, objective, control: of searches by gates; None: the method's.
         train_samples: how many of the training data are used, for reduced runs; None: all.
-        sparse_layers: a glob on layer names; None: every linear layer and convolution.
+        sparse_layers: globs on layer names, of which those that begin with "!" exclude (`convert.sparsify_`);
+            None: all that `convert.is_prunable` takes.
+        weights: where training begins, a file's state_dict or DEFAULT, torchvision's trained weights; None: freshly
+            initialised.
+        drop_last: whether a last, smaller batch of training is left out.
 
     Errors: ValueError, listing valid names.
     """
@@ -65,7 +71,9 @@ class Setup:
     control: str | None = None
     granularity: str = "weight"
     train_samples: int | None = None
-    sparse_layers: str | None = None
+    sparse_layers: str | tuple[str, ...] | None = None
+    weights: str | None = None
+    drop_last: bool = False
 
     def __post_init__(self) -> None:
         recipe_for(self.model)  # an unknown model is told at once
@@ -104,18 +112,58 @@ def data_of(setup: Setup, data_dir: Path | None = None, image_size: int | None =
 
 def new_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
     """The setup's model, freshly initialised from `seed`, its chosen layers sparse-capable."""
-    model = build(setup.model, dataset.shape, dataset.classes, seed=seed, **setup.model_options)
+    return _sparse(setup, _dense(setup, dataset, seed))
+
+
+def start_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
+    """`new_model` at the setup's start weights.  Errors: ValueError for weights that do not fit, or are not there."""
+    model = _dense(setup, dataset, seed)
+    if setup.weights == TRAINED:
+        start_trained_(model, setup.model, dataset.shape, setup.model_options)
+    elif setup.weights is not None:
+        start_from_(model, read_state(Path(setup.weights)), setup.weights)
+    return _sparse(setup, model)
+
+
+def _dense(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
+    return build(setup.model, dataset.shape, dataset.classes, seed=seed, **setup.model_options)
+
+
+def _sparse(setup: Setup, model: nn.Module) -> nn.Module:
+    _check_layers(setup, model)
     return sparsify_(model, setup.filter)
 
 
+def _check_layers(setup: Setup, model: nn.Module) -> None:
+    """Every glob has to name a layer: one with a slip of the pen would be passed over in silence."""
+    globs = setup.sparse_layers or ()
+    names = list(dense_layers(model))
+    for glob in (globs,) if isinstance(globs, str) else globs:
+        if not any(fnmatchcase(name, glob.removeprefix("!")) for name in names):
+            raise ValueError(
+                f"layers: no layer matches {glob!r}; the model's are {', '.join(names[:8])}"
+                f"{', …' if len(names) > 8 else ''}"
+            )
+
+
 def loaders(
-    dataset: Dataset, recipe: Recipe, seed: int, device: torch.device
+    dataset: Dataset, recipe: Recipe, seed: int, device: torch.device, drop_last: bool = False
 ) -> tuple[Batches, Batches]:
     """Training and test batches of a recipe."""
     augment = recipe.augment and dataset.flip_crop
     train_batches = Batches(
-        dataset, "train", recipe.batch, seed=seed, augment=augment, device=device
+        dataset,
+        "train",
+        recipe.batch,
+        seed=seed,
+        augment=augment,
+        drop_last=drop_last or None,
+        device=device,
     )
+    if not len(train_batches):
+        raise ValueError(
+            f"drop last: expected a batch of at most {len(dataset.train)}, the training images, got {recipe.batch}"
+        )
     test_batches = Batches(dataset, "test", 1024, seed=seed, shuffle=False, device=device)
     return train_batches, test_batches
 
@@ -130,11 +178,11 @@ def rewind_point(
     engine: str = "auto",
 ) -> nn.Module:
     """The model after `rewind_epochs` of dense training: where searches look and tickets start."""
-    model = new_model(setup, dataset, seed).to(device)
+    model = start_model(setup, dataset, seed).to(device)
     if setup.rewind_epochs:
         train(
             model,
-            *loaders(dataset, setup.recipe, seed, device),
+            *loaders(dataset, setup.recipe, seed, device, setup.drop_last),
             setup.recipe,
             stop_epoch=setup.rewind_epochs,
             total_epochs=setup.total_epochs,
@@ -178,7 +226,7 @@ def find_ticket(
     kind, recipe = split(method)[0], setup.recipe
     if not kind.trains:
         recipe = replace(recipe, batch=setup.search_batch, augment=recipe.augment and kind.augments)
-    training, test = loaders(dataset, recipe, seed, device)
+    training, test = loaders(dataset, recipe, seed, device, setup.drop_last)
     start = perf_counter() - checkpoints.seconds(checkpoint)  # an interrupted search's time counts
     ticket = search(
         model, training, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
@@ -198,6 +246,8 @@ def setup_of(ticket: Ticket) -> Setup:
         stored = dict(ticket.meta["setup"])
         recipe = dict(stored.pop("recipe"))
         recipe["milestones"] = tuple(recipe["milestones"])
+        if isinstance(stored.get("sparse_layers"), list):
+            stored["sparse_layers"] = tuple(stored["sparse_layers"])
         return Setup(recipe=Recipe(**recipe), **stored)
     except (KeyError, TypeError, ValueError) as error:
         raise TicketError(
@@ -226,7 +276,8 @@ def train_on(
     """
     recipe = recipe or setup.recipe
     end = setup.rewind_epochs + epochs
-    train_batches, test_batches = loaders(dataset, recipe, seed, next(model.parameters()).device)
+    device = next(model.parameters()).device
+    train_batches, test_batches = loaders(dataset, recipe, seed, device, setup.drop_last)
     if not epochs:
         start = perf_counter()
         accuracy = evaluate(model, test_batches)

@@ -3,6 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +18,23 @@ from .objectives import OBJECTIVES
 from .recipe import Recipe
 from .recipes import PRESETS, recipe_for
 
+
+def _told_version(asked: bool) -> None:
+    if asked:
+        try:
+            triton = version("triton")
+        except PackageNotFoundError:
+            triton = "none"
+        typer.echo(
+            f"sparsecore {version('sparsecore-engine')}, torch {torch.__version__}, triton {triton}"
+        )
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_told_version, is_eager=True, help="Show versions and end."),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Seed = Annotated[int, typer.Option(help="Of the initial weights, data order and gate noise.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file.")]
@@ -85,8 +103,22 @@ EngineName = Annotated[
 TrainSamples = Annotated[
     int | None, typer.Option(help="Use so many of the training data, for reduced runs.")
 ]
-LayersGlob = Annotated[
-    str | None, typer.Option("--layers", help="Glob of the layers to prune; default all.")
+LayersGlobs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--layers",
+        help="Glob of layers to prune, '!GLOB' of layers to leave dense; repeatable; default all.",
+    ),
+]
+StartWeights = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="Start from a state_dict: a file (safetensors or torch.save), or DEFAULT, torchvision's trained weights.",
+    ),
+]
+DropLast = Annotated[
+    bool, typer.Option("--drop-last", help="Leave out a last, smaller batch of training.")
 ]
 PlanName = Annotated[
     str,
@@ -144,7 +176,9 @@ def setup_of_options(
     search_dtype: SearchDtype = "fp32",
     channels_last: ChannelsLast = None,
     train_samples: TrainSamples = None,
-    layers: LayersGlob = None,
+    layers: LayersGlobs = None,
+    weights: StartWeights = None,
+    drop_last: DropLast = False,
     model_option: ModelOption = None,
     recipe: RecipeOption = None,
     image_size: ImageSize = None,
@@ -168,7 +202,9 @@ def setup_of_options(
         control=control,
         granularity=granularity,
         train_samples=train_samples,
-        sparse_layers=layers,
+        sparse_layers=layers[0] if layers and len(layers) == 1 else tuple(layers or ()) or None,
+        weights=weights,
+        drop_last=drop_last,
     )
     return setup, lambda: data_of(setup, data_dir, image_size)
 

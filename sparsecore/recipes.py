@@ -5,9 +5,9 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-import torchvision
 from torch import nn
 
+from . import torchvision_models
 from .models import BUILDERS
 from .recipe import Recipe
 
@@ -47,20 +47,48 @@ def build(
 ) -> nn.Module:
     """A freshly initialised dense model for images [C, H, W]; the global generator is left alone.
 
-    Errors: ValueError for an unknown name, listing the valid ones, a shape or options that the model does
-    not take.
+    Errors: ValueError for an unknown name, listing the valid ones, images or options that the model does not take.
     """
     builder = _builder(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return builder(shape, classes, **options)
-        except TypeError as error:
-            if not options:
-                raise
-            raise ValueError(
-                f"{name}: expected options that it takes, got {options}: {error}"
-            ) from None
+            model = builder(shape, classes, **options)
+        except ValueError:
+            raise
+        except Exception as error:  # builders trust their arguments: whatever they trip over is one
+            what = f"options that it takes, got {options}" if options else _images(shape)
+            raise ValueError(f"{name}: expected {what}: {_reason(error)}") from None
+        _check_images(name, builder, shape, classes, options)
+    return model
+
+
+def _check_images(
+    name: str,
+    builder: Callable[..., nn.Module],
+    shape: tuple[int, int, int],
+    classes: int,
+    options: dict[str, Any],
+) -> None:
+    """Images that a model cannot take are told before anything is trained: two pass through its shapes alone."""
+    try:
+        with torch.device("meta"):
+            builder(shape, classes, **options)(torch.empty(2, *shape))
+    except NotImplementedError:  # an operation that knows no shapes
+        return
+    except Exception as error:
+        raise ValueError(f"{name}: expected {_images(shape)}: {_reason(error)}") from None
+
+
+def _images(shape: tuple[int, int, int]) -> str:
+    return (
+        f"images of a size that it takes, got {shape[1]} x {shape[2]} (folder: data has --image-size; larger ones, "
+        "such as 224, suit most models)"
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def recipe_for(name: str) -> Recipe:
@@ -91,16 +119,5 @@ def _builder(name: str) -> Callable[..., nn.Module]:
         return BUILDERS[name]
     family, _, model = name.partition(":")
     if family == "torchvision":
-        known = torchvision.models.list_models(module=torchvision.models)
-        if model not in known:
-            raise ValueError(f"model: torchvision has no {model!r}; it has {', '.join(known)}")
-
-        def build_torchvision(
-            shape: tuple[int, int, int], classes: int, **options: Any
-        ) -> nn.Module:
-            if shape[0] != 3:
-                raise ValueError(f"{name}: expected images with 3 channels, got {shape[0]}")
-            return torchvision.models.get_model(model, weights=None, num_classes=classes, **options)
-
-        return build_torchvision
+        return torchvision_models.builder(model)
     raise ValueError(f"model: expected one of {', '.join(model_names())}, got {name!r}")

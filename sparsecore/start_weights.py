@@ -1,0 +1,106 @@
+"""Start weights of one's own: a state_dict out of a file, or torchvision's trained weights."""
+
+import pickle
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from .torchvision_models import trained
+
+TRAINED = "DEFAULT"  # torchvision's word for a model's best weights
+_NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep them
+_WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+
+
+class WeightsWarning(UserWarning):
+    """What of the start weights was not taken."""
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """A dense model's state_dict out of a safetensors file or one of `torch.save`; nothing in it is run.
+
+    Errors: ValueError for a missing, damaged or foreign file.
+    """
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "nothing there"
+        raise ValueError(f"weights: expected a file or {TRAINED}, found {found}: {path}")
+    try:
+        state: Any = load_file(path)
+    except (SafetensorError, OSError, ValueError):
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+        except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError):
+            raise ValueError(
+                f"weights: expected {path} to be safetensors or a state_dict that torch.save wrote, got a damaged "
+                "file or one with more than tensors"
+            ) from None
+    state = next(
+        (
+            state[k]
+            for k in _NESTED
+            if isinstance(state, Mapping) and isinstance(state.get(k), Mapping)
+        ),
+        state,
+    )
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights: expected tensors by name in {path}; save model.state_dict()")
+    for wrapper in _WRAPPERS:
+        if state and all(str(name).startswith(wrapper) for name in state):
+            state = {str(name).removeprefix(wrapper): value for name, value in state.items()}
+    return {str(name): value for name, value in state.items()}
+
+
+def start_from_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads a state_dict of the same names and shapes in place.
+
+    Errors: ValueError for other names or shapes and values that are no numbers; nothing changes then.
+    """
+    own = model.state_dict()
+    missing, more = sorted(own.keys() - state), sorted(state.keys() - own)
+    if missing or more:
+        what = f"no {missing[0]}" if missing else f"{more[0]}, which it does not have"
+        raise ValueError(
+            f"weights: expected the {len(own)} tensors of the model, got {len(state)} in {source} with {what}; "
+            "give weights of the same --model and --model-option"
+        )
+    for name, value in own.items():
+        if value.shape != state[name].shape:
+            raise ValueError(
+                f"weights: expected {name} of shape {tuple(value.shape)}, got {tuple(state[name].shape)} in {source}; "
+                "give weights for the same classes and image size"
+            )
+        if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+            raise ValueError(f"weights: {name} in {source} has values that are not finite")
+    model.load_state_dict(dict(state))
+
+
+def start_trained_(
+    model: nn.Module, name: str, shape: tuple[int, int, int], options: Mapping[str, Any]
+) -> None:
+    """Loads torchvision's trained weights in place; WeightsWarning names a head of other classes, which stays as it is.
+
+    Errors: ValueError for a model of others, and weights that cannot be downloaded or do not fit.
+    """
+    family, _, short = name.partition(":")
+    if family != "torchvision":
+        raise ValueError(
+            f"weights: expected a file, since {TRAINED} is of torchvision's models, and {name} is not"
+        )
+    own, state = model.state_dict(), trained(short, shape, **options)
+    heads = [
+        key for key, value in own.items()
+        if key in state and value.shape != state[key].shape and value.shape[1:] == state[key].shape[1:]
+    ]  # fmt: skip
+    start_from_(model, state | {key: own[key] for key in heads}, TRAINED)
+    if heads:
+        warnings.warn(
+            f"{', '.join(heads)}: freshly initialised, as the trained ones are of {len(state[heads[0]])} classes",
+            WeightsWarning,
+            stacklevel=2,
+        )
