@@ -27,6 +27,8 @@ from .engine import (
     takes_images,
 )
 from .engine.training_step import Penalty
+from .evaluating import evaluate as evaluate
+from .evaluating import metric_of
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
 from .progress import QUIET, Progress
@@ -78,37 +80,6 @@ class History:
     def seconds(self) -> float:
         """Training and evaluation time of all epochs."""
         return sum(epoch["seconds"] for epoch in self.epochs)
-
-
-def evaluate(
-    model: nn.Module,
-    batches: Any,
-    metric: LossLike = None,
-    loss: LossLike = None,
-    *,
-    steps_per_epoch: int | None = None,
-) -> float:
-    """Accuracy in percent, or another metric, in evaluation mode; every module's mode is put back.
-
-    Args:
-        batches: as `loaders.batches_of` takes them.
-        metric: the mean over samples of what this is for a batch: a loss by name, a function of (output, target) or of
-            (model, batch), or a `losses.Loss`; None: accuracy, per pixel or token where labels are.
-        loss: that the model trained by, which knows where class scores are.
-
-    Errors: ValueError where there are no classes and no metric; DataEnded for fewer batches than their length says.
-    """
-    found = batches_of(batches, None, steps_per_epoch)
-    by, asked = loss_of(loss), None if metric in (None, "accuracy") else loss_of(metric)
-    measured = Evaluation(model, found, by=by, metric=asked).measure()
-    if asked is not None:
-        return measured.loss
-    if math.isnan(measured.accuracy):
-        raise ValueError(
-            f"evaluate: expected classes for an accuracy, got none from the loss {by.name} and its targets; say "
-            "metric=, a loss by name ('mse', 'bce') or a function of (output, target)"
-        )
-    return measured.accuracy
 
 
 def train(
@@ -170,7 +141,7 @@ def train(
     by = loss_of(loss).smoothed(recipe.label_smoothing)
     train_batches = batches_of(train_batches, model, steps_per_epoch)
     test_batches = None if test_batches is None else batches_of(test_batches)
-    asked = None if metric in (None, "accuracy") else loss_of(metric)
+    asked = metric_of(metric)
     checkpoints.check_resumable(checkpoint, train_batches)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:

@@ -115,7 +115,7 @@ def test_names() -> None:
 
 
 def test_labels_out_of_range_are_told() -> None:
-    with pytest.raises(ValueError, match="labels from 0 to 3.*got 0 to 4"):
+    with pytest.raises(ValueError, match=r"labels from 0 to 3.*got 0 to 4"):
         Loss().of(randn(5, 4), (X, torch.arange(5)))
 
 
