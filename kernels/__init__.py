@@ -3,7 +3,7 @@
 from .blocks.algebra import dds, dsd, sdd
 from .blocks.plan import BlockPlan
 from .blocks.products import pack, unpack
-from .dsl import OutOfResources
+from .dsl import MISSING, OutOfResources
 from .formats import Layer, kept_index
 from .gated.layers import Choice, choice, forget, gated_conv2d, gated_linear
 from .gates.balance import Rule
@@ -42,6 +42,7 @@ __all__ = [
     "FORMATS",
     "GAUSSIAN",
     "HARD_CONCRETE",
+    "MISSING",
     "PRODUCTS",
     "BlockPlan",
     "Choice",

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sparsecore import kernels
+from sparsecore import engine, kernels
 from sparsecore.kernels import device, formats
 
 
@@ -24,6 +24,15 @@ def test_a_format_that_needs_it_says_so(place: str, monkeypatch: pytest.MonkeyPa
     layer, where = kernels.Layer((32, 32)), torch.device(place)
     assert kernels.obstacle("block:16x16", where, layer, torch.float32) == "it needs Triton"
     assert kernels.obstacle("state", where, layer, torch.float32) is None
+
+
+def test_graphs_need_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda")
+    assert engine.check_engine("graph", gpu) == "graph"
+    monkeypatch.setattr(kernels, "MISSING", "needs Triton")
+    with pytest.raises(engine.EngineError, match="needs Triton; use engine=auto"):
+        engine.check_engine("graph", gpu)
+    assert engine.check_engine("auto", gpu) == "auto"
 
 
 def test_nothing_is_launched_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .. import capture
+from .. import capture, kernels
 from ..batches import Batch
 from .feeds import Feed
 
@@ -62,9 +62,9 @@ def check_engine(name: str, device: torch.device | None = None) -> str:
     if name not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {name!r}")
     if device is not None and "graph" in name and not capture.possible_on(device):
-        raise EngineError(
-            f"engine {name}: expected a GPU for graphs, got {device}; use engine=auto"
-        )
+        without = f"expected a GPU for graphs, got {device}"
+        lacks = without if device.type != "cuda" else f"it {kernels.MISSING}"
+        raise EngineError(f"engine {name}: {lacks}; use engine=auto")
     return name
 
 
