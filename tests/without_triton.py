@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import sys
 import warnings
 from importlib.abc import MetaPathFinder
@@ -26,7 +27,7 @@ sys.meta_path.insert(0, Absent())
 for name in ABSENT:
     sys.modules.pop(name, None)
 tests = Path(__file__).resolve().parent
-sys.path[:0] = [str(tests), str(tests / "search")]
+sys.path[:0] = [str(tests), str(tests / "search"), str(tests.parent)]
 
 import torch  # noqa: E402
 from helpers import Blobs, convolutional, mlp, rand, randn  # noqa: E402
@@ -133,6 +134,7 @@ def test_command_line(folder: Path) -> None:
 
 if __name__ == "__main__":
     with TemporaryDirectory() as name:
+        os.environ["SPARSECORE_PLANS"] = f"{name}/plans.json"
         test_formats()
         test_kernels_say_what_is_missing()
         test_operators_have_something_to_run_on_any_device()
