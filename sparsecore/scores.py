@@ -253,7 +253,7 @@ def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
 
 def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
     """The sum of what the network gives for ones; where tokens are embedded, for embeddings of ones."""
-    embeddings = [m for m in net.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+    embeddings = [m for m in net.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
     hooks = [
         m.register_forward_hook(lambda module, args, out: torch.ones_like(out)) for m in embeddings
     ]

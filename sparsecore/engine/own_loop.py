@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .. import capture
 from ..batches import Batch
-from ..losses import LossLike, loss_of
+from ..losses import LossLike
 from .auto import launch
 from .engine import check_engine, stamp
 from .feeds import Given
@@ -73,7 +73,7 @@ class TrainStep:
         self._optimizer, self._amp = optimizer, amp
         self._hold_rates()
         step = TrainingStep(
-            model, loss_of(loss), optimizer, amp=self._precision(device), scaler=scaler, clip_norm=clip_norm,
+            model, loss, optimizer, amp=self._precision(device), scaler=scaler, clip_norm=clip_norm,
             accumulate=accumulate, penalty=penalty,
         )  # fmt: skip
         self._step, self._feed = step, Given(device)

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
 from ..batches import Batch, cut, size_of
-from ..losses import Loss
+from ..losses import LossLike, loss_of
 from .engine import (
     AbstractStep,
     EngineError,
@@ -42,7 +42,7 @@ class TrainingStep(AbstractStep):
     def __init__(
         self,
         model: nn.Module,
-        loss: Loss,
+        loss: LossLike,
         optimizer: torch.optim.Optimizer,
         *,
         accumulate: int = 1,
@@ -53,7 +53,7 @@ class TrainingStep(AbstractStep):
         timeline: Timeline | None = None,
         average: tuple[AveragedModel, float] | None = None,
     ) -> None:
-        self.model, self.loss, self.optimizer = model, loss, optimizer
+        self.model, self.loss, self.optimizer = model, loss_of(loss), optimizer
         self.accumulate, self.amp, self.clip_norm = accumulate, amp, clip_norm
         self.penalty, self.timeline, self.average = penalty, timeline, average
         self.averaged = average is not None and bool(average[0].n_averaged > 0)

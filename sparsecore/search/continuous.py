@@ -281,9 +281,10 @@ class _ContinuousEpochs(StepEpochs):
         batches: EpochBatches,
         watch: Watch | None,
         saved: str | None,
-        loss: Loss,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__(batches, watch)
+        by = (loss or Loss()).smoothed(search.recipe.label_smoothing)
         self.net = net
         steps = search.epochs * self.length
         layers = sparse_layers(net)
@@ -317,7 +318,7 @@ class _ContinuousEpochs(StepEpochs):
             # 1 / sigmoid(s0): a constant here.
             pattern.log_gain.requires_grad_(False).fill_(-math.log(search.first_density))
             layer.pattern = self.gated[name] = pattern
-        step = self.step = _ContinuousStep(search, net, self.gated, self.kept, self.timeline, loss)
+        step = self.step = _ContinuousStep(search, net, self.gated, self.kept, self.timeline, by)
         self.engine = launch(
             step.become,
             feed_of(batches, device),

@@ -194,7 +194,7 @@ class _PopupEpochs(StepEpochs):
         sparsities: Mapping[str, float],
         watch: Watch | None,
         saved: str | None,
-        loss: Loss,
+        loss: Loss | None = None,
     ) -> None:
         super().__init__(batches, watch)
         self.search, self.net, self.hard = search, net, hard
@@ -221,7 +221,7 @@ class _PopupEpochs(StepEpochs):
             {"lr": [self.recipe.lr_at(e, search.epochs) for e in epochs]}, device
         )
         self.optimizer = optimizer_for(logits, self.recipe, lr=self.timeline.now["lr"])
-        step = TrainingStep(net, loss, self.optimizer, timeline=self.timeline)
+        step = TrainingStep(net, loss or Loss(), self.optimizer, timeline=self.timeline)
         self.engine = launch(
             step.become,
             feed_of(batches, device),
