@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
@@ -70,6 +71,11 @@ def check_method(setup: Setup, text: str) -> str:
     if sanity:
         choose("sanity", sanity, CHECKS)
     return text
+
+
+def file_stem(method: str, windows: bool = os.name == "nt") -> str:
+    """What files of a method are called; on Windows a colon would name a stream within another file."""
+    return method.replace(":", ";") if windows else method
 
 
 class Comparison:
@@ -158,7 +164,8 @@ class Comparison:
         searched = dataset
         if sanity == "corrupt":  # found where there is nothing to learn, trained on the data
             method, searched, sanity = cell.method, corrupted(dataset, cell.seed), ""
-        path = self.folder / "tickets" / f"{method}-{cell.sparsity:g}-{cell.seed}.safetensors"
+        stem = file_stem(method)
+        path = self.folder / "tickets" / f"{stem}-{cell.sparsity:g}-{cell.seed}.safetensors"
         if path.exists():
             ticket = Ticket.load(path)
         else:
@@ -167,7 +174,7 @@ class Comparison:
             ticket, seconds = find_ticket(
                 self.setup, model, searched, cell.base, cell.sparsity, cell.seed, device, progress,
                 checkpoint=path.with_suffix(".checkpoint"),
-                rounds=self.folder / "rounds" / f"{method}-{cell.seed}",
+                rounds=self.folder / "rounds" / f"{stem}-{cell.seed}",
                 engine=self.engine,
             )  # fmt: skip
             ticket.meta["search_seconds"] = round(seconds, 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sparsecore import engine, kernels
+from sparsecore.compare import file_stem
 from sparsecore.kernels import device, formats
 
 
@@ -41,3 +42,8 @@ def test_nothing_is_launched_on_a_gpu_without_it(monkeypatch: pytest.MonkeyPatch
     assert device.on_gpu(x) and device.by_kernel(x)
     monkeypatch.setattr(device, "MISSING", "needs Triton")
     assert device.on_gpu(x) and not device.by_kernel(x)
+
+
+def test_methods_with_fields_have_files_on_windows() -> None:
+    assert file_stem("joint:pace=8:ramp=0.5", windows=True) == "joint;pace=8;ramp=0.5"
+    assert file_stem("joint:pace=8", windows=False) == "joint:pace=8"

@@ -26,6 +26,7 @@ class Absent(MetaPathFinder):
 sys.meta_path.insert(0, Absent())
 for name in ABSENT:
     sys.modules.pop(name, None)
+os.environ.setdefault("USERNAME", "user")  # as Windows has it
 tests = Path(__file__).resolve().parent
 sys.path[:0] = [str(tests), str(tests / "search"), str(tests.parent)]
 
