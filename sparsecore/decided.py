@@ -1,0 +1,143 @@
+"""What happens to a sparse layer's mask once it is decided: fixed, planned, changed."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from . import kernels
+from .patterns import Formats, Masked, Planned
+from .zeros import zero_outside_
+
+
+class DecidedLayer(nn.Module):
+    """The half of a SparseLayer that decides its mask."""
+
+    # What the other half has.
+    pattern: nn.Module
+    multiplies: bool
+    raw_weight: Any
+    effective_weight: Any
+    weight_shape: Any
+    _channels_last: Any
+    _kept_by: Any
+    _require_parameter: Any
+
+    def set_mask_(self, mask: Tensor) -> Self:
+        """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
+
+        Errors: ValueError for another shape or a weight that another tool computes, TypeError for another
+        dtype; nothing changes then.
+        """
+        self._require_parameter("set_mask_")
+        if mask.shape != self.weight_shape:
+            raise ValueError(
+                f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
+            )
+        pattern = self._masked(mask)
+        self.unplan_()
+        self._decide(pattern)
+        return self
+
+    def _decide(self, pattern: Masked) -> None:
+        """This mask from now on: of the weight, of its gradient, of whoever reads and steps them."""
+        raw = self.raw_weight
+        pattern.decided = True
+        self.pattern = pattern.train(self.training)
+        if raw.grad is not None and raw.grad.layout == torch.strided:
+            zero_outside_(raw.grad, pattern.mask)
+        if not self._kept_by(pattern):
+            zero_outside_(raw.data, pattern.mask)
+
+    def plan_(self, formats: Formats | None = None, choose: Any = None) -> Self:
+        """From a mask over a dense parameter to the kept weights alone: pattern `Planned`.
+
+        The parameter object stays and becomes the vector [nnz], so make optimisers afterwards.
+        Args: as `Planned` takes them.
+
+        Errors: ValueError for a layer without a mask, a format that cannot do this, or kept weights that are
+        not finite; nothing changes then.
+        """
+        mask = self._decided_mask()
+        self._require_parameter("plan_")
+        pattern = Planned(
+            mask,
+            formats,
+            **self._slide(),
+            choose=choose,
+            dtype=self.raw_weight.dtype,
+            channels_last=self._channels_last,
+            multiplies=self.multiplies,
+        )
+        values = pattern.kept(self.effective_weight.detach())
+        if not values.isfinite().all():
+            raise ValueError(
+                "plan_: expected finite kept weights, got NaN or infinity; load sound weights first"
+            )
+        self._become(pattern, values)
+        return self
+
+    def unplan_(self) -> Self:
+        """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
+        if isinstance(self.pattern, Planned):
+            pattern = Masked(self.pattern.mask)
+            self._become(pattern, self.effective_weight.detach())
+            self._decide(pattern)
+        return self
+
+    def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
+        """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
+
+        Weights that stay keep their values, new ones start at 0 or at their entries in `grown`, of the
+        weight's shape.  The parameter object stays.  Errors: ValueError for another shape or no mask.
+        """
+        old = self.pattern
+        if not isinstance(old, Masked | Planned) or mask.shape != self.weight_shape:
+            raise ValueError(
+                f"remask_: expected a layer with a mask {tuple(self.weight_shape)}, got "
+                f"{type(old).__name__} and {tuple(mask.shape)}"
+            )
+        self._require_parameter("remask_")
+        before, weight = old.mask, self.effective_weight.detach()
+        if grown is not None:
+            weight = torch.where(before, weight, grown.to(weight))
+        if isinstance(old, Planned):
+            pattern = old.on(mask.to(weight.device))
+            self._become(pattern, pattern.kept(weight))
+        else:
+            masked = self._masked(mask)
+            masked.choice = old.choice
+            # In its place: the hooks of others (several ranks' reducer) hang on the parameter.
+            self.raw_weight.data.copy_(weight)
+            self.raw_weight.grad = None
+            self._decide(masked)
+        return before
+
+    def _masked(self, mask: Tensor) -> Masked:
+        """A pattern whose mask lies in memory as the weight does: their product then does too."""
+        planned = isinstance(self.pattern, Planned)
+        weight = self.effective_weight.detach() if planned else self.raw_weight
+        return Masked(kernels.laid_out_as(mask.to(weight.device), weight).clone())
+
+    def _become(self, pattern: nn.Module, parameter: Tensor) -> None:
+        """Another pattern and what the same Parameter object then holds."""
+        raw = self.raw_weight
+        # Through another dtype, so that autograd forgets the old shape, which a graph that is still alive
+        # (the last step's loss) would keep.
+        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
+        raw.data = parameter
+        self.pattern = pattern.train(self.training)
+
+    def _decided_mask(self) -> Tensor:
+        if isinstance(self.pattern, Masked | Planned):
+            return self.pattern.mask
+        raise ValueError(
+            f"plan_: expected a layer with a mask, got pattern {type(self.pattern).__name__}; "
+            "apply a ticket or call set_mask_ first"
+        )
+
+    def _slide(self) -> dict[str, Any]:
+        """What a plan knows of a convolution; the layer itself pads the image (`SparseConv2d.forward`)."""
+        return {}
