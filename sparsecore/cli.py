@@ -398,6 +398,16 @@ def main(argv: list[str] | None = None) -> int:
         return _run(argv)
 
 
+def _mend(error: RuntimeError) -> str | None:
+    """What helps against an error of PyTorch's that lies in what was asked for; None: it is a bug."""
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+        return "take a smaller batch, --search-batch, --image-size or model"
+    if text.startswith("derivative for") and "not implemented" in text:
+        return "the model cannot be differentiated twice, take another --method or --objective"
+    return None
+
+
 def _run(argv: list[str] | None) -> int:
     try:
         code = app(argv, standalone_mode=False)
@@ -408,8 +418,10 @@ def _run(argv: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except torch.OutOfMemoryError as error:
-        message = f"out of memory: {error}; take a smaller batch, model or --image-size"
+    except RuntimeError as error:
+        if (mend := _mend(error)) is None:
+            raise
+        message = f"{error}; {mend}"
     except Exception as error:
         # typer's usage errors share no public base class across its versions, only this method.
         if not hasattr(error, "format_message"):

@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
@@ -14,6 +15,7 @@ _ONE_HEAD = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+_FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
 def names() -> list[str]:
@@ -32,7 +34,13 @@ def builder(model: str) -> Callable[..., nn.Module]:
                 f"torchvision:{model}: expected images with 3 channels, got {shape[0]}"
             )
         given = _ONE_HEAD.get(model, {}) | _sized(model, shape) | options
-        return torchvision.models.get_model(model, weights=None, num_classes=classes, **given)
+        try:
+            return torchvision.models.get_model(model, weights=None, num_classes=classes, **given)
+        except ValueError as error:
+            raise ValueError(
+                f"torchvision:{model}: expected images and options that it takes, got {shape[1]} x {shape[2]} (folder: "
+                f"data has --image-size; 224 suits most models): {' '.join(str(error).split())[:200]}"
+            ) from None
 
     return build
 
@@ -45,12 +53,13 @@ def trained(model: str, shape: tuple[int, int, int], **options: Any) -> dict[str
     weights = torchvision.models.get_model_weights(model)
     if not len(weights):
         raise ValueError(f"weights: torchvision has no trained weights of {model}")
-    given = _ONE_HEAD.get(model, {}) | options
-    given.pop("init_weights", None)
+    # Trained are the models with all their heads; torchvision refuses to be told so or otherwise.
+    given = {k: v for k, v in options.items() if k not in _ONE_HEAD.get(model, {})}
     try:
-        state = torchvision.models.get_model(
-            model, weights=weights.DEFAULT, progress=False, **given  # pyright: ignore[reportAttributeAccessIssue]
-        ).state_dict()  # fmt: skip
+        with torch.random.fork_rng(devices=[]):  # heads are drawn before they are loaded
+            state = torchvision.models.get_model(
+                model, weights=weights.DEFAULT, progress=False, **given  # pyright: ignore[reportAttributeAccessIssue]
+            ).state_dict()  # fmt: skip
     except Exception as error:  # downloads and files let many kinds of error through
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise ValueError(
@@ -59,7 +68,7 @@ def trained(model: str, shape: tuple[int, int, int], **options: Any) -> dict[str
         ) from None
     if model.startswith("vit_"):
         state = interpolate_embeddings(shape[1], _patch(model), OrderedDict(state))
-    return dict(state)
+    return {name: value for name, value in state.items() if not name.startswith(_FURTHER_HEADS)}
 
 
 def _sized(model: str, shape: tuple[int, int, int]) -> dict[str, Any]:
