@@ -251,12 +251,14 @@ def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
         yield on(device, batch)
 
 
+def _ones_for(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    return torch.ones_like(output)
+
+
 def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
     """The sum of what the network gives for ones; where tokens are embedded, for embeddings of ones."""
     embeddings = [m for m in net.modules() if isinstance(m, (nn.Embedding, nn.EmbeddingBag))]
-    hooks = [
-        m.register_forward_hook(lambda module, args, out: torch.ones_like(out)) for m in embeddings
-    ]
+    hooks = [m.register_forward_hook(_ones_for) for m in embeddings]
 
     def ones(t: Any) -> Any:
         if isinstance(t, Tensor) and (t.is_floating_point() or not embeddings):
