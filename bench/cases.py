@@ -80,7 +80,7 @@ class StepBench:
         self.memory = TeacherMemory(case.batch)
         self.memory.rows = self.samples
         if case.dtype == torch.float32 and not self.step.batchwise:
-            self.memory.scores(self.x, self.step.net.dense)
+            self.memory.output(self.x, self.step.net.dense)
         self.weights = [m.raw_weight for m in sc.sparse_layers(self.model).values()]
 
     def providers(self) -> dict[str, Callable[[], Any]]:

@@ -114,8 +114,8 @@ def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
             if weight is None or parametrize.is_parametrized(part):
                 raise ValueError(
                     f"sparsify_: expected a weight that is {name or 'the layer'}'s parameter, got one that "
-                    "another tool computes (torch.nn.utils.prune, weight_norm, spectral_norm, parametrize): remove that first "
-                    "(Ticket.from_prune keeps the masks of prune), or leave the layer out with filter_fn="
+                    "another tool computes (torch.nn.utils.prune, weight_norm, spectral_norm, parametrize): remove "
+                    "that first (Ticket.from_prune keeps the masks of prune), or leave the layer out with filter_fn="
                     f"'!{name}'"
                 )
             if isinstance(weight, nn.parameter.UninitializedParameter):

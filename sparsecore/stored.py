@@ -14,6 +14,9 @@ class StoredLayer(nn.Module):
     # What the other half has.
     pattern: nn.Module
     seen_weight: Any
+    effective_weight: Any
+    raw_weight: Any
+    weight_shape: Any
     _masked: Any
     _decide: Any
     remask_: Any

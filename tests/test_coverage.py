@@ -125,7 +125,7 @@ def test_what_holds_no_masks_is_refused() -> None:
     model = seeded(lambda: nn.Sequential(nn.Embedding(5, 4, padding_idx=0), nn.Linear(4, 3)))
     with pytest.raises(sc.TicketError, match="found no zero"):
         sc.Ticket.from_zeros(model)
-    with pytest.raises(sc.TicketError, match="under torch.nn.utils.prune, found none"):
+    with pytest.raises(sc.TicketError, match="found none"):
         sc.Ticket.from_prune(model)
     prune.l1_unstructured(model[1], "bias", 0.5)
     with pytest.raises(sc.TicketError, match=r"got one over 1\.bias"):
