@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
-from .describe import layers_of, plans_of, provenance_of
+from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
     SANITIES,
@@ -86,6 +86,12 @@ def check_folder(path: Path | None) -> None:
         raise ValueError(f"{path}: its folder does not exist; create {path.absolute().parent}")
 
 
+def show(lines: list[str]) -> None:
+    """Text as it is: names of layers are no markup."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 @app.command()
 @with_setup
 def search(
@@ -129,6 +135,7 @@ def search(
     result = {"ticket": str(out), "method": method, "seconds": seconds}
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
+    show(covered_of(ticket))
     if (told := short_search(ticket)) is not None:
         console.print(told)
     console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
@@ -226,9 +233,8 @@ def info(
     table, rows = layers_of(loaded, str(ticket))
     console.print(table)
     console.print(provenance_of(loaded))
-    told = [*of_masks(loaded.masks), *filter(None, [short_search(loaded)])]
-    for line in told:
-        console.print(line, markup=False, highlight=False)
+    show(covered_of(loaded))
+    show([*of_masks(loaded.masks), *filter(None, [short_search(loaded)])])
     console.print(f"mask hash {loaded.hash}", soft_wrap=True)
     write_json(
         json_file,
@@ -325,6 +331,8 @@ def report(
     console.print(comparison.table())
     for cells, told in comparison.caveats.items():
         console.print(f"{cells}: {told}")
+    tickets = sorted((out / "tickets").glob("*.safetensors"))
+    show(covered_of(Ticket.load(tickets[0])) if tickets else [])
     for what, path in (
         ("rows", out / "results.csv"),
         ("tickets", out / "tickets"),

@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from .coverage import told_share
 from .experiment import PlannedModel
 from .plans import report
 from .tickets import Ticket
@@ -67,6 +68,19 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
     table.add_section()
     table.add_row("all", "", f"{kept:,} of {total:,}", f"{100 * ticket.sparsity:.3f} %", "", "")
     return table, rows
+
+
+def covered_of(ticket: Ticket) -> list[str]:
+    """What share of the whole model a ticket is of, and what stays dense and why; nothing where it does not say."""
+    parameters, dense = ticket.meta.get("parameters"), ticket.meta.get("dense")
+    covered = sum(mask.numel() for mask in ticket.masks.values())
+    if type(parameters) is not int or not covered <= parameters:
+        return []
+    lines = [told_share(covered, parameters, ticket.sparsity)]
+    if isinstance(dense, dict):
+        parts = [f"{n:,} {_short(why)}" for why, n in dense.items() if type(n) is int]
+        lines += [f"dense: {', '.join(parts)}"] if parts else []
+    return lines
 
 
 _PROVENANCE = {

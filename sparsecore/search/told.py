@@ -1,11 +1,13 @@
 """Around every search: one process alone, and warnings of what its ticket hides."""
 
 import functools
+from dataclasses import replace
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from ..coverage import coverage
 from ..ranks import ranks
 from ..telling import tell_found, within_a_search
 from ..tickets import Ticket
@@ -25,10 +27,15 @@ def telling(search: Method) -> Method:
         _require_one_rank()
         with within_a_search() as outermost:
             found = search(self, model, *args, **kwargs)
-        if outermost:
-            for ticket in [found] if isinstance(found, Ticket) else found:
-                tell_found(ticket, model)
-        return found
+        if not outermost:
+            return found
+        seen = coverage(model)
+        covered = {"parameters": seen.parameters, "dense": seen.dense}
+        tickets = [found] if isinstance(found, Ticket) else found
+        tickets = [replace(ticket, meta=ticket.meta | covered) for ticket in tickets]
+        for ticket in tickets:
+            tell_found(ticket, model)
+        return tickets[0] if isinstance(found, Ticket) else tickets
 
     return cast(Method, told)
 
