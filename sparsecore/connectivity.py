@@ -4,6 +4,7 @@ Frankle, Dziugaite, Roy & Carbin 2020 (arXiv 1912.05671).
 """
 
 import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +112,11 @@ def path_errors(
             if norms and train_batches is not None:
                 recompute_statistics_(probe, train_batches, limit=limit)
             accuracy, loss = evaluation.measure()
+            if math.isnan(accuracy):
+                raise ValueError(
+                    "path: expected labels whose errors can be counted, got an output without classes; barriers are "
+                    "measured of classifiers"
+                )
             error = 100 - accuracy
             rows.append((alpha, error, loss))
             if checkpoint is not None:

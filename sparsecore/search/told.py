@@ -1,8 +1,8 @@
 """Around every search: one process alone, and warnings of what its ticket hides."""
 
 import functools
-from dataclasses import replace
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 from torch import nn
