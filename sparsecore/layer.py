@@ -22,7 +22,7 @@ from . import kernels
 from .decided import DecidedLayer
 from .patterns import Dense, Gated, Masked, Planned
 from .stored import StoredLayer
-from .zeros import ComputedWeight, Keeper, plain_python, zero_outside_
+from .zeros import ComputedWeight, Keeper, capturing, plain_python, zero_outside_
 
 
 class SparseLayer(DecidedLayer, StoredLayer):
@@ -81,7 +81,8 @@ class SparseLayer(DecidedLayer, StoredLayer):
             return pattern(raw)
         if isinstance(pattern, Masked) and pattern.decided and self._kept_by(pattern):
             # Even past what a version tells: `weight.data` may have been written to.
-            zero_outside_(raw.data, pattern.mask)
+            if not capturing(raw):
+                zero_outside_(raw.data, pattern.mask)
             return raw
         kind = type(pattern).__name__
         return ComputedWeight.of(pattern(raw), f"{kind} ({pattern.extra_repr()})")

@@ -43,9 +43,8 @@ class Keeper:
 
     def __init__(self, still: Callable[[], bool]) -> None:
         self.still = still
-        self.known: tuple[
-            Any, ...
-        ] = ()  # the parameter, its version and the mask when it was last seen
+        # The parameter, its version and the mask when it was last seen.
+        self.known: tuple[Any, ...] = ()
         self.handle: Any = None
         self.trusted: tuple[Any, ...] = ()
         self.passed: tuple[Any, int] = (None, 0)
@@ -61,7 +60,10 @@ class Keeper:
         ):
             return
         self.watch(parameter)
-        self.put_back(parameter, mask)
+        if not capturing(
+            parameter
+        ):  # a graph would do it again in every replay, and forwards apply the mask anyway
+            self.put_back(parameter, mask)
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Sees to the parameter's gradient and to its steps."""
@@ -153,6 +155,11 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph records what is done to the tensor."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def plain_python() -> bool:
