@@ -60,9 +60,10 @@ class Keeper:
         ):
             return
         self.watch(parameter)
-        if not capturing(
-            parameter
-        ):  # a graph would do it again in every replay, and forwards apply the mask anyway
+        if capturing(parameter):
+            # A graph would do it again in every replay, and forwards apply the mask anyway: later.
+            self.known = (id(parameter), None, mask)
+        else:
             self.put_back(parameter, mask)
 
     def watch(self, parameter: nn.Parameter) -> None:
