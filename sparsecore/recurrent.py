@@ -1,24 +1,22 @@
-"""SparseLSTM, SparseGRU and SparseRNN: PyTorch's recurrent networks with a pattern over each matrix.
+"""Sparse LSTM, GRU and RNN, networks and cells: PyTorch's with a pattern over each matrix.
 
-A matrix is a layer: `ih_l0` and `hh_l0` of `weight_ih_l0` and `weight_hh_l0`, and so on, a row of which belongs to
-one gate of one unit.  The parameters stay the network's, under its keys.  It computes as PyTorch does, with the
-weights that their patterns give.
+A matrix is a layer: `ih_l0` and `hh_l0` of `weight_ih_l0` and `weight_hh_l0` (of a cell `ih` and `hh`), a row of which
+belongs to one gate of one unit.  The parameters stay the network's, under its keys.  It computes as PyTorch does, with
+the weights that their patterns give.
 """
 
 from collections.abc import Collection
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import nn
 from typing_extensions import Self
 
 from .layer import as_class
-from .parts import Part, baked, loaded, look, parts
-
-_Plain = TypeVar("_Plain", bound=nn.RNNBase)
+from .parts import Part, baked, loaded, look, parts, seen
 
 
-class SparseRecurrent(nn.RNNBase):
-    """What the three share; `from_dense` makes them."""
+class SparseRecurrent(nn.Module):
+    """What networks and cells share; `from_dense` makes them."""
 
     def sparsify_(self, names: Collection[str]) -> Self:
         """Makes these of its dense matrices sparse layers that share their parameters."""
@@ -40,19 +38,29 @@ class SparseRecurrent(nn.RNNBase):
         sparse = as_class(cls, layer)
         return sparse.sparsify_(matrices(layer) if names is None else names)
 
-    def to_dense(self) -> nn.RNNBase:
+    def to_dense(self) -> nn.Module:
         """The plain network with the same keys, as `SparseLayer.to_dense` makes layers plain."""
         dense = as_class(_PLAIN[type(self)], self)
         baked(self, dense)
-        dense._flat_weights = [dense._parameters[key] for key in dense._flat_weights_names]
         return dense
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        look(self)
+
+
+class _Network(SparseRecurrent, nn.RNNBase):
+    """PyTorch's forward takes all weights from one list."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         for part in parts(self):
             part.look()
         weights = {part.key: part.effective_weight for part in parts(self)}
         own = self._flat_weights
-        # PyTorch's forward takes them from there.
         self.__dict__["_flat_weights"] = [
             weights.get(key, self._parameters[key]) for key in self._flat_weights_names
         ]
@@ -60,6 +68,11 @@ class SparseRecurrent(nn.RNNBase):
             return super().forward(*args, **kwargs)
         finally:
             self.__dict__["_flat_weights"] = own
+
+    def to_dense(self) -> nn.Module:
+        dense: Any = super().to_dense()
+        dense._flat_weights = [dense._parameters[key] for key in dense._flat_weights_names]
+        return dense
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)
@@ -76,40 +89,54 @@ class SparseRecurrent(nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Nothing: what is computed anew in every forward lies where it is computed."""
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
-            super()._load_from_state_dict(state, prefix, *rest)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        look(self)
-
-
-class SparseLSTM(SparseRecurrent, nn.LSTM):
+class SparseLSTM(_Network, nn.LSTM):
     """`nn.LSTM` with a pattern over each matrix."""
 
 
-class SparseGRU(SparseRecurrent, nn.GRU):
+class SparseGRU(_Network, nn.GRU):
     """`nn.GRU` with a pattern over each matrix."""
 
 
-class SparseRNN(SparseRecurrent, nn.RNN):
+class SparseRNN(_Network, nn.RNN):
     """`nn.RNN` with a pattern over each matrix."""
 
 
-_PLAIN: dict[type, type[nn.RNNBase]] = {
+class _Cell(SparseRecurrent, nn.RNNCellBase):
+    """PyTorch's forward reads both weights by name."""
+
+    weight_ih = seen("weight_ih", "ih")  # pyright: ignore[reportAssignmentType]
+    weight_hh = seen("weight_hh", "hh")  # pyright: ignore[reportAssignmentType]
+
+
+class SparseLSTMCell(_Cell, nn.LSTMCell):
+    """`nn.LSTMCell` with a pattern over both matrices."""
+
+
+class SparseGRUCell(_Cell, nn.GRUCell):
+    """`nn.GRUCell` with a pattern over both matrices."""
+
+
+class SparseRNNCell(_Cell, nn.RNNCell):
+    """`nn.RNNCell` with a pattern over both matrices."""
+
+
+_PLAIN: dict[type, type[nn.Module]] = {
     SparseLSTM: nn.LSTM,
     SparseGRU: nn.GRU,
     SparseRNN: nn.RNN,
+    SparseLSTMCell: nn.LSTMCell,
+    SparseGRUCell: nn.GRUCell,
+    SparseRNNCell: nn.RNNCell,
 }
 RECURRENT = {plain: sparse for sparse, plain in _PLAIN.items()}
 
 
-def matrices(network: nn.RNNBase) -> dict[str, nn.Linear]:
+def matrices(network: nn.Module) -> dict[str, nn.Linear]:
     """Its matrices that are not sparse yet, as the linear layers that they are; parameters are shared."""
     found: dict[str, nn.Linear] = {}
-    for key in network._flat_weights_names:
-        weight, name = network._parameters.get(key), key.removeprefix("weight_")
+    for key, weight in network._parameters.items():
+        name = key.removeprefix("weight_")
         if key.startswith("weight_") and weight is not None and name not in network._modules:
             n, k = weight.shape
             found[name] = nn.Linear(k, n, bias=False, device="meta")

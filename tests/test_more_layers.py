@@ -166,6 +166,35 @@ def test_recurrent_networks(kind: type[nn.RNNBase]) -> None:
     torch.testing.assert_close(dense.double()(x.double())[0].float(), expected)
 
 
+@pytest.mark.parametrize("kind", [nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+def test_recurrent_cells(kind: type[nn.RNNCellBase]) -> None:
+    plain, x = seeded(lambda: nn.ModuleList([kind(5, 7)])), randn(3, 5)  # pyright: ignore
+
+    def run(model: nn.Module) -> Tensor:
+        found = model[0](x)  # pyright: ignore[reportIndexIssue]
+        return found[0] if isinstance(found, tuple) else found
+
+    sparse = sc.sparsify_(copy.deepcopy(plain))
+    assert torch.equal(run(sparse), run(plain))
+    assert list(sc.sparse_layers(sparse)) == ["0.ih", "0.hh"]
+    masks = {n: rand(*la.weight_shape) < 0.5 for n, la in sc.sparse_layers(sparse).items()}
+    sc.Ticket(masks, plain.state_dict()).apply_(sparse)
+    with torch.no_grad():
+        plain[0].weight_ih.mul_(masks["0.ih"])
+        plain[0].weight_hh.mul_(masks["0.hh"])
+    torch.testing.assert_close(run(sparse), run(plain))
+    assert sparse[0].weight_ih is sparse[0]._parameters["weight_ih"]
+    run(sparse).square().sum().backward()
+    assert not sparse[0].weight_ih.grad[~masks["0.ih"]].any()
+    expected = run(sparse)
+    sc.plan_(sparse, "state")
+    torch.testing.assert_close(run(sparse), expected)
+    with pytest.raises(RuntimeError, match="raw_weight"):
+        nn.init.zeros_(sparse[0].weight_hh)
+    for twin in (copy.deepcopy(sparse), sc.densify_(copy.deepcopy(sparse))):
+        torch.testing.assert_close(run(twin), expected)
+
+
 def test_the_default_takes_every_matrix_but_embeddings_and_forwards_of_ones_own() -> None:
     net = nn.ModuleDict({
         "lstm": seeded(lambda: nn.LSTM(3, 4)),
