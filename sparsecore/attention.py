@@ -23,7 +23,7 @@ from typing_extensions import Self
 from . import kernels
 from .layer import as_class
 from .nn import SparseLinear
-from .parts import Part, baked, loaded, look, parts, seen
+from .parts import Part, Whole, baked, parts, seen
 from .patterns import Planned
 
 _SEPARATE = ("q_proj", "k_proj", "v_proj")
@@ -67,7 +67,7 @@ def _split(bias: Tensor | None, sizes: Sequence[int]) -> Sequence[Tensor | None]
     return [None] * len(sizes) if bias is None else bias.split(sizes)
 
 
-class SparseMultiheadAttention(nn.MultiheadAttention):
+class SparseMultiheadAttention(Whole, nn.MultiheadAttention):
     """`nn.MultiheadAttention` of sparse layers: same signature, same keys, same numbers to rounding.
 
     Errors: as `nn.MultiheadAttention`; forward: ValueError for inputs or masks of shapes that do not fit,
@@ -113,14 +113,6 @@ class SparseMultiheadAttention(nn.MultiheadAttention):
         if isinstance(self.out_proj, SparseLinear):
             dense.out_proj = as_class(NonDynamicallyQuantizableLinear, self.out_proj.to_dense())
         return dense
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
-            super()._load_from_state_dict(state, prefix, *rest)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        look(self)
 
     def forward(
         self,

@@ -30,8 +30,8 @@ def is_prunable(name: str, module: nn.Module) -> bool:
     subclasses without a forward of their own.  The projections of `nn.MultiheadAttention` are linear layers too:
     `in_proj` (queries, keys and values; `q_proj`, `k_proj` and `v_proj` where keys or values have sizes of their own)
     and `out_proj`, by names such as `encoder.layers.0.self_attn.in_proj`; so are the matrices of nn.LSTM, nn.GRU,
-    nn.RNN and their cells: `rnn.ih_l0`, `rnn.hh_l0`, ...  Biases, normalisation and embeddings stay dense; an embedding can be chosen,
-    and one that shares its weight with a chosen layer is.
+    nn.RNN and their cells: `rnn.ih_l0`, `rnn.hh_l0`, ...  Biases, normalisation and embeddings stay dense; an
+    embedding can be chosen, and one that shares its weight with a chosen layer is.
     """
     plain = type(module)
     return (

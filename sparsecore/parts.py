@@ -85,11 +85,18 @@ def parts(whole: nn.Module) -> Iterator[Part]:
     return (part for part in whole._modules.values() if isinstance(part, Part))
 
 
-def look(whole: nn.Module) -> None:
-    """Sees to the pruned places of all its parts' parameters."""
-    for part in parts(whole):
-        if "pattern" in part._modules:
-            part.look()
+class Whole(nn.Module):
+    """A module with parts: how files and copies see it."""
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
+            super()._load_from_state_dict(state, prefix, *rest)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for part in parts(self):  # a copy's parameters have no hooks
+            if "pattern" in part._modules:
+                part.look()
 
 
 def loaded(

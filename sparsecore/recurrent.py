@@ -12,10 +12,10 @@ from torch import nn
 from typing_extensions import Self
 
 from .layer import as_class
-from .parts import Part, baked, loaded, look, parts, seen
+from .parts import Part, Whole, baked, parts, seen
 
 
-class SparseRecurrent(nn.Module):
+class SparseRecurrent(Whole):
     """What networks and cells share; `from_dense` makes them."""
 
     def sparsify_(self, names: Collection[str]) -> Self:
@@ -43,14 +43,6 @@ class SparseRecurrent(nn.Module):
         dense = as_class(_PLAIN[type(self)], self)
         baked(self, dense)
         return dense
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
-            super()._load_from_state_dict(state, prefix, *rest)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        look(self)
 
 
 class _Network(SparseRecurrent, nn.RNNBase):

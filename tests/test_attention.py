@@ -202,7 +202,7 @@ def test_plans_compute_alike_also_with_inputs_apart(
     grads = torch.autograd.grad([y.square().sum(), found.square().sum()], weights)
     torch.testing.assert_close(grads[1], grads[0][parts[0].pattern.mask], **close)
     for twin in (copy.deepcopy(planned), pickle.loads(pickle.dumps(planned))):
-        assert twin.in_proj.attention is twin and planned.in_proj.attention is planned
+        assert twin.in_proj.whole is twin and planned.in_proj.whole is planned
         torch.testing.assert_close(twin(*given, **how)[0], found)
     if not blocks:  # their kernels know no fp64
         wide = {x: x.detach().double() for x in dict.fromkeys(given)}
