@@ -19,6 +19,7 @@ from .coverage import Coverage, coverage
 from .data import Batches, load
 from .decay import decay_groups
 from .engine import EngineError, TrainStep, graphed
+from .gated_product import gated_weight
 from .losses import Loss
 from .nn import (
     SparseBilinear,
@@ -31,7 +32,7 @@ from .nn import (
     SparseEmbedding,
     SparseLinear,
 )
-from .patterns import Dense, Gated, Masked, Planned, gated_weight
+from .patterns import Dense, Gated, Masked, Planned
 from .plans import plan_, remask_, report
 from .recipe import Recipe
 from .recurrent import SparseGRU, SparseLSTM, SparseRNN

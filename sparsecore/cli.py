@@ -1,22 +1,19 @@
 """The command line: `sparsecore demo | search | train | plan | info | compare | analyze`."""
 
 import dataclasses
-import json
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from safetensors.torch import save_file
 
 from . import analyses
 from . import data as datasets
 from .compare import Comparison, check_method
+from .console import check_folder, console, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
@@ -51,8 +48,7 @@ from .options import (
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
-from .start_weights import WeightsWarning
-from .telling import ShortSearchWarning, SparsityWarning, of_masks, short_search
+from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 
 app = typer.Typer(
@@ -66,30 +62,6 @@ app.add_typer(analyses.app, name="analyze")
 @app.callback()
 def sparsecore(version: Version = False) -> None:
     """Find a sparse ticket in a network and train it."""
-
-
-console = Console()
-_TOLD = (SparsityWarning, datasets.DataWarning, WeightsWarning)
-_LINES = 10  # of warnings; a comparison finds many tickets
-
-
-def write_json(path: Path | None, result: dict[str, Any]) -> None:
-    if path is not None:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def check_folder(path: Path | None) -> None:
-    """Told before hours of work, not after."""
-    if path is not None and path.is_dir():
-        raise ValueError(f"{path}: expected the name of a file, got a folder")
-    if path is not None and not path.absolute().parent.is_dir():
-        raise ValueError(f"{path}: its folder does not exist; create {path.absolute().parent}")
-
-
-def show(lines: list[str]) -> None:
-    """Text as it is: names of layers are no markup."""
-    for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -375,34 +347,9 @@ def demo(
     )
 
 
-@contextmanager
-def _warnings_at_the_end() -> Iterator[None]:
-    """Warnings of our own are one line each on stderr, after all progress; a short search is told by the command."""
-    told: dict[str, None] = {}
-    with warnings.catch_warnings():
-        for kind in _TOLD:
-            warnings.simplefilter("always", kind)
-        show = warnings.showwarning
-
-        def keep(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
-            if not issubclass(category, _TOLD):
-                show(message, category, *place, **more)
-            elif not issubclass(category, ShortSearchWarning):
-                told[" ".join(str(message).split())] = None
-
-        warnings.showwarning = keep
-        try:
-            yield
-        finally:
-            for line in [*told][:_LINES]:
-                print(f"warning: {line}", file=sys.stderr)
-            if len(told) > _LINES:
-                print(f"warning: and {len(told) - _LINES} more like these", file=sys.stderr)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.  Exit code 2 and one line for bad input, 130 when interrupted."""
-    with _warnings_at_the_end():
+    with warnings_at_the_end():
         return _run(argv)
 
 

@@ -10,158 +10,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import kernels
+from .gated_product import gated_weight
 from .gates import AbstractGate
 from .granularity import Granularity, Weight
+from .masked_product import Bits, MaskedWeight
 from .zeros import Keeper
 
 Formats = str | tuple[str, ...]  # of all products, or of forward, dX and dW
-
-
-class _GatedWeight(torch.autograd.Function):
-    """gain * weight * sample(logits, noise).  Returns z too, so that a second backward can differentiate its slope.
-
-    Weight-sized allocations with one gate per weight: z and the product forward, dlogits backward.
-    """
-
-    @staticmethod
-    def forward(
-        ctx,
-        weight: Tensor,
-        logits: Tensor,
-        noise: Tensor,
-        gain: Tensor | None,
-        gate: AbstractGate,
-        granularity: Granularity,
-    ) -> tuple[Tensor, Tensor]:
-        z = gate.sample(logits, noise, granularity.project)
-        product = granularity.apply(weight, z)
-        if gain is not None:
-            product = product.mul_(gain)
-        ctx.gate, ctx.granularity = gate, granularity
-        ctx.save_for_backward(weight, logits, z, gain, None if gain is None else product)
-        ctx.set_materialize_grads(False)
-        return product, z
-
-    @staticmethod
-    def backward(ctx, *grads: Tensor | None):
-        grad_product, grad_z = grads
-        if grad_product is None and grad_z is None:
-            return None, None, None, None, None, None
-        if grad_product is None or grad_z is not None or torch.is_grad_enabled():
-            weight, logits, gain = _differentiable(ctx, grad_product, grad_z)
-        else:
-            weight, logits, gain = _in_place(ctx, grad_product)
-        return weight, logits, None, gain, None, None
-
-
-def _in_place(ctx, grad_product: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of weight, logits and gain, with dlogits as the only new tensor of its size."""
-    weight, logits, z, gain, product = ctx.saved_tensors
-    wanted, granularity = ctx.needs_input_grad, ctx.granularity
-    grad_weight = grad_logits = grad_gain = None
-    if wanted[0]:
-        grad_weight = granularity.apply(grad_product, z)
-        grad_weight = grad_weight if gain is None else grad_weight.mul_(gain)
-    if wanted[1]:
-        grad_logits = ctx.gate.slope(z, logits)  # a new tensor, turned into the gradient
-        if z.shape == weight.shape:
-            grad_logits.mul_(grad_product).mul_(weight)
-        else:
-            grad_logits.mul_(granularity.gather(grad_product * weight))
-        grad_logits = grad_logits if gain is None else grad_logits.mul_(gain)
-    if gain is not None and wanted[3]:
-        grad_gain = torch.dot(grad_product.reshape(-1), product.reshape(-1)) / gain
-    return grad_weight, grad_logits, grad_gain
-
-
-def _differentiable(
-    ctx, grad_product: Tensor | None, grad_z: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    """The same out of place, for or in a second backward."""
-    weight, logits, z, gain, _ = ctx.saved_tensors
-    grad_weight = grad_gain = None
-    if grad_product is not None:
-        scaled = grad_product
-        if gain is not None:
-            scaled = grad_product * gain
-            grad_gain = (grad_product * ctx.granularity.apply(weight, z)).sum()
-        grad_weight = ctx.granularity.apply(scaled, z)
-        through = ctx.granularity.gather(scaled * weight)
-        grad_z = through if grad_z is None else grad_z + through
-    return grad_weight, ctx.gate.slope(z, logits) * grad_z, grad_gain
-
-
-def gated_weight(
-    weight: Float[Tensor, "n k *taps"],
-    logits: Float[Tensor, "..."],
-    noise: Float[Tensor, "..."],
-    gate: AbstractGate,
-    granularity: Granularity,
-    gain: Float[Tensor, ""] | None = None,
-) -> Float[Tensor, "n k *taps"]:
-    """gain * weight * z with z ~ gate(logits), one gate per unit of `granularity`.
-
-    `logits` and `noise` (uniform in [0, 1)) have the shape `granularity.units(weight.shape)`; `gain` is
-    one number for the layer, 1 if None.  Only z is stored for the backward beside the result;
-    differentiable twice in `weight`, `logits` and `gain`.
-    """
-    return _GatedWeight.apply(weight, logits, noise, gain, gate, granularity)[0]
-
-
-class _MaskedWeight(torch.autograd.Function):
-    """where(mask, weight, 0) forward and backward: pruned entries see a gradient of exactly 0, even from inf."""
-
-    @staticmethod
-    def forward(
-        ctx, weight: Tensor, mask: Tensor, bits: Tensor | None, keeper: Keeper | None
-    ) -> Tensor:
-        ctx.save_for_backward(mask)
-        ctx.bits, ctx.keeper = bits, keeper
-        return _where(weight, mask, bits)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):  # pyright: ignore[reportIncompatibleMethodOverride]
-        (mask,) = ctx.saved_tensors  # linear, so it is its own backward
-        if torch.is_grad_enabled():
-            return _MaskedWeight.apply(grad, mask, ctx.bits, None), None, None, None
-        masked = _where(grad, mask, ctx.bits)
-        if ctx.keeper is not None:
-            ctx.keeper.note(masked)
-        return masked, None, None, None
-
-
-def _where(weight: Tensor, mask: Tensor, bits: Tensor | None) -> Tensor:
-    if bits is None or bits.element_size() != weight.element_size():
-        return torch.where(mask, weight, 0)
-    return (weight.view(bits.dtype) & bits).view(weight.dtype)
-
-
-class _Bits:
-    """A mask as integers of all or no bits, since on the CPU PyTorch vectorises `and` but not a choice.
-
-    Only for the CPU outside of graphs; made again when the mask or the weight's dtype changes.
-    """
-
-    def __init__(self) -> None:
-        self.bits: Tensor | None = None
-        self.mask: Tensor | None = None  # held, so that no other can take its place in memory
-        self.made_of: tuple[int, torch.dtype] | None = None
-
-    def of(self, mask: Tensor, weight: Tensor) -> Tensor | None:
-        if weight.device.type != "cpu" or torch.compiler.is_compiling() or mask.is_inference():
-            return None
-        now = (mask._version, weight.dtype)
-        if mask is not self.mask or now != self.made_of:
-            dtype = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(weight.element_size())
-            self.bits = None if dtype is None else mask.to(dtype).neg_()
-            self.mask, self.made_of = mask, now
-        return self.bits
-
-    def __deepcopy__(self, memo: dict) -> "_Bits":
-        return _Bits()
-
-    def __reduce__(self) -> tuple:
-        return _Bits, ()
 
 
 class Dense(nn.Module):
@@ -188,13 +43,13 @@ class Masked(nn.Module):
         if mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}; use `scores > 0`")
         self.register_buffer("mask", mask)
-        self._bits = _Bits()
+        self._bits = Bits()
 
     def forward(self, weight: Tensor) -> Tensor:
         if torch.jit.is_tracing():  # which knows no functions of Python's
             return torch.where(self.mask, weight, 0)
         keeper = None if torch.compiler.is_compiling() else self.keeper
-        return _MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight), keeper)
+        return MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight), keeper)
 
     def extra_repr(self) -> str:
         return f"sparsity={1 - self.mask.float().mean().item():.4f}"

@@ -8,9 +8,9 @@ from helpers import GRANULARITIES, rand, randn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sparsecore import gated_weight
 from sparsecore.gates import AbstractGate, Annealed, Concrete, Gaussian, HardConcrete, TopK
 from sparsecore.granularity import NM, Granularity, parse_granularity
-from sparsecore.patterns import gated_weight
 
 STOCHASTIC: list[AbstractGate] = [Concrete(), HardConcrete(), Gaussian()]
 GATES: list[AbstractGate] = [*STOCHASTIC, TopK(0.5), Annealed(3.0)]
