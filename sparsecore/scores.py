@@ -31,6 +31,7 @@ from .batches import (
 )
 from .calls import forward
 from .convert import batch_statistics, require_dense_parameters, sparse_layers
+from .layer import SparseLayer
 from .losses import Loss, LossLike, loss_of
 from .outputs import is_labels, own_loss, scores_in
 
@@ -153,10 +154,11 @@ def synflow(
     queries and keys score far below values; what lies behind a saturated activation (squeeze and
     excitation) scores nearly nothing.
 
-    Errors: ValueError if there is no batch, if R overflows, or if a layer whose weights are all 0 (the head
-    of torchvision's ViT at first) lets nothing pass.
+    Errors: ValueError if there is no batch, for a sparse embedding by itself, if R overflows, or if a layer whose
+    weights are all 0 (the head of torchvision's ViT at first) lets nothing pass.
     """
     layers = require_dense_parameters(model)
+    _refuse_embeddings(model, layers)
     inputs = parts_of(_first(_read(batches, model)))[0]
     net = _positive(model)
     weights = {
@@ -249,6 +251,17 @@ def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
     device = next(model.parameters()).device
     for batch in batches:
         yield on(device, batch)
+
+
+def _refuse_embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """What gives ones whatever its weights are has no flow of its own; a head that shares them has."""
+    leading = {m.leader for m in model.modules() if isinstance(m, SparseLayer)}
+    for name, layer in layers.items():
+        if isinstance(layer, nn.Embedding) and layer not in leading:
+            raise ValueError(
+                f"synflow: expected layers that a signal passes, got the embedding {name!r}, which gives ones here; "
+                "leave it dense, or take another score"
+            )
 
 
 def _ones_for(module: nn.Module, args: Any, output: Tensor) -> Tensor:

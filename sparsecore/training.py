@@ -4,82 +4,33 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict
 from pathlib import Path
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
+from torch import nn
 
 from . import checkpoints
-from .batches import Batch, EpochBatches, first_flaw
+from .batches import first_flaw
 from .engine import (
-    Evaluation,
-    Timeline,
-    TrainingStep,
     Way,
     check_engine,
-    feed_of,
-    launch,
-    takes_images,
 )
 from .engine.training_step import Penalty
 from .evaluating import evaluate as evaluate
 from .evaluating import metric_of
 from .loaders import batches_of
-from .losses import Loss, LossLike, loss_of
+from .losses import LossLike, loss_of
 from .progress import QUIET, Progress
-from .recipe import Recipe, optimizer_for
+from .recipe import Recipe as Recipe
+from .training_run import AfterStep, History, Run, Saved, parts_between
+from .training_run import Step as Step
 
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """An optimiser step that has just been taken."""
-
-    index: int  # since epoch 0
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    present: Callable[[], Batch]
-
-    @property
-    def batch(self) -> Batch:
-        """The batch of the step."""
-        return self.present()
-
-
-AfterStep = Callable[[Step], None]
-Saved = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds
-
-
-@dataclass
-class History:
-    """What a run gave: a record per epoch (or part of one), and the states asked for.
-
-    A record holds "epoch", "lr", "loss", "seconds", and of the test data "accuracy" where there are classes,
-    "test_loss" where there are none, or the "metric" that was asked for.
-    """
-
-    epochs: list[dict[str, Any]] = field(default_factory=list)
-    snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
-    engine: str = ""  # how steps were launched, and why if there was a choice
-    way: str = ""  # the same without why
-
-    @property
-    def accuracy(self) -> float:
-        """Test accuracy after the last epoch, percent."""
-        return self.epochs[-1]["accuracy"]  # a KeyError where there was nothing to test on
-
-    @property
-    def seconds(self) -> float:
-        """Training and evaluation time of all epochs."""
-        return sum(epoch["seconds"] for epoch in self.epochs)
 
 
 def train(
@@ -153,7 +104,7 @@ def train(
         fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts, loss=by)
         saved = _read(checkpoint, fingerprint) if checkpoint.exists() else None
     total = total_epochs or recipe.epochs
-    run = _Run(model, recipe, total, stop, train_batches, test_batches, penalty, by, asked)
+    run = Run(model, recipe, total, stop, train_batches, test_batches, penalty, by, asked)
     run.after_step = after_step
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
@@ -163,8 +114,8 @@ def train(
     if metrics is not None:
         _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
     reached = history.epochs[-1]["epoch"] if history.epochs else start_epoch
-    done = sum(part.count for part in _parts(start_epoch, reached, (), len(train_batches)))
-    parts = _parts(reached, stop, snapshots, len(train_batches))
+    done = sum(part.count for part in parts_between(start_epoch, reached, (), len(train_batches)))
+    parts = parts_between(reached, stop, snapshots, len(train_batches))
     left = sum(part.count for part in parts)
     model.train()
     run.launch(engine if parts else "eager", saved, math.floor(reached), (done + left) * repeats)
@@ -239,174 +190,6 @@ def _check_reach(
             f"{path} is at epoch {reached:g} and holds no state of epoch {min(lost, default=stop):g}: "
             "remove it or name another"
         )
-
-
-class _Part(NamedTuple):
-    """The batches first ... last - 1 of an epoch, and the epoch that is reached by then."""
-
-    epoch: int
-    first: int
-    last: int
-    end: float
-
-    @property
-    def count(self) -> int:
-        return self.last - self.first
-
-
-def _parts(start: float, stop: float, between: Collection[float], batches: int) -> list[_Part]:
-    """A run cut at the ends of epochs and wherever a snapshot is due."""
-    whole = range(math.ceil(start), math.floor(stop) + 1)
-    cuts = sorted({start, stop, *whole, *(e for e in between if start < e < stop)})
-    parts = []
-    for a, b in pairwise(cuts):
-        epoch = math.floor(a)
-        first, last = round((a - epoch) * batches), round((b - epoch) * batches)
-        parts.append(_Part(epoch, first, last, b))
-    return parts
-
-
-class _Run:
-    """The moving parts of one run: model, optimiser, loss scaler, average, and the engine of their steps."""
-
-    after_step: AfterStep | None = None
-
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        total: float,
-        stop: float,
-        batches: EpochBatches,
-        test_batches: EpochBatches | None,
-        penalty: Penalty | None,
-        loss: Loss,
-        metric: Loss | None,
-    ) -> None:
-        self.loss, self.metric = loss, metric
-        self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
-        self.steps, self.test_batches = max(len(batches), 1), test_batches
-        self.device = next(model.parameters()).device
-        if recipe.amp == "fp16" and self.device.type == "cpu":
-            raise ValueError("recipe amp: fp16 needs a GPU; use bf16 on the CPU")
-        self.feed = feed_of(batches, self.device)
-        # The middle of a step: a warm-up never starts with a step of size 0.
-        middles = [(i + 0.5) / self.steps for i in range(self.steps)]
-        rates = [recipe.lr_at(e + m, total) for e in range(math.ceil(stop)) for m in middles]
-        self.timeline = Timeline({"lr": rates or [recipe.lr]}, self.device)
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = optimizer_for(parameters, recipe, lr=self.timeline.now["lr"])
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.average = None
-        if recipe.ema is not None:
-            self.average = AveragedModel(model, use_buffers=True)
-
-    @property
-    def evaluated(self) -> nn.Module:
-        return self.model if self.average is None else self.average
-
-    def _step(self) -> TrainingStep:
-        recipe = self.recipe
-        return TrainingStep(
-            self.model,
-            self.loss,
-            self.optimizer,
-            accumulate=recipe.accumulate,
-            amp=recipe.amp_dtype,
-            scaler=self.scaler,
-            clip_norm=recipe.clip_norm,
-            penalty=self.penalty,
-            timeline=self.timeline,
-            average=None if self.average is None else (self.average, recipe.ema or 0.0),
-        )
-
-    def launch(self, engine: str, saved: Saved | None, epoch: int, steps: int) -> None:
-        """Makes the engine: the one asked for, the checkpoint's, or the fastest."""
-        counts = self.penalty is not None and not getattr(self.penalty, "capturable", False)
-        self.engine = launch(
-            self._step().become,
-            self.feed,
-            engine=engine,
-            steps=steps,
-            saved=None if saved is None else saved[1].get("engine"),
-            epoch=epoch,
-            layouts=takes_images(self.model),
-            unless="since its penalty may count or draw in Python" if counts else "",
-        )
-        self.evaluation = None
-        if self.test_batches is not None:
-            way = self.engine.way
-            self.evaluation = Evaluation(
-                self.evaluated,
-                self.test_batches,
-                engine="auto" if engine == "auto" and way.graph else way.name,
-                times=-(-steps // self.steps),
-                by=self.loss.unsmoothed,
-                metric=self.metric,
-                channels_last=way.channels_last,
-            )
-
-    def measured(self) -> dict[str, float]:
-        """What a record tells of the test data."""
-        assert self.evaluation is not None
-        found = self.evaluation.measure()
-        if self.metric is not None:
-            return {"metric": found.loss}
-        if self.evaluation.classes:
-            return {"accuracy": found.accuracy}
-        return {"test_loss": found.loss}
-
-    def part(self, part: _Part, advance: Any) -> float:
-        """Mean training loss; the only host sync is at the end."""
-        self.model.train()
-        step, first = self.engine.step, part.epoch * self.steps + part.first
-        step.clear()
-        self.timeline.to(first)
-        self.engine.begin(part.epoch, part.first)
-        samples = 0
-        for index in range(first, first + part.count):
-            self.engine()
-            samples += self.feed.size
-            if self.after_step is not None:
-                self.after_step(Step(index, self.model, self.optimizer, self.feed.present))
-                self.engine.refresh()
-            advance()
-        return float(step.total) / max(samples, 1)
-
-    def snapshot(self) -> dict[str, Tensor]:
-        return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
-
-    def finish(self) -> None:
-        """The average, where there is one, is what the caller gets."""
-        if self.average is not None:
-            self.model.load_state_dict(self.average.module.state_dict())
-
-    def save(self, path: Path, fingerprint: str, history: History) -> None:
-        tensors, meta = checkpoints.pack_optimizer(self.optimizer, self.model)
-        tensors |= {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
-        for epoch, state in history.snapshots.items():
-            tensors |= {f"snapshot/{epoch}/{k}": v for k, v in state.items()}
-        meta = {"optimizer": meta, "scaler": self.scaler.state_dict(), "seconds": history.seconds}
-        meta |= {"run": fingerprint, "epochs": history.epochs, "engine": str(self.engine.way)}
-        checkpoints.write(path, tensors, meta)
-
-    def load(self, saved: Saved, history: History) -> None:
-        tensors, meta = saved
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        self.model.load_state_dict(part("model/"))
-        if self.average is not None:
-            self.average.load_state_dict(part("average/"))
-        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"], self.model)
-        self.scaler.load_state_dict(meta["scaler"])
-        history.epochs = meta["epochs"]
-        for key, value in part("snapshot/").items():
-            epoch, name = key.split("/", 1)
-            history.snapshots.setdefault(float(epoch), {})[name] = value
 
 
 def _mix(seed: int, epoch: int, first: int) -> int:

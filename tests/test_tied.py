@@ -158,3 +158,10 @@ def test_a_weight_that_is_read_elsewhere_is_masked_there_and_refuses_gates() -> 
     train(net)
     assert not net.table[~ticket.masks["head"]].any() and net.table is net.head.weight
     torch.testing.assert_close(sc.densify_(copy.deepcopy(net))(IDS), net(IDS))
+
+
+def test_synflow_has_nothing_to_say_of_an_embedding_by_itself() -> None:
+    net = sc.sparsify_(seeded(lambda: LanguageModel(False)), ["emb", "mid"])
+    with pytest.raises(ValueError, match="got the embedding 'emb'"):
+        sc.scores.synflow(net, DATA, 0)
+    assert set(sc.scores.synflow(model(), DATA, 0)) == {"emb", "mid"}
