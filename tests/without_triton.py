@@ -111,6 +111,7 @@ def test_searches_and_tickets(folder: Path) -> None:
 def test_compaction() -> None:
     model: Any = sc.sparsify_(nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)))
     model[0].set_mask_((torch.arange(16) < 8)[:, None].expand(16, 12))
+    nn.init.constant_(model[0].bias, -0.1)  # so that ReLU gives 0 of what is dead
     x = randn(4, 12)
     small = sc.compact(model, x)
     assert small.removed

@@ -18,7 +18,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks.lists import SIDES
-from ..device import by_kernel
 from ..dsl import MISSING, triton
 from ..gates.weight import gated_weight
 from ..reference import CONCRETE, GateSpec
@@ -194,7 +193,7 @@ def choice(
 
 
 def _choose(call: _Call, x: Tensor, weight: Tensor, logits: Tensor, bias: Tensor | None) -> Choice:
-    if not by_kernel(x):
+    if not x.is_cuda or MISSING is not None:
         reason = f"the other strategies' kernels need {'a GPU' if not x.is_cuda else 'Triton'}"
         return Choice("materialise", reason, {})
     others = [impl for impl in IMPLS[1:] if _obstacle(call, impl, x) is None]
