@@ -5,6 +5,7 @@ Nothing here touches matplotlib's global state: a `Figure` of its own draws with
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
+from math import isnan
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -34,10 +35,13 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
 
 
 def draw_paths(file: Path, paths: Mapping[str, LinearPath], title: str = "") -> Path:
-    """Test error along linear paths, by label."""
-    figure, axes = _axes(title, "α, from one optimum to the other", "test error, %")
-    for label, path in _some(paths, "paths").items():
-        axes.plot(path.alphas, path.errors, marker=".", label=label)
+    """Test error along linear paths, by label; the loss if one of them has no classes."""
+    by_loss = any(isnan(path.errors[0]) for path in _some(paths, "paths").values())
+    measured = "test loss" if by_loss else "test error, %"
+    figure, axes = _axes(title, "α, from one optimum to the other", measured)
+    for label, path in paths.items():
+        values = path.losses if by_loss else path.errors
+        axes.plot(path.alphas, values, marker=".", label=label)
     axes.legend()
     return _save(figure, file)
 

@@ -4,6 +4,7 @@ import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -130,14 +131,12 @@ class _Iterated(_Adapter):
         return self.length
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        generators = _begin(self.batches, index)
-        state = _state(f"{self.seed}/{index}")
-        for generator in generators:
-            own = f"{generator.initial_seed()}/{index}"
-            generator.set_state(_state(own).to(generator.device))
-        iterator, state = _with(state, lambda: iter(self.batches))
+        drawing = _Drawing(f"{self.seed}/{index}")
+        for generator in _begin(self.batches, index):
+            drawing.add(generator, f"{generator.initial_seed()}/{index}")
+        iterator = drawing(lambda: iter(self.batches))
         for _ in range(self.length):
-            batch, state = _with(state, lambda: next(iterator, _Adapter))
+            batch = drawing(partial(next, iterator, _Adapter))
             if batch is _Adapter:  # whoever reads says that data ended
                 return
             yield _tidy(batch)
@@ -186,7 +185,7 @@ class _Stream(_Adapter):
     def __init__(self, batches: Iterable[Batch], steps: int) -> None:
         self.batches, self.steps = batches, steps
         self.iterator: Iterator[Batch] | None = None
-        self.state = _state(f"{torch.initial_seed()}/stream")
+        self.drawing = _Drawing(f"{torch.initial_seed()}/stream")
         self.held: list[Batch] = []  # the first of an epoch, as long as no other has been asked for
 
     def __len__(self) -> int:
@@ -207,9 +206,9 @@ class _Stream(_Adapter):
         """The next batch, from the beginning again where there is one."""
         for again in (False, True):
             if self.iterator is None or again:
-                self.iterator, self.state = _with(self.state, lambda: iter(self.batches))
-            iterator = self.iterator
-            batch, self.state = _with(self.state, lambda: next(iterator, _Adapter))  # noqa: B023
+                self.iterator = self.drawing(lambda: iter(self.batches))
+            iterator: Any = self.iterator
+            batch = self.drawing(partial(next, iterator, _Adapter))
             if batch is not _Adapter:
                 return _tidy(batch)
             if self.iterator is self.batches:
@@ -230,20 +229,31 @@ def _begin(batches: Any, index: int) -> list[torch.Generator]:
     return list(generators.values())
 
 
-def _state(text: str) -> Tensor:
-    """A generator's state that follows from a text."""
-    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-    return torch.Generator().manual_seed(seed).get_state()
+class _Drawing:
+    """Generators in states that follow from texts while batches are made, and as they were in between: what a user has
+    seeded is neither used up nor seeded anew, so an epoch draws the same however often others were read before it.
+    """
 
+    def __init__(self, text: str) -> None:
+        self.states: dict[torch.Generator, Tensor] = {}
+        self.add(torch.default_generator, text)
 
-def _with(state: Tensor, run: Callable[[], Any]) -> tuple[Any, Tensor]:
-    """What `run` gives, with torch drawing from `state`, and the state after it."""
-    before = torch.get_rng_state()
-    try:
-        torch.set_rng_state(state)
-        return run(), torch.get_rng_state()
-    finally:
-        torch.set_rng_state(before)
+    def add(self, generator: torch.Generator, text: str) -> None:
+        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+        own = torch.Generator(generator.device).manual_seed(seed)
+        self.states.setdefault(generator, own.get_state())
+
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        before = {generator: generator.get_state() for generator in self.states}
+        try:
+            for generator, state in self.states.items():
+                generator.set_state(state)
+            made = run()
+            self.states = {generator: generator.get_state() for generator in self.states}
+            return made
+        finally:
+            for generator, state in before.items():
+                generator.set_state(state)
 
 
 def _tidy(batch: Any) -> Batch:

@@ -9,16 +9,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from .batches import EpochBatches
 from .connectivity import LinearPath, State, path_errors
 from .convert import densify_, require_sparse_layers
 from .layer import SparseLayer, weight_key
+from .losses import LossLike
 from .patterns import Masked, Planned
 from .progress import QUIET, Progress
 
@@ -61,10 +61,11 @@ def angular_distances(rounds: Sequence[Solution]) -> Float[Tensor, "R R"]:
 def round_paths(
     model: nn.Module,
     rounds: Sequence[Solution],
-    batches: EpochBatches,
+    batches: Any,
     *,
+    loss: LossLike = None,
     points: int = 20,
-    train_batches: EpochBatches | None = None,
+    train_batches: Any = None,
     limit: int = 20,
     folder: Path | None = None,
     progress: Progress = QUIET,
@@ -88,7 +89,7 @@ def round_paths(
     with progress.task("rounds", total=len(rounds) - 1) as advance:
         for i, (a, b) in enumerate(pairwise(map(_masked, rounds))):
             path = path_errors(
-                plain, a, b, batches, points=points, train_batches=train_batches, limit=limit,
+                plain, a, b, batches, loss=loss, points=points, train_batches=train_batches, limit=limit,
                 checkpoint=None if folder is None else folder / f"path-{i}.checkpoint", progress=progress,
             )  # fmt: skip
             paths.append(path)

@@ -1,15 +1,16 @@
 """Batches of all kinds: the same data, however it comes, and one line where there is none."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from helpers import equal, mlp, normed, randn, seeded
+from helpers import equal, generator, mlp, normed, randn, seeded
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, RandomSampler, TensorDataset
 
 import sparsecore as sc
 from sparsecore.data import Batches, Dataset, Split
@@ -50,15 +51,35 @@ def test_the_same_data_is_the_same_run(kind: str) -> None:
     assert equal(trained(KINDS[kind](), **steps), trained(LIST))
 
 
-def test_a_shuffled_loader_goes_on_as_it_was(tmp_path: Path) -> None:
-    """Its order follows from the epoch alone; conftest looks at the generator."""
+def loader_of(kind: str) -> DataLoader:
+    data = TensorDataset(X, Y)
+    if kind == "torch":
+        return DataLoader(data, 8, shuffle=True)
+    if kind == "loader's":
+        return DataLoader(data, 8, shuffle=True, generator=generator(3))
+    sampler = RandomSampler(data, generator=generator(3))
+    if kind == "sampler's":
+        return DataLoader(data, 8, sampler=sampler)
+    return DataLoader(data, batch_sampler=BatchSampler(sampler, 8, False))
 
-    def loader() -> DataLoader:
-        return DataLoader(TensorDataset(X, Y), 8, shuffle=True)
 
-    batches = batches_of(loader())
+@pytest.mark.parametrize("kind", ["torch", "loader's", "sampler's", "batch sampler's"])
+def test_a_shuffled_loader_goes_on_as_it_was(kind: str, tmp_path: Path) -> None:
+    """Its order follows from the epoch alone, however often it was read; conftest looks at torch's generator."""
+    loader = partial(loader_of, kind)
+    given = loader()
+    seeds = [
+        g and g.get_state() for g in (given.generator, getattr(given.sampler, "generator", None))
+    ]
+    batches = batches_of(given)
     epochs = [torch.cat([y for _, y in batches.epoch(i)]) for i in (0, 1, 0)]
-    assert torch.equal(epochs[0], epochs[2]) and not torch.equal(epochs[0], epochs[1])
+    epochs += [torch.cat([y for _, y in batches_of(given).epoch(1)])]
+    assert torch.equal(epochs[0], epochs[2]) and torch.equal(epochs[1], epochs[3])
+    assert not torch.equal(epochs[0], epochs[1])
+    for seed, now in zip(
+        seeds, (given.generator, getattr(given.sampler, "generator", None)), strict=True
+    ):
+        assert now is None or torch.equal(seed, now.get_state())
     whole = trained(loader())
     model, path = mlp(), tmp_path / "run"
     train(mlp(), loader(), None, SGD, stop_epoch=1, total_epochs=2, checkpoint=path)
