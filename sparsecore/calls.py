@@ -108,44 +108,105 @@ def forward(model: nn.Module, inputs: Any, call: Callable[..., Any] | None = Non
     args, named = arguments(model, inputs)
     try:
         return model(*args, **named) if call is None else call(model, *args, **named)
-    except (ValueError, TypeError, AttributeError, RuntimeError) as error:
-        told = _explained(error, model, inputs, args)
+    except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
+        told = _explained(error, model, inputs, args) if of_the_users(error) else None
         if told is None:
             raise
         raise ValueError(told) from error
+
+
+def of_the_users(error: Exception) -> bool:
+    """Whether an error may speak of what a user gave: not of the device, its memory, a compiler or a capture."""
+    device = (torch.OutOfMemoryError, getattr(torch, "AcceleratorError", torch.OutOfMemoryError))
+    if isinstance(error, device) or "CUDA error" in str(error):
+        return False
+    if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in a line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), "")
 
 
 def _explained(
     error: Exception, model: nn.Module, inputs: Any, args: tuple[Any, ...]
 ) -> str | None:
     """What the user can do about an error of a forward, where that is certain."""
-    if isinstance(error, ValueError) and "more than 1 value per channel" in str(error):
+    said, name = str(error), type(model).__name__
+    if isinstance(error, ValueError) and "more than 1 value per channel" in said:
         return (
             f"BatchNorm: expected more than one sample in every batch that it trains on, got a batch of "
             f"{size_of(inputs)}; leave such a last batch out (drop_last=True), or raise the batch size"
         )
-    if (
-        isinstance(error, RuntimeError)
-        and "dtype" in str(error)
-        and not torch.is_autocast_enabled()
-    ):
-        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-        other = [
-            t for t in tree_leaves(inputs)
-            if isinstance(t, Tensor) and weight is not None and t.dtype != weight.dtype
-            and (t.is_floating_point() or t.dtype == torch.uint8)
-        ]  # fmt: skip
-        if other and weight is not None:
-            wanted = str(weight.dtype).removeprefix("torch.")
-            return f"batches: expected inputs of {wanted}, as the weights are, got {kind_of(other[0])}; convert them"
-    if isinstance(error, (TypeError, AttributeError)) and len(args) == 1:
-        given = takes(model)
-        if isinstance(args[0], (tuple, list)) and 1 < len(args[0]) <= given.most:
+    if isinstance(error, RuntimeError) and (told := _of_dtypes(said, model, inputs)):
+        return told
+    if not isinstance(error, (TypeError, AttributeError, RuntimeError, IndexError)):
+        return None
+    if isinstance(error, NotImplementedError):
+        return None
+    nested = len(args) == 1 and isinstance(args[0], (tuple, list)) and len(args[0]) > 1
+    if nested and not isinstance(error, (RuntimeError, IndexError)):
+        if isinstance(inputs, Several) and takes(model).most < len(args[0]):
             return (
-                f"batches: expected inputs that {type(model).__name__}.forward takes, got {kind_of(inputs)} as one "
+                f"batches: expected (inputs, target), as {name}.forward takes one input, got {len(args[0]) + 1} "
+                f"parts, the inputs {kind_of(tuple(inputs))}; put what the loss needs beside the target, (inputs, "
+                "(target, weight)), or give loss= as a function of (model, batch)"
+            )
+        if takes(model).most >= len(args[0]):
+            return (
+                f"batches: expected inputs that {name}.forward takes, got {kind_of(inputs)} as one "
                 f"argument ({error}); give flat batches (*inputs, target) or dicts to pass each by itself"
             )
-    return None
+    if isinstance(error, AttributeError) or not _at_the_inputs(said):
+        return None
+    return (
+        f"batches: expected inputs that {name}.forward takes, got {kind_of(inputs)} "
+        f"({type(error).__name__}: {first_line(error)}); look at what a batch holds, (inputs, target), and at shapes"
+    )
+
+
+def _at_the_inputs(said: str) -> bool:
+    """Whether an error of PyTorch's speaks of arguments, sizes or indices."""
+    words = (
+        "must be tensor",
+        "shape",
+        "size",
+        "channel",
+        "dimension",
+        "index out of range",
+        "missing",
+        "positional",
+    )
+    return any(word in said.lower() for word in words)
+
+
+def _of_dtypes(said: str, model: nn.Module, inputs: Any) -> str | None:
+    """What is to be converted, where an error speaks of dtypes."""
+    if "type" not in said and "not implemented for" not in said:
+        return None
+    given = [t for t in tree_leaves(inputs) if isinstance(t, Tensor)]
+    if "indices" in said or "embedding" in said.lower():
+        other = [t for t in given if t.dtype not in (torch.int64, torch.int32)]
+        wanted = "int64, as an embedding takes its tokens"
+    else:
+        weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+        other = [] if weight is None else [t for t in given if t.dtype != weight.dtype]
+        if torch.is_autocast_enabled():  # which converts floats by itself
+            other = [t for t in other if not t.is_floating_point()]
+        # Floats first: integers may be tokens, and a mask is bool.
+        other.sort(
+            key=lambda t: (not t.is_floating_point(), t.dtype != torch.uint8, t.dtype == torch.bool)
+        )
+        wanted = (
+            ""
+            if weight is None
+            else f"{str(weight.dtype).removeprefix('torch.')}, as the weights are"
+        )
+    if not other:
+        return None
+    return f"batches: expected inputs of {wanted}, got {kind_of(other[0])}; convert them"
 
 
 def has_batchnorm(model: nn.Module) -> bool:

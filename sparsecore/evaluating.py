@@ -1,7 +1,7 @@
 """How good a model is on data: its accuracy, or what else is asked for."""
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -10,9 +10,21 @@ from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
 
 
-def metric_of(metric: LossLike) -> Loss | None:
-    """What users give as `metric=`; None for accuracy.  Errors: as `losses.loss_of`."""
-    return None if metric is None or metric == "accuracy" else loss_of(metric)
+def metric_of(metric: LossLike, by: Loss) -> Loss | Literal["accuracy"] | None:
+    """What users give as `metric=`; None: accuracy where the loss tells classes for sure.
+
+    Errors: as `losses.loss_of`; ValueError for an accuracy of a loss without classes.
+    """
+    if metric is None:
+        return None
+    if not isinstance(metric, str) or metric != "accuracy":
+        return loss_of(metric, "metric")
+    if not by.has_classes:
+        raise ValueError(
+            f"metric accuracy: expected a loss with classes, got {by.name}; give metric= as a function of "
+            "(output, target)"
+        )
+    return "accuracy"
 
 
 def evaluate(
@@ -28,19 +40,24 @@ def evaluate(
     Args:
         batches: as `loaders.batches_of` takes them.
         metric: the mean over samples of what this is for a batch: a loss by name, a function of (output, target) or of
-            (model, batch), or a `losses.Loss`; None: accuracy, per pixel or token where labels are.
-        loss: that the model trained by, which knows where class scores are.
+            (model, batch), or a `losses.Loss`.  A function may give a Python number, a mean over the batch too.
+            "accuracy": of the highest output along the class axis, per pixel or token where labels are.  None: that,
+            where the loss tells for sure that outputs are class scores.
+        loss: that the model trained by, which knows where class scores are and which label is left out.
 
-    Errors: ValueError where there are no classes and no metric; DataEnded for fewer batches than their length says.
+    Errors: ValueError where there are no classes for sure and no metric, or labels beyond them; DataEnded for fewer
+    batches than their length says.
     """
     found = batches_of(batches, None, steps_per_epoch)
-    by, asked = loss_of(loss), metric_of(metric)
+    by = loss_of(loss)
+    asked = metric_of(metric, by)
     measured = Evaluation(model, found, by=by, metric=asked).measure()
-    if asked is not None:
+    if isinstance(asked, Loss):
         return measured.loss
     if math.isnan(measured.accuracy):
         raise ValueError(
-            f"evaluate: expected classes for an accuracy, got none from the loss {by.name} and its targets; say "
-            "metric=, a loss by name ('mse', 'bce') or a function of (output, target)"
+            f"evaluate: expected classes for an accuracy, got none for sure from the loss {by.name} and its "
+            "targets; say metric='accuracy' or loss=sc.Loss(function, class_axis=1) if the highest output is the "
+            "prediction, or metric=, a loss by name ('mse', 'bce') or a function of (output, target)"
         )
     return measured.accuracy

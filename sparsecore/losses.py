@@ -4,32 +4,25 @@ Everything that trains, searches, scores or evaluates takes `loss=` and makes on
 knows how a batch becomes a number, where an output has its class scores, and on which axis.
 """
 
-import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 
+from . import loss_functions
 from .batches import TARGETS, Batch, kind_of, parts_of, size_of
 from .calls import forward
 from .outputs import auxiliary_in, is_labels, own_loss, scores_in
+from .told_apart import told_apart
 
 NAMES = ("cross-entropy", "mse", "bce", "lm")
 _IGNORED = -100  # the target that cross-entropy leaves out
-_MODEL = (
-    "model",
-    "net",
-    "network",
-    "module",
-)  # what a first parameter that takes the model is called
-_BATCH = ("batch",)
-# Whose target would be broadcast against the output, and give a number that means nothing.
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-_ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
 
 
 @dataclass(frozen=True)
@@ -41,32 +34,41 @@ class Loss:
             the loss that the model itself gives (an output's `.loss` or ["loss"]).  A name: "cross-entropy" (classes
             may also be last, and float targets be probabilities), "mse", "bce" (of logits, any number of labels),
             "lm" (scores [B, T, C] against the tokens [B, T] themselves, each predicting the next; shifted here).  Or
-            a function: of (model, batch) where its first parameter is called model, net, network or module, is
-            annotated with a module, or its second is called batch; of (output, target) otherwise.
+            a function that gives a mean: of (model, batch) where its first parameter is called model, module, net or
+            network or is annotated with a module, or its second is called batch; of (output, target) otherwise, also
+            where the first is called output, pred, logits or the like, or (net, y) takes a target.
         scores: of what the model gives, its class scores; by default the output itself, its `.logits`, ["logits"]
             or ["out"].
-        class_axis: of class scores; by default 1, or the last where targets have that shape alone.
+        class_axis: of class scores; by default 1, or the last where targets have that shape alone.  Given with a
+            function, it says that the highest of its outputs is the prediction, which accuracy counts; else that
+            is known of PyTorch's cross_entropy, nll_loss and multi_margin_loss alone.
         label_smoothing: of cross-entropy.
+        role: what errors call it.
 
-    Targets of -100 are left out by cross-entropy, "lm" and accuracy.
+    Targets of -100 are left out by cross-entropy, "lm" and accuracy; of a function those of its `ignore_index`.
 
-    Errors: ValueError for another name, or smoothing of a loss that has none.
+    Errors: ValueError for another name, smoothing of a loss that has none, a function of other parameters, a class in
+    place of its object, and a `reduction` other than a mean.
     """
 
     fn: str | Callable[..., Any] | None = None
     scores: Callable[[Any], Tensor] | None = None
     class_axis: int | None = None
     label_smoothing: float = 0.0
+    role: str = field(default="loss", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        known = NAMES if self.role == "loss" else ("accuracy", *NAMES)
         if isinstance(self.fn, str) and self.fn not in NAMES:
             raise ValueError(
-                f"loss: expected one of {', '.join(NAMES)}, or a function, got {self.fn!r}"
+                f"{self.role}: expected one of {', '.join(known)}, or a function, got {self.fn!r}"
             )
         if self.fn is not None and not isinstance(self.fn, str) and not callable(self.fn):
             raise ValueError(
-                f"loss: expected one of {', '.join(NAMES)}, or a function, got {kind_of(self.fn)}"
+                f"{self.role}: expected one of {', '.join(known)}, or a function, got {kind_of(self.fn)}"
             )
+        if callable(self.fn):
+            loss_functions.check_function(self.fn, self.role, self.name)
         if self.label_smoothing and not self.is_cross_entropy:
             raise ValueError(
                 f"label_smoothing: expected a loss of cross-entropy to smooth, got {self.name}; set "
@@ -85,9 +87,12 @@ class Loss:
     @property
     def facts(self) -> tuple[Any, ...]:
         """What tells it from other losses in a fingerprint; nothing for the default one."""
-        if self.fn is None and self.class_axis is None:
+        own: tuple[Any, ...] = () if self.scores is None else (told_apart(self.scores),)
+        own += (self.label_smoothing,) if self.label_smoothing else ()
+        own += (told_apart(self.fn),) if callable(self.fn) else ()
+        if self.fn is None and self.class_axis is None and not own:
             return ()
-        return ("loss", self.name, self.class_axis)
+        return ("loss", self.name, self.class_axis, *own)
 
     @property
     def is_cross_entropy(self) -> bool:
@@ -98,10 +103,23 @@ class Loss:
         """False where there are none for sure."""
         return self.fn not in ("mse", "bce")
 
+    @property
+    def tells_classes(self) -> bool:
+        """Whether the highest output is the class that it predicts, for sure."""
+        if not callable(self.fn):
+            return self.has_classes
+        return self.class_axis is not None or loss_functions.is_classifier(self.fn)
+
     @cached_property
     def takes_model(self) -> bool:
         """Whether it is a function of (model, batch)."""
-        return callable(self.fn) and _takes_model(self.fn)
+        return callable(self.fn) and loss_functions.takes_model(self.fn)
+
+    @cached_property
+    def ignored(self) -> int:
+        """The label that is left out."""
+        found = loss_functions.ignored_label(self.fn) if callable(self.fn) else None
+        return _IGNORED if found is None else found
 
     def smoothed(self, label_smoothing: float) -> "Loss":
         """The same with a recipe's label smoothing.  Errors: ValueError for a loss that has none."""
@@ -121,9 +139,10 @@ class Loss:
 
         Errors: ValueError for an output or targets that the loss does not fit.
         """
-        if self.takes_model:
-            return self._mean(self.fn(model, batch))  # type: ignore[operator]
-        return self.of(forward(model, parts_of(batch)[0], call), batch)
+        if not self.takes_model:
+            return self.of(forward(model, parts_of(batch)[0], call), batch)
+        value = self._mean(self._told(model, batch))
+        return self._differentiable(value, model.parameters())
 
     def of(self, output: Any, batch: Batch) -> Tensor:
         """The mean loss of an output for the batch.  Errors: as a call; ValueError for one of (model, batch)."""
@@ -146,7 +165,8 @@ class Loss:
                 f"got {kind_of(batch)}; or give loss= as a function of (model, batch)"
             )
         if callable(self.fn):
-            return self._mean(self._asked(output, target))
+            value = self._mean(self._told(output, target))
+            return self._differentiable(value, tree_leaves(output))
         if self.is_cross_entropy:
             return self._cross_entropy(output, target)
         return self._elementwise(output, target)
@@ -163,8 +183,18 @@ class Loss:
                 f"class scores: expected a loss with classes, got {self.name}; choose an objective of the loss "
                 "alone, as objectives.task or objectives.loss_change"
             )
-        scores = self._tensor(output)
-        axis = self._axis(scores, target, own_loss(output) is not None)
+        try:
+            scores = self._tensor(output)
+            axis = self._axis(scores, target, own_loss(output) is not None)
+        except ValueError as error:
+            if not callable(self.fn):
+                raise
+            raise ValueError(
+                f"class scores: expected a tensor [B, C, ...] from the model and labels [B, ...], got "
+                f"{kind_of(output)} and {kind_of(target)} under the loss {self.name}; choose an objective of the loss "
+                "alone, as objectives.task or objectives.loss_change, or say where they are: sc.Loss(function, "
+                "scores=..., class_axis=1)"
+            ) from error
         if scores.shape[axis] < 2:
             raise ValueError(
                 f"class scores: expected at least 2 classes, got {kind_of(scores)}, whose cross-entropy is 0 whatever "
@@ -182,36 +212,76 @@ class Loss:
             )
         return scores[:, :, :-1], target[:, 1:]
 
-    def hits(self, output: Any, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """Where the highest score is the label's, and where that counts, both bool [B, ...].
+    def hits(self, output: Any, batch: Batch, asked: bool = False) -> tuple[Tensor, Tensor] | None:
+        """Where the highest score is the label's, and where that counts, both bool [B, ...]; NaN is no highest score.
 
-        None where there are no classes for sure.  Errors: ValueError where a loss by name does not fit.
+        None where there are no classes for sure.
+
+        Args:
+            asked: whether accuracy was asked for: then the highest output is the prediction, whatever the loss.
+
+        Errors: ValueError where a loss by name does not fit; if it was asked for, where there are no classes.
         """
+        found = self.labelled(output, batch, asked)
+        if found is None:
+            return None
+        scores, labels = found
+        right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
+        return right, labels != self.ignored
+
+    def labelled(
+        self, output: Any, batch: Batch, asked: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
+        """Class scores [B, C, ...] and their labels, int64 [B, ...].  None, arguments and errors: as of `hits`."""
         target = parts_of(batch)[1]
-        if not self.has_classes or (callable(self.fn) and not is_labels(target)):
+        if asked and not is_labels(target):
+            raise ValueError(
+                f"metric accuracy: expected targets that are numbers of classes, integers, got {kind_of(target)}; give "
+                "metric= as a function of (output, target)"
+            )
+        if not asked and (not self.tells_classes or (callable(self.fn) and not is_labels(target))):
             return None
         own = own_loss(output) is not None
         try:
             scores = self._tensor(output)
             axis = self._axis(scores, target, own)
         except ValueError:
-            if callable(self.fn) or own:
+            if not asked and (callable(self.fn) or own):
                 return None
             raise
-        if scores.shape[axis] < 2 or not is_labels(target):
+        if not asked and (scores.shape[axis] < 2 or not is_labels(target)):
             return None
-        if own and self.fn is None and axis % scores.ndim != 1:
+        if scores.shape[axis] < 2:
+            raise ValueError(
+                f"metric accuracy: expected at least 2 classes, got {kind_of(scores)}; give metric= as a function of "
+                "(output, target)"
+            )
+        if own and self.fn is None and not asked and axis % scores.ndim != 1:
             return None  # which token a label belongs to is the model's affair
-        scores, labels = self.aligned(scores.movedim(axis, 1), target.long())
-        return scores.argmax(1) == labels, labels != _IGNORED
+        return self.aligned(scores.movedim(axis, 1), target.long())
+
+    def foreign(self, output: Any, batch: Batch, asked: bool = False) -> Tensor | int:
+        """How many labels that count are none of the model's classes; arguments and errors: as of `hits`."""
+        found = self.labelled(output, batch, asked)
+        if found is None:
+            return 0
+        scores, labels = found
+        return ((labels != self.ignored) & ((labels < 0) | (labels >= scores.shape[1]))).sum()
 
     def counted(self, batch: Batch) -> Tensor | int:
-        """How much of a batch its mean is over: labels that are not left out, or samples."""
+        """How much of a batch its mean is over: labels that are not left out, by class weights, or samples."""
         target = parts_of(batch)[1]
-        if self.is_cross_entropy and is_labels(target):
-            labels = target[:, 1:] if self.fn == "lm" and target.ndim == 2 else target
-            return (labels.long() != _IGNORED).sum()
-        return size_of(batch)
+        averages = callable(self.fn) and loss_functions.averages_labels(self.fn)
+        if not (self.is_cross_entropy or (averages and not self.takes_model)) or not is_labels(
+            target
+        ):
+            return size_of(batch)
+        labels = target[:, 1:] if self.fn == "lm" and target.ndim == 2 else target
+        counts = labels.long() != self.ignored
+        weight = loss_functions.setting(self.fn, "weight") if averages else None
+        if isinstance(weight, Tensor) and weight.ndim == 1:
+            return weight[labels.long().where(counts, 0)].where(counts, 0).sum()
+        return counts.sum()
 
     def summed(self, output: Any, batch: Batch) -> Tensor:
         """The loss over all that `counted` counts, float64, 0-dim: what an evaluation adds up."""
@@ -306,34 +376,51 @@ class Loss:
                 f"loss {self.name}: expected targets of the output's shape {list(values.shape)}, got {kind_of(target)}"
                 "; reshape the targets, or give loss= as a function of (output, target)"
             )
+        if self.fn == "bce" and self._first_time():
+            loss_functions.check_range(target, 0.0, 1.0, self.name)
         target = target.to(values.dtype)
         if self.fn == "mse":
             return F.mse_loss(values, target)
         return F.binary_cross_entropy_with_logits(values, target)
 
-    def _asked(self, output: Any, target: Any) -> Any:
-        """The user's function of (output, target)."""
+    def _told(self, first: Any, second: Any) -> Any:
+        """The user's function of (output, target), or of (model, batch)."""
         fn: Any = self.fn
-        _refuse_accidents(fn, output, target)
-        try:
-            return fn(output, target)
-        except (TypeError, AttributeError) as error:
-            if "not callable" not in str(error) and not isinstance(error, AttributeError):
-                raise
-            raise ValueError(
-                f"loss {self.name}: expected a function of (output, target), got {type(error).__name__} ({error}) on "
-                f"{kind_of(output)}; one of (model, batch) has to call its first parameter model"
-            ) from error
-        except IndexError as error:
-            raise ValueError(
-                f"loss {self.name}: expected targets that it can take, got {kind_of(target)} ({error})"
-            ) from error
+        with loss_functions.explained(fn, f"{self.role} {self.name}", first, second):
+            if self.takes_model:
+                return fn(first, second)
+            loss_functions.refuse_accidents(fn, first, second)
+            if self._first_time():
+                return loss_functions.watched(fn, first, second)
+            return fn(first, second)
+
+    def _first_time(self) -> bool:
+        """Whether nothing has been looked at: what takes a sync, or a call for each operation, is done once."""
+        known = "_looked" in self.__dict__
+        self.__dict__["_looked"] = True
+        return not known
+
+    def _differentiable(self, value: Tensor, sources: Any) -> Tensor:
+        """The value, unless gradients should pass through and do not.  Errors: ValueError."""
+        if torch.is_grad_enabled() and not value.requires_grad:
+            if any(isinstance(t, Tensor) and t.requires_grad for t in sources):
+                raise ValueError(
+                    f"{self.role} {self.name}: expected a number that gradients pass through, got one without (of "
+                    "argmax, comparisons, detach or item); train by another loss, and give this one as metric="
+                )
+        return value
 
     def _mean(self, value: Any) -> Tensor:
+        number = isinstance(value, (int, float, np.number)) or (
+            isinstance(value, np.ndarray) and value.ndim == 0
+        )
+        if number and not torch.is_grad_enabled():  # a metric of another library's
+            return torch.tensor(float(value), dtype=torch.float64)
         if not isinstance(value, Tensor) or value.numel() != 1:
+            mend = "; take its mean()" if isinstance(value, Tensor) else ""
             raise ValueError(
-                f"loss {self.name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}; "
-                "take its mean()"
+                f"{self.role} {self.name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}"
+                + mend
             )
         return value if value.ndim == 0 else value.squeeze()
 
@@ -341,43 +428,8 @@ class Loss:
 LossLike = Loss | str | Callable[..., Any] | None  # as users give it
 
 
-def loss_of(loss: LossLike) -> Loss:
-    """The value of what users give as `loss=`.  Errors: ValueError for what is none."""
-    return loss if isinstance(loss, Loss) else Loss(loss)
-
-
-def _takes_model(fn: Any) -> bool:
-    try:
-        given = list(inspect.signature(fn).parameters.values())
-    except (TypeError, ValueError):  # built in
-        return False
-    if len(given) > 1 and given[1].name in _BATCH:
-        return True
-    kind = given[0].annotation if given else None
-    if isinstance(kind, str):
-        named = kind.rpartition(".")[2] == "Module"
-    else:
-        named = (
-            isinstance(kind, type)
-            and kind is not inspect.Parameter.empty
-            and issubclass(kind, nn.Module)
-        )
-    return bool(given) and (given[0].name in _MODEL or named)
-
-
-def _refuse_accidents(fn: Any, output: Any, target: Any) -> None:
-    """What torch's own losses compute without a word although it means nothing."""
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
-        return
-    if fn in _ELEMENTWISE or isinstance(fn, _ELEMENTWISE_MODULES):
-        if output.shape != target.shape:
-            raise ValueError(
-                f"loss: expected targets of the output's shape {list(output.shape)}, got {kind_of(target)}, which "
-                "would be broadcast; reshape the targets, or squeeze the output in a function of (output, target)"
-            )
-    if (fn is F.cross_entropy or isinstance(fn, nn.CrossEntropyLoss)) and output.ndim > 1:
-        if output.shape[1] == 1:
-            raise ValueError(
-                f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
-                "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
-            )
+def loss_of(loss: LossLike, role: str = "loss") -> Loss:
+    """The value of what users give as `loss=` or `metric=`.  Errors: ValueError for what is none."""
+    if isinstance(loss, Loss):
+        return loss if loss.role == role else replace(loss, role=role)
+    return Loss(loss, role=role)

@@ -43,22 +43,24 @@ class Recipe:
     augment: bool = True
 
     def __post_init__(self) -> None:
+        nesterov = not self.nesterov or self.optimizer != "sgd" or self.momentum > 0
         checks = (
             ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
             ("schedule", self.schedule in _SCHEDULES, f"one of {', '.join(_SCHEDULES)}"),
             ("amp", self.amp in (None, *_DTYPES), "null, bf16 or fp16"),
-            ("lr", self.lr > 0, "a positive number"),
+            ("lr", 0 < self.lr < math.inf, "a positive number"),
             ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("weight_decay", self.weight_decay >= 0, "at least 0"),
+            ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
+            ("nesterov", nesterov, "false where sgd's momentum is 0"),
             ("batch", self.batch >= 1, "at least 1"),
             ("epochs", self.epochs >= 1, "at least 1"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "fractions between 0 and 1"),
             ("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1"),
-            ("warmup_epochs", self.warmup_epochs >= 0, "at least 0"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
             ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),
-            ("clip_norm", self.clip_norm is None or self.clip_norm > 0, "null or positive"),
+            ("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "null or positive"),
         )
         for name, good, expected in checks:
             if not good:
@@ -83,6 +85,14 @@ class Recipe:
             done = (epoch - self.warmup_epochs) / max(total - self.warmup_epochs, 1e-9)
             return self.lr * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
         return self.lr
+
+
+def require_trainable(model: nn.Module) -> None:
+    """Errors: ValueError for a model without parameters that require gradients."""
+    if not any(p.requires_grad for p in model.parameters()):
+        count = sum(1 for _ in model.parameters())
+        got = f"{count} that are frozen; call requires_grad_(True) on what shall train" if count else "none"
+        raise ValueError(f"model: expected parameters that require gradients, got {got}")
 
 
 def optimizer_for(

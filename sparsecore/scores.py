@@ -192,7 +192,7 @@ def scored(
 
     Errors: ValueError for a score of the user's own that takes none, where one is asked for.
     """
-    if not loss.facts and loss.scores is None:
+    if not loss.facts:
         return score(model, batches, seed)
     taken = inspect.signature(score).parameters
     if "loss" not in taken and not any(p.kind is p.VAR_KEYWORD for p in taken.values()):

@@ -25,6 +25,7 @@ from .loaders import batches_of
 from .losses import LossLike, loss_of
 from .progress import QUIET, Progress
 from .recipe import Recipe as Recipe
+from .recipe import require_trainable
 from .training_run import AfterStep, History, Run, Saved, parts_between
 from .training_run import Step as Step
 
@@ -65,7 +66,7 @@ def train(
         train_batches: as `loaders.batches_of` takes them: an object with len() and epoch(i), a DataLoader, a list, ...
         test_batches: likewise, with a length; None leaves accuracies out.
         loss: as `losses.Loss` takes it; None: cross-entropy where shapes leave no doubt, or the model's own.
-        metric: measured on the test data in place of accuracy, as `evaluate` takes it.
+        metric: measured on the test data in place of accuracy or the loss, as `evaluate` takes it.
         steps_per_epoch: of training batches without a length.
         total_epochs: the schedule's length, `recipe.epochs` by default.
         seed: of dropout and the like; data order belongs to the batches.
@@ -84,15 +85,17 @@ def train(
             these that a few steps find fastest; a run that goes on keeps what it began with.
         repeats: how many such runs there are, which share what is compiled.
 
-    Errors: ValueError for a start after the end, fp16 on the CPU, or a checkpoint that belongs to another run
-    or went too far for this one; TrainingError if the loss is not finite; EngineError for an engine that is not
-    possible here.
+    Errors: ValueError for a model without parameters that train, a start after the end, fp16 on the CPU, or a
+    checkpoint that belongs to another run or went too far for this one; TrainingError if the loss is not finite;
+    EngineError for an engine that is not possible here.
     """
+    require_trainable(model)
     check_engine(engine, next(model.parameters()).device)
-    by = loss_of(loss).smoothed(recipe.label_smoothing)
+    given = loss_of(loss)
+    by = given.smoothed(recipe.label_smoothing)
     train_batches = batches_of(train_batches, model, steps_per_epoch)
     test_batches = None if test_batches is None else batches_of(test_batches)
-    asked = metric_of(metric)
+    asked = metric_of(metric, by)
     checkpoints.check_resumable(checkpoint, train_batches)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:
@@ -101,7 +104,7 @@ def train(
     fingerprint, saved = "", None
     if checkpoint is not None:
         known = (asdict(recipe), start_epoch, total_epochs or recipe.epochs, seed)
-        fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts, loss=by)
+        fingerprint = checkpoints.fingerprint(model, train_batches, *known, *facts, loss=given)
         saved = _read(checkpoint, fingerprint) if checkpoint.exists() else None
     total = total_epochs or recipe.epochs
     run = Run(model, recipe, total, stop, train_batches, test_batches, penalty, by, asked)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +50,7 @@ Saved = tuple[dict[str, Tensor], dict[str, Any]]  # what a checkpoint holds
 class History:
     """What a run gave: a record per epoch (or part of one), and the states asked for.
 
-    A record holds "epoch", "lr", "loss", "seconds", and of the test data "accuracy" where there are classes,
+    A record holds "epoch", "lr", "loss", "seconds", and of the test data "accuracy" where there are classes for sure,
     "test_loss" where there are none, or the "metric" that was asked for.
     """
 
@@ -112,7 +112,7 @@ class Run:
         test_batches: EpochBatches | None,
         penalty: Penalty | None,
         loss: Loss,
-        metric: Loss | None,
+        metric: Loss | Literal["accuracy"] | None,
     ) -> None:
         self.loss, self.metric = loss, metric
         self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
@@ -181,7 +181,7 @@ class Run:
         """What a record tells of the test data."""
         assert self.evaluation is not None
         found = self.evaluation.measure()
-        if self.metric is not None:
+        if isinstance(self.metric, Loss):
             return {"metric": found.loss}
         if self.evaluation.classes:
             return {"accuracy": found.accuracy}

@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from .engine import AbstractStep, stamp, structure
 from .feeds import feed_of
 from .layout import channels_last
 
-_HITS, _COUNTED, _VALUE, _OF = range(4)  # places in an evaluation's `total`
+_HITS, _COUNTED, _VALUE, _OF, _FOREIGN = range(5)  # places in an evaluation's `total`
 
 
 class Measured(NamedTuple):
@@ -37,7 +37,7 @@ class Evaluation(AbstractStep):
         times: about how often it will be asked.
         loss: whether that is wanted too; it is measured in any case where there are no classes.
         by: the loss, which also knows the classes.
-        metric: measured in place of both.
+        metric: measured in place of both; "accuracy" is measured whatever the loss, or refused.
     """
 
     def __init__(
@@ -49,14 +49,16 @@ class Evaluation(AbstractStep):
         times: int = 1,
         loss: bool = False,
         by: Loss | None = None,
-        metric: Loss | None = None,
+        metric: Loss | Literal["accuracy"] | None = None,
         channels_last: bool = False,
     ) -> None:
         self.model, self.length, self.loss = model, len(batches), loss
-        self.by, self.metric = by or Loss(), metric
-        self.classes = metric is None and self.by.has_classes  # until an output shows none
+        self.by, self.asked = by or Loss(), metric == "accuracy"
+        self.metric = metric if isinstance(metric, Loss) else None
+        # Until an output shows none.
+        self.classes = self.asked or (metric is None and self.by.tells_classes)
         self.device = next(model.parameters()).device
-        self.total = torch.zeros(4, dtype=torch.float64, device=self.device)
+        self.total = torch.zeros(5, dtype=torch.float64, device=self.device)
         self.channels_last = channels_last
         if not capture.possible_on(self.device):
             engine = "eager"
@@ -74,9 +76,14 @@ class Evaluation(AbstractStep):
             self.engine.begin(0)
             for _ in range(self.length):
                 self.engine()
-            hits, labels, value, count = self.total.tolist()
+            hits, labels, value, count, foreign = self.total.tolist()
         if not (labels or count):
             raise ValueError("evaluation: expected at least one sample, got data without any")
+        if foreign:
+            raise ValueError(
+                f"accuracy: expected labels of the model's classes, got {foreign:.0f} others among {labels:.0f}; mend "
+                "them, or leave a label out by the loss's ignore_index: loss=nn.CrossEntropyLoss(ignore_index=255)"
+            )
         nan = float("nan")
         return Measured(100 * (hits / labels) if labels else nan, value / count if count else nan)
 
@@ -85,7 +92,8 @@ class Evaluation(AbstractStep):
         modes = {module: module.training for module in self.model.modules()}
         self.model.eval()
         try:
-            with torch.inference_mode():
+            # Not inference_mode: what a model keeps for later, as positions, has to be fit for training.
+            with torch.no_grad():
                 yield
         finally:
             for module, mode in modes.items():
@@ -105,13 +113,14 @@ class Evaluation(AbstractStep):
             return
         output = forward(self.model, inputs)
         if self.classes:
-            found = judge.hits(output, batch)
+            found = judge.hits(output, batch, self.asked)
             if found is None:
                 self.classes = False
             else:
                 hits, counts = found
                 self.total[_HITS].add_((hits & counts).sum())
                 self.total[_COUNTED].add_(counts.sum())
+                self.total[_FOREIGN].add_(judge.foreign(output, batch, self.asked))
         if self.loss or not self.classes:
             if judge.takes_model:
                 self._add(judge(self.model, batch).double() * size_of(batch), size_of(batch))

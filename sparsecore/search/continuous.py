@@ -89,7 +89,7 @@ class ContinuousSparsification:
             ("final_temperature", self.final_temperature, self.final_temperature >= 1, "at least 1"),
             ("initial", self.initial, abs(self.initial) < 10, "a number between -10 and 10"),
             ("ramp", self.ramp, 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
-            ("search lr", self.lr, self.lr > 0, "a positive number"),
+            ("search lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
             ("recipe amp", self.recipe.amp, self.recipe.amp != "fp16", "null or bf16"),
         )  # fmt: skip
         for name, value, good, expected in checks:
@@ -124,12 +124,13 @@ class ContinuousSparsification:
         checkpoint of another search.
         """
         batches = batches_of(batches, model, steps_per_epoch)
-        by = loss_of(loss).smoothed(self.recipe.label_smoothing)
+        given = loss_of(loss)
+        by = given.smoothed(self.recipe.label_smoothing)
         checkpoints.check_resumable(checkpoint, batches)
         if self.control == FixedPenalty():
             return fit_penalty(
                 self, model, batches, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
-                watch=watch, facts=(self, sparsity), loss=by.unsmoothed,
+                watch=watch, facts=(self, sparsity), loss=given,
             )  # fmt: skip
         layers = require_dense_parameters(model)
         require_own_weights(model)
@@ -139,7 +140,7 @@ class ContinuousSparsification:
         check_possible(shapes, sparsity, self.granularity)
         run = ""
         if checkpoint is not None:
-            run = checkpoints.fingerprint(model, batches, self, sparsity, loss=by)
+            run = checkpoints.fingerprint(model, batches, self, sparsity, loss=given)
         net = copy.deepcopy(model)
         with batch_statistics(net):
             saved = way_of(checkpoint, run)

@@ -1,0 +1,297 @@
+"""A loss that is a function of the user's: what it takes, whether it has classes, and what it means to say."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from .batches import kind_of
+from .calls import first_line, of_the_users
+
+_MODEL = ("model", "module")  # a first parameter that takes the model
+_NETWORK = ("net", "network")  # the same, unless the second one takes targets
+_BATCH = ("batch",)
+_OUTPUT = {
+    "output", "outputs", "out", "pred", "preds", "prediction", "predictions", "predicted", "logit", "logits", "score",
+    "scores", "input", "inputs", "hat", "yhat", "recon", "o", "y", "z",
+}  # fmt: skip
+_TARGET = {
+    "y", "t", "target", "targets", "tgt", "label", "labels", "true", "truth", "gt", "actual",
+}  # fmt: skip
+_CLASSIFIERS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
+_CLASSIFYING = (F.cross_entropy, F.nll_loss, F.multi_margin_loss)
+# Whose target would be broadcast against the output, and give a number that means nothing.
+_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
+_ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
+_COMPARING = (*_ELEMENTWISE, F.poisson_nll_loss, F.gaussian_nll_loss, F.kl_div)
+_ARITHMETIC = {"sub", "rsub", "mul", "rmul", "div", "truediv", "rtruediv"}
+_RANGES = {  # of targets, beyond which a loss has no least value or leaves samples out
+    F.binary_cross_entropy_with_logits: (0.0, 1.0),
+    F.soft_margin_loss: (-1.0, 1.0),
+    F.hinge_embedding_loss: (-1.0, 1.0),
+}
+
+
+def plain(fn: Any) -> Any:
+    """The function inside partials and what `torch.compile` made."""
+    while True:
+        if isinstance(fn, functools.partial):
+            fn = fn.func
+        elif (inner := _uncompiled(fn)) is not None:
+            fn = inner
+        else:
+            return fn
+
+
+def setting(fn: Any, name: str) -> Any:
+    """A named setting of a loss: a partial's keyword, or the object's attribute; None where it has none."""
+    while isinstance(fn, functools.partial):
+        if name in fn.keywords:
+            return fn.keywords[name]
+        fn = fn.func
+    inner = _uncompiled(fn)
+    return getattr(fn if inner is None else inner, name, None)
+
+
+def _uncompiled(fn: Any) -> Any:
+    return getattr(fn, "_torchdynamo_orig_callable", None) or getattr(fn, "_orig_mod", None)
+
+
+def is_classifier(fn: Any) -> bool:
+    """Whether the highest of the outputs that it takes is the class that they stand for, for sure."""
+    fn = plain(fn)
+    return isinstance(fn, _CLASSIFIERS) or any(fn is known for known in _CLASSIFYING)
+
+
+def averages_labels(fn: Any) -> bool:
+    """Whether it is a mean over the labels that it does not leave out."""
+    inner = plain(fn)
+    known = isinstance(inner, (nn.CrossEntropyLoss, nn.NLLLoss))
+    return known or inner in (F.cross_entropy, F.nll_loss) or ignored_label(fn) is not None
+
+
+def ignored_label(fn: Any) -> int | None:
+    """The label that it leaves out, where it names one."""
+    found = setting(fn, "ignore_index")
+    return found if isinstance(found, int) and not isinstance(found, bool) else None
+
+
+def takes_model(fn: Any) -> bool:
+    """Whether it is a function of (model, batch), as its parameters are called, rather than of (output, target)."""
+    given = _by_place(fn)
+    if not given:
+        return False
+    first, second = given[0], given[1].name.lower() if len(given) > 1 else ""
+    if _annotated(first, "Module", nn.Module):
+        return True
+    name = first.name.lower().strip("_")
+    start, end = name.partition("_")[0], name.rpartition("_")[2]
+    if _annotated(first, "Tensor", Tensor):
+        return False
+    if _OUTPUT & {start, end} and end not in (*_MODEL, *_NETWORK):
+        return False
+    if name in _NETWORK:
+        return not _TARGET & set(second.split("_"))
+    return name in _MODEL or second in _BATCH
+
+
+def _by_place(fn: Any) -> list[inspect.Parameter]:
+    try:
+        given = inspect.signature(_called(fn)).parameters.values()
+    except (TypeError, ValueError):  # built in
+        return []
+    return [p for p in given if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+
+
+def _called(fn: Any) -> Any:
+    """What has the parameters: a module's forward."""
+    inner = plain(fn) if not isinstance(fn, functools.partial) else fn
+    return inner.forward if isinstance(inner, nn.Module) else inner
+
+
+def _annotated(parameter: inspect.Parameter, name: str, kind: type) -> bool:
+    found = parameter.annotation
+    if isinstance(found, str):
+        return found.rpartition(".")[2] == name
+    return isinstance(found, type) and found is not parameter.empty and issubclass(found, kind)
+
+
+def check_function(fn: Any, role: str, name: str) -> None:
+    """Refuses what is no function of (output, target) or (model, batch), or no mean.
+
+    Errors: ValueError for a class, other numbers of parameters, or `reduction` of "sum" or "none" in PyTorch's losses.
+    """
+    if isinstance(inner := plain(fn), type):
+        raise ValueError(
+            f"{role}: expected a loss, got the class {inner.__name__}; make one: {inner.__name__}()"
+        )
+    try:
+        signature = inspect.signature(_called(fn))
+    except (TypeError, ValueError):
+        signature = None
+    if signature is not None:
+        try:
+            signature.bind(None, None)
+        except TypeError:
+            raise ValueError(
+                f"{role} {name}: expected a function of (output, target), or of (model, batch), got one of "
+                f"{signature}; wrap it: lambda output, target: ..."
+            ) from None
+    reduction = setting(fn, "reduction")
+    if reduction in ("sum", "none") and _reduces(inner):
+        raise ValueError(
+            f"{role} {name}: expected a mean over the batch, got reduction={reduction!r}; make it reduction='mean'"
+        )
+
+
+def _reduces(inner: Any) -> bool:
+    """Whether `reduction` says what becomes of the values: a function of one's own may divide by itself."""
+    called = type(inner).forward if isinstance(inner, nn.Module) else inner
+    return str(getattr(called, "__module__", "")).startswith("torch.nn.")
+
+
+@contextmanager
+def explained(fn: Any, name: str, first: Any, second: Any) -> Iterator[None]:
+    """Around a function of (output, target) or (model, batch): what it says no to, as one line.
+
+    Errors: ValueError; one that the user's function raises stays as it is.
+    """
+    try:
+        yield
+    except (TypeError, AttributeError, RuntimeError, LookupError, ValueError) as error:
+        theirs = isinstance(error, ValueError) and not _reduces(plain(fn))
+        if theirs or isinstance(error, _Accident) or not of_the_users(error):
+            raise
+        said = f"{type(error).__name__}: {first_line(error)}"
+        if isinstance(first, nn.Module):
+            text = (
+                f"expected a function of (model, batch), as its parameters are called, got {said}, for batches of "
+                f"{kind_of(second)}; one of (output, target) calls its first parameter output"
+            )
+        elif "not callable" in said or isinstance(error, AttributeError):
+            text = (
+                f"expected a function of (output, target), got {said}, on {kind_of(first)}; one of (model, batch) "
+                "has to call its first parameter model"
+            )
+        else:
+            text = (
+                f"expected targets that it can take, got {kind_of(second)} for the output {kind_of(first)} ({said})"
+                f"{_mend(fn, first, second)}"
+            )
+        raise ValueError(f"{name}: {text}") from error
+
+
+def _mend(fn: Any, output: Any, target: Any) -> str:
+    """How to mend targets that a classifier of PyTorch's cannot take; empty where it is not known."""
+    if not is_classifier(fn) or not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return ""
+    if target.shape == output.shape and not target.is_floating_point():
+        return "; give class numbers, target.argmax(1), or probabilities, target.float()"
+    if target.is_floating_point() and target.ndim < output.ndim:
+        return "; class numbers are integers: target.long()"
+    if target.ndim == output.ndim and target.shape[-1] == 1:
+        return "; class numbers have no axis of 1: target.squeeze(-1)"
+    return ""
+
+
+class _Accident(ValueError):
+    """What is refused here, in words that are the user's already."""
+
+
+def refuse_accidents(fn: Any, output: Any, target: Any) -> None:
+    """What losses of PyTorch's compute without a word although it means nothing, by shapes alone."""
+    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
+        return
+    inner = plain(fn)
+    if inner in _ELEMENTWISE or isinstance(inner, _ELEMENTWISE_MODULES):
+        if output.shape != target.shape:
+            raise _broadcast(output, target)
+    if (inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)) and output.ndim > 1:
+        if output.shape[1] == 1:
+            raise _Accident(
+                f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
+                "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
+            )
+
+
+def _broadcast(output: Tensor, target: Tensor) -> ValueError:
+    return _Accident(
+        f"loss: expected targets of the output's shape {list(output.shape)}, got {kind_of(target)}, which "
+        "would be broadcast; reshape the targets, or squeeze the output in a function of (output, target)"
+    )
+
+
+def check_range(target: Tensor, low: float, high: float, name: str) -> None:
+    """Errors: ValueError for targets beyond what a loss is made for.  A host sync."""
+    if target.dtype == torch.bool or not target.numel():
+        return
+    between = low == -1.0  # only the ends are targets there
+    wrong = (target != low) & (target != high) if between else (target < low) | (target > high)
+    if bool(wrong.any()):
+        least, most = target.min().item(), target.max().item()
+        expected = "targets of -1 and 1" if between else "targets from 0 to 1"
+        raise _Accident(
+            f"loss {name}: expected {expected}, got {least:g} to {most:g}, for which it is no loss; convert them: "
+            + ("2 * target - 1" if between else "(target + 1) / 2 of -1 and 1")
+        )
+
+
+def watched(fn: Callable[..., Any], output: Any, target: Any) -> Any:
+    """What a function of (output, target) gives, watched for accidents inside it: for the first call, not for each.
+
+    Errors: ValueError for targets that are broadcast against the output, or are no targets of the loss in it.
+    """
+    if (
+        _uncompiled(fn) is not None
+        or not isinstance(output, Tensor)
+        or not isinstance(target, Tensor)
+    ):
+        return fn(output, target)
+    with _Watching(output, target):
+        return fn(output, target)
+
+
+class _Watching(TorchFunctionMode):
+    """Looks at what PyTorch's losses, and plain arithmetic of the output and the target themselves, are called with."""
+
+    def __init__(self, output: Tensor, target: Tensor) -> None:
+        super().__init__()
+        self.both = output, target
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        first = [*args, *(kwargs[n] for n in ("input", "target") if n in kwargs)][:2]
+        if len(first) == 2 and all(isinstance(t, Tensor) for t in first):
+            a, b = first
+            if func in _COMPARING or self._themselves(func, a, b):
+                _refuse_outer(a, b)
+            if func in _RANGES:
+                check_range(b, *_RANGES[func], func.__name__)
+        return func(*args, **kwargs)
+
+    def _themselves(self, func: Any, a: Tensor, b: Tensor) -> bool:
+        output, target = self.both
+        arithmetic = getattr(func, "__name__", "").strip("_") in _ARITHMETIC
+        return arithmetic and ((a is output and b is target) or (a is target and b is output))
+
+
+def _refuse_outer(a: Tensor, b: Tensor) -> None:
+    """Broadcasting that makes more of both: every output against every target."""
+    try:
+        shape = torch.broadcast_shapes(a.shape, b.shape)
+    except RuntimeError:
+        return
+    if shape.numel() > max(a.numel(), b.numel()):
+        raise _broadcast(a, b)

@@ -1,0 +1,164 @@
+"""What tells one function or object of the user's from another, the same in every process: never an address."""
+
+import functools
+import hashlib
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from enum import Enum
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+# Told by their names alone: a newer version of theirs is the same loss.
+_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "operator")
+_PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
+_MODULES_OWN = vars(nn.Module()).keys()  # every module has these: hooks, modes, dicts of parameters
+
+
+def told_apart(value: Any) -> str:
+    """A digest of a function, module or other value by what it computes with.
+
+    A function is its code, its defaults, and the values that it takes from around it (closures, and globals that are
+    plain, tensors, functions or modules); a module its class, attributes, parameters and buffers; a partial its parts.
+    Of other objects those attributes count that the code around them names, so that a logger in a closure does not
+    make a run another.  Functions and classes of PyTorch are their names.
+    """
+    return hashlib.sha256(repr(_Telling().of(value)).encode()).hexdigest()
+
+
+class _Telling:
+    """One walk; what it is in the middle of is told once."""
+
+    def __init__(self) -> None:
+        self.within: dict[int, int] = {}
+
+    def of(self, value: Any, names: frozenset[str] | None = None) -> Any:
+        """Nested tuples of plain values.  names: attributes of unknown objects that count; None: all."""
+        if isinstance(value, _PLAIN) and not isinstance(value, Enum):
+            return type(value).__name__, repr(value)
+        if id(value) in self.within:
+            return "within", self.within[id(value)]
+        self.within[id(value)] = len(self.within)
+        try:
+            return self._of(value, names)
+        finally:
+            del self.within[id(value)]
+
+    def _of(self, value: Any, names: frozenset[str] | None) -> Any:
+        inner = getattr(value, "_torchdynamo_orig_callable", None) or getattr(
+            value, "_orig_mod", None
+        )
+        if inner is not None:  # compiled: computes the same
+            return self.of(inner, names)
+        if isinstance(value, Tensor):
+            return "tensor", str(value.dtype), list(value.shape), _digest(value)
+        if isinstance(value, np.ndarray):
+            return "array", str(value.dtype), list(value.shape), _hash(value.tobytes())
+        if isinstance(value, Mapping):
+            pairs = ((repr(self.of(k, names)), self.of(v, names)) for k, v in value.items())
+            return type(value).__name__, sorted(pairs)
+        if isinstance(value, (set, frozenset)):
+            return type(value).__name__, sorted(repr(self.of(v, names)) for v in value)
+        if isinstance(value, (list, tuple)):
+            return type(value).__name__, [self.of(v, names) for v in value]
+        if isinstance(value, (Enum, np.generic, torch.dtype, torch.device)):
+            return type(value).__name__, str(value)
+        if isinstance(value, torch.Generator):
+            return "generator", value.initial_seed()
+        if isinstance(value, functools.partial):
+            return "partial", self.of([value.func, value.args, value.keywords], names)
+        if isinstance(value, types.MethodType):
+            return "method", self.of([value.__func__, value.__self__], names)
+        if isinstance(value, types.FunctionType):
+            return self._function(value)
+        if isinstance(value, (types.ModuleType, types.BuiltinFunctionType)):
+            return "library", getattr(value, "__name__", "")
+        if isinstance(value, type):
+            return self._class(value)
+        if isinstance(value, nn.Module):
+            return self._module(value)
+        return self._object(value, names)
+
+    def _function(self, fn: types.FunctionType) -> Any:
+        around = [cell.cell_contents for cell in fn.__closure__ or () if _filled(cell)]
+        code, names = fn.__code__, _names(fn.__code__)
+        if _of_library(fn):  # a decorator of theirs holds what is the user's
+            return "library", fn.__module__, fn.__qualname__, self.of(around, names)
+        told = self.of([around, fn.__defaults__, fn.__kwdefaults__], names)
+        taken = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
+        taken = {n: v for n, v in taken.items() if _counts(v)}
+        return "function", self._code(code), told, self.of(taken, names)
+
+    def _code(self, code: types.CodeType) -> Any:
+        inner = [
+            self._code(c) if isinstance(c, types.CodeType) else self.of(c) for c in code.co_consts
+        ]
+        return _hash(code.co_code), code.co_names, inner
+
+    def _class(self, kind: type) -> Any:
+        """Its name, and the code of the user's methods."""
+        return "class", kind.__qualname__, [self.of(f) for f in _methods(kind)]
+
+    def _module(self, module: nn.Module) -> Any:
+        own = {k: v for k, v in vars(module).items() if k not in _MODULES_OWN}
+        parts = [own, dict(module._parameters), dict(module._buffers), dict(module._modules)]
+        return "module", self.of([type(module), *parts], _named_by(type(module)))
+
+    def _object(self, value: Any, names: frozenset[str] | None) -> Any:
+        held = dict(getattr(value, "__dict__", {}))
+        for base in type(value).__mro__:
+            slots = getattr(base, "__slots__", ())
+            for slot in (slots,) if isinstance(slots, str) else slots:
+                if hasattr(value, slot):
+                    held[slot] = getattr(value, slot)
+        if not callable(value) and names is not None:
+            held = {k: v for k, v in held.items() if k in names}
+        names = _named_by(type(value)) if names is None else names | _named_by(type(value))
+        return "object", self.of([type(value), held], names)
+
+
+def _digest(t: Tensor) -> str:
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    return _hash(flat.view(torch.uint8).numpy().tobytes())
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _filled(cell: types.CellType) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _names(code: types.CodeType) -> frozenset[str]:
+    """Globals and attributes that code names, in functions within it too."""
+    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
+    return frozenset(code.co_names).union(*inner)
+
+
+def _named_by(kind: type) -> frozenset[str]:
+    """What the user's methods of a class name."""
+    return frozenset[str]().union(*(_names(f.__code__) for f in _methods(kind)))
+
+
+def _methods(kind: type) -> list[types.FunctionType]:
+    own = [base for base in kind.__mro__ if not _of_library(base)]
+    found = [getattr(f, "__func__", f) for base in own for _, f in sorted(vars(base).items())]
+    return [f for f in found if isinstance(f, types.FunctionType)]
+
+
+def _of_library(value: type | Callable[..., Any]) -> bool:
+    return str(value.__module__).partition(".")[0] in _LIBRARIES
+
+
+def _counts(value: Any) -> bool:
+    """Whether a global is a part of what a function computes: not what gathers as it runs."""
+    known = (*_PLAIN, tuple, Tensor, np.ndarray, nn.Module, type, functools.partial)
+    return isinstance(value, known) or inspect.isroutine(value)
