@@ -6,6 +6,7 @@ from torch import nn
 
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {"relu": nn.ReLU, "prelu": nn.PReLU}
 INITS = ("glorot", "uniform", "torch")
+_WIDEST = 1000.0  # weights grow with its square: more than that is a slip of the pen
 
 
 def activation_of(model: str, name: str) -> Callable[[], nn.Module]:
@@ -16,9 +17,11 @@ def activation_of(model: str, name: str) -> Callable[[], nn.Module]:
 
 
 def scaled(model: str, width: float, *sizes: int) -> list[int]:
-    """The layers' sizes times `width`, at least 1.  Errors: ValueError for a width that is not positive."""
-    if not width > 0:
-        raise ValueError(f"{model} width: expected a positive factor, got {width}")
+    """The layers' sizes times `width`, at least 1.  Errors: ValueError for a width that is not in (0, 1000]."""
+    if isinstance(width, bool) or not isinstance(width, (int, float)) or not 0 < width <= _WIDEST:
+        raise ValueError(
+            f"{model} width: expected a positive factor of at most {_WIDEST:g}, got {width!r}"
+        )
     return [max(1, round(width * size)) for size in sizes]
 
 

@@ -68,6 +68,8 @@ class ResNet(nn.Module):
                 raise ValueError(
                     f"resnet {what}: expected one of {', '.join(valid)}, got {value!r}"
                 )
+        if not isinstance(affine, bool):
+            raise ValueError(f"resnet affine: expected true or false, got {affine!r}")
         self.conv = nn.Conv2d(shape[0], 16, 3, 1, 1, bias=False)
         self.bn = nn.BatchNorm2d(16, affine=affine)
         self.relu = nn.ReLU()

@@ -50,6 +50,17 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = shape
+        for what, size, least in (
+            ("patch", patch, 1),
+            ("dim", dim, 1),
+            ("depth", depth, 0),
+            ("heads", heads, 1),
+            ("hidden", hidden, 1),
+        ):
+            if type(size) is not int or size < least:
+                raise ValueError(
+                    f"vit {what}: expected a whole number of at least {least}, got {size!r}"
+                )
         if height % patch or width % patch:
             raise ValueError(f"vit: expected sides divisible by {patch}, got {height}x{width}")
         if dim % heads:
@@ -81,5 +92,9 @@ def vit_small(
     heads: int = 3,
     hidden: int = 384,
 ) -> nn.Module:
-    """Images [B, C, H, W] with sides divisible by `patch` to scores [B, classes]."""
+    """Images [B, C, H, W] with sides divisible by `patch` to scores [B, classes].
+
+    Errors: ValueError for other sides, a size that is no whole number or below its least, a dim that `heads` does not
+    divide.
+    """
     return ViT(shape, classes, patch, dim, depth, heads, hidden)

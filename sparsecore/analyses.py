@@ -1,20 +1,17 @@
 """`sparsecore analyze ...`: what explains a ticket, as a table, a CSV file and a figure."""
 
-import json
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from . import figures
+from .analysed import Case, Results, TicketFile, with_case, with_results
 from .compare import Comparison
 from .connectivity import (
     LinearPath,
@@ -24,17 +21,11 @@ from .connectivity import (
     path_errors,
     rewind_by_instability,
 )
-from .data import Batches, Dataset
-from .experiment import (
-    Setup,
-    data_of,
-    loaders,
-    model_of,
-    setup_of,
-    start_model,
-)
+from .console import console
+from .experiment import Setup, batches_of_setup, data_of, new_model, start_model
+from .fields import choose
 from .gates import GATES, AbstractGate
-from .options import DataDir, Device, ImageSize, Json, Seed, device_of, given, numbers, with_setup
+from .options import Device, Seed, device_of, numbers, seeds_from, with_setup
 from .progress import Progress
 from .regions import angular_distances, round_paths
 from .rounds import load_rounds
@@ -43,75 +34,10 @@ from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
 
 app = typer.Typer(no_args_is_help=True, help="Explain tickets: figures and CSV files.")
-console = Console()
 
-TicketFile = Annotated[Path, typer.Argument(help="A ticket file.")]
-Out = Annotated[Path, typer.Option(help="Folder of figures and CSV files; run again to go on.")]
-OUT = Path("runs/analysis")
-Points = Annotated[int, typer.Option(help="Points on a path, its ends included.")]
-
-
-@dataclass(frozen=True)
-class Results:
-    """Where a command's results go."""
-
-    out: Path
-    json_file: Path | None
-
-    def wrote(self, result: Mapping[str, Any], *paths: Path) -> None:
-        """Tells of files, and writes the JSON result."""
-        for path in paths:
-            console.print(f"wrote  {path}", soft_wrap=True)
-        if self.json_file is not None:
-            self.json_file.write_text(json.dumps(result, indent=2) + "\n")
-
-
-def _results(out: Out = OUT, json_file: Json = None) -> Results:
-    out.mkdir(parents=True, exist_ok=True)
-    return Results(out, json_file)
-
-
-@dataclass(frozen=True)
-class Case(Results):
-    """A ticket with its data on a device."""
-
-    name: str
-    ticket: Ticket
-    setup: Setup
-    dataset: Dataset
-    device: torch.device
-
-    @property
-    def model(self) -> nn.Module:
-        return model_of(self.ticket, self.dataset, self.device)
-
-    def batches(self, seed: int) -> Batches:
-        drop_last = self.setup.drop_last
-        return loaders(self.dataset, self.setup.recipe, seed, self.device, drop_last)[0]
-
-    @property
-    def test(self) -> Batches:
-        return loaders(self.dataset, self.setup.recipe, 0, self.device)[1]
-
-
-def _case(
-    ticket: TicketFile,
-    data_dir: DataDir = None,
-    image_size: ImageSize = None,
-    out: Out = OUT,
-    device: Device = "auto",
-    json_file: Json = None,
-) -> Case:
-    target = device_of(device)
-    loaded = Ticket.load(ticket)
-    setup = setup_of(loaded)
-    dataset = data_of(setup, data_dir, image_size)
-    out.mkdir(parents=True, exist_ok=True)
-    return Case(out, json_file, ticket.stem, loaded, setup, dataset, target)
-
-
-with_case = given(_case, "case")
-with_results = given(_results, "results")
+Points = Annotated[
+    int, typer.Option(help="Points on a path, its ends included.", min=2, max=10_000)
+]
 
 
 def _told(path: LinearPath) -> str:
@@ -140,6 +66,7 @@ def path(
     points: Points = 30,
 ) -> None:
     """Test error on the straight line between two trained runs of a ticket (linear mode connectivity)."""
+    case.check({"the ticket": case.path, "the first weights": first, "the second weights": second})
     ends = [_state(file) for file in (first, second)]
     with Progress() as progress:
         found = path_errors(
@@ -149,8 +76,8 @@ def path(
     console.print(_told(found))
     case.wrote(
         {"barrier": barrier(found), "stable": is_stable(found), "path": found.rows},
-        figures.write_csv(case.out / "path.csv", found.rows),
-        figures.draw_paths(case.out / "path.png", {f"{first.stem} - {second.stem}": found}),
+        figures.write_csv(case.file("path.csv"), found.rows),
+        figures.draw_paths(case.file("path.png"), {f"{first.stem} - {second.stem}": found}),
     )
 
 
@@ -167,13 +94,13 @@ def instability_(
         found = instability(
             case.model, replace(setup.recipe, epochs=round(setup.total_epochs)), case.batches,
             case.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
-            folder=case.out / f"instability-{case.ticket.hash[:12]}-{seed}", progress=progress,
+            folder=case.file(f"instability-{case.ticket.hash[:12]}-{seed}"), progress=progress,
         ).path  # fmt: skip
     console.print(_told(found))
     case.wrote(
         {"instability": barrier(found), "stable": is_stable(found), "path": found.rows},
-        figures.write_csv(case.out / "instability.csv", found.rows),
-        figures.draw_paths(case.out / "instability.png", {case.name: found}),
+        figures.write_csv(case.file("instability.csv"), found.rows),
+        figures.draw_paths(case.file("instability.png"), {case.path.stem: found}),
     )
 
 
@@ -183,7 +110,7 @@ def instability_(
 def rewind(
     results: Results,
     setup: Setup,
-    dataset: Callable[[], Dataset],
+    data_dir: Path | None,
     candidates: Annotated[
         str, typer.Option(help="Rewind epochs with commas, fractions too.")
     ] = "0,0.5,1,2,4",
@@ -193,14 +120,19 @@ def rewind(
 ) -> None:
     """Instability of dense training from several rewind points: the first stable one is where to rewind to."""
     target, epochs = device_of(device), numbers(candidates, "candidates")
-    data = dataset()
     recipe = replace(setup.recipe, epochs=round(setup.total_epochs))
+    if not all(0 <= epoch <= recipe.epochs for epoch in epochs):
+        raise ValueError(
+            f"candidates: expected rewind epochs of 0 to {recipe.epochs}, the end, got {candidates}"
+        )
+    results.check({"--weights": setup.weights_file}, setup.data)
+    data = data_of(setup, data_dir)
     with Progress() as progress:
         scan = rewind_by_instability(
             start_model(setup, data, seed).to(target), recipe,
-            lambda s: loaders(data, recipe, s, target, setup.drop_last)[0], loaders(data, recipe, 0, target)[1],
-            epochs, seed=seed, seeds=(seed + 1, seed + 2), points=points, folder=results.out / f"rewind-{seed}",
-            progress=progress,
+            lambda s: batches_of_setup(setup, data, recipe, s, target)[0],
+            batches_of_setup(setup, data, recipe, 0, target)[1], epochs, seed=seed,
+            seeds=(seed + 1, seed + 2), points=points, folder=results.file(f"rewind-{seed}"), progress=progress,
         )  # fmt: skip
     rows = [{"rewind_epoch": e, "instability": v} for e, v in scan.instabilities.items()]
     for row in rows:
@@ -211,8 +143,8 @@ def rewind(
     )
     results.wrote(
         {"rows": rows, "earliest": first},
-        figures.write_csv(results.out / "rewind.csv", rows),
-        figures.draw_instabilities(results.out / "rewind.png", {setup.model: scan.instabilities}),
+        figures.write_csv(results.file("rewind.csv"), rows),
+        figures.draw_instabilities(results.file("rewind.png"), {setup.model: scan.instabilities}),
     )
 
 
@@ -224,12 +156,13 @@ def rounds_(
     points: Points = 20,
 ) -> None:
     """Do the rounds of rewinding end in one region?  Barriers between successive ones, angles between all."""
+    case.check({"the ticket": case.path, "the rounds": folder})
     rounds = load_rounds(folder)
     sparsities = [1 - r.density for r in rounds]
     with Progress() as progress:
         paths = round_paths(
             case.model, rounds, case.test, points=points, train_batches=case.batches(0),
-            folder=case.out / f"rounds-{rounds[0].run[:12]}", progress=progress,
+            folder=case.file(f"rounds-{rounds[0].run[:12]}"), progress=progress,
         )  # fmt: skip
     angles = angular_distances(rounds)
     barriers = {s: barrier(p) for s, p in zip(sparsities[1:], paths, strict=True)}
@@ -251,9 +184,9 @@ def rounds_(
     console.print(table)
     case.wrote(
         {"rows": rows, "angles": angles.tolist()},
-        figures.write_csv(case.out / "rounds.csv", rows),
-        figures.draw_barriers(case.out / "barriers.png", {folder.name: barriers}),
-        figures.draw_angles(case.out / "angles.png", angles, sparsities),
+        figures.write_csv(case.file("rounds.csv"), rows),
+        figures.draw_barriers(case.file("barriers.png"), {folder.name: barriers}),
+        figures.draw_angles(case.file("angles.png"), angles, sparsities),
     )
 
 
@@ -266,15 +199,18 @@ def sanity(
     seed: Seed = 0,
 ) -> None:
     """Search as the ticket was searched, with several seeds, and compare with controls: a paired test each."""
-    method, sparsity = case.ticket.meta.get("search"), case.ticket.meta["sparsity"]
-    if not isinstance(method, str):
+    method, sparsity = case.ticket.meta.get("search"), case.ticket.meta.get("sparsity")
+    if not (isinstance(method, str) and isinstance(sparsity, float)):
         raise TicketError("the ticket's provenance does not name its search; find it again")
-    chosen = [c.strip() for c in checks.split(",") if c.strip()]
-    comparison = Comparison(case.out / "sanity", case.setup)
+    chosen = [choose("checks", c.strip(), CHECKS) for c in checks.split(",") if c.strip()]
+    wanted = seeds_from(seed, seeds)
+    if not chosen:
+        raise ValueError(f"checks: expected some of {', '.join(CHECKS)}, got none")
+    comparison = Comparison(case.file("sanity"), case.setup)
     with Progress() as progress:
         comparison.run(
             case.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],
-            range(seed, seed + seeds), case.device, progress,
+            wanted, case.device, progress,
         )  # fmt: skip
     found = [v for v in comparison.verdicts(method, sparsity) if v.check in chosen]
     console.print(table_of(found, f"{method} at {100 * sparsity:g} % sparsity"))
@@ -283,15 +219,16 @@ def sanity(
         for v in found
     ]  # fmt: skip
     clean = [{k: None if v != v else v for k, v in row.items()} for row in rows]  # JSON has no NaN
-    case.wrote({"rows": clean}, figures.write_csv(case.out / "sanity.csv", clean))
+    case.wrote({"rows": clean}, figures.write_csv(case.file("sanity.csv"), clean))
 
 
 @app.command()
 @with_results
 def progress(results: Results, ticket: TicketFile) -> None:
     """Sparsity, and accuracy if the search was run with --watch, by epoch or round; by layer in the CSV."""
+    results.check({"the ticket": ticket})
     records = Ticket.load(ticket).meta.get("progress")
-    if not records:
+    if not (isinstance(records, list) and records and all(isinstance(r, dict) for r in records)):
         raise TicketError(
             f"{ticket}: expected a ticket of a search that goes by epochs or rounds; this one notes nothing"
         )
@@ -301,8 +238,8 @@ def progress(results: Results, ticket: TicketFile) -> None:
     ]  # fmt: skip
     results.wrote(
         {"rows": rows},
-        figures.write_csv(results.out / "progress.csv", rows),
-        figures.draw_search(results.out / "progress.png", records, ticket.stem),
+        figures.write_csv(results.file("progress.csv"), rows),
+        figures.draw_search(results.file("progress.png"), records, ticket.stem),
     )
 
 
@@ -313,6 +250,7 @@ def layers(
     tickets: Annotated[list[Path], typer.Argument(help="Ticket files.")],
 ) -> None:
     """The sparsity of each layer, tickets side by side."""
+    results.check({f"the ticket {path}": path for path in tickets})
     found = {path.stem: Ticket.load(path).layer_sparsities() for path in tickets}
     rows = [
         {"ticket": name, "layer": layer, "sparsity": sparsity}
@@ -321,8 +259,8 @@ def layers(
     ]
     results.wrote(
         {"rows": rows},
-        figures.write_csv(results.out / "layers.csv", rows),
-        figures.draw_layers(results.out / "layers.png", found),
+        figures.write_csv(results.file("layers.csv"), rows),
+        figures.draw_layers(results.file("layers.png"), found),
     )
 
 
@@ -330,6 +268,7 @@ def layers(
 @with_results
 def gates(results: Results, ticket: TicketFile) -> None:
     """A histogram of where each layer's gates ended, and how many are undecided."""
+    results.check({"the ticket": ticket})
     loaded = Ticket.load(ticket)
     gate = _gate_of(loaded, ticket)
     assert loaded.scores is not None
@@ -346,8 +285,8 @@ def gates(results: Results, ticket: TicketFile) -> None:
     ]
     results.wrote(
         {"rows": rows},
-        figures.write_csv(results.out / "gates.csv", rows),
-        figures.draw_gates(results.out / "gates.png", values, title=ticket.stem),
+        figures.write_csv(results.file("gates.csv"), rows),
+        figures.draw_gates(results.file("gates.png"), values, title=ticket.stem),
     )
 
 
@@ -361,7 +300,12 @@ def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:
             f"{path}: expected a ticket of a search by gates, got one of {ticket.meta.get('method')}"
         )
     pairs = (part.partition("=") for part in rest.rstrip(")").split(",") if part)
-    return kind(**{key.strip(): float(value) for key, _, value in pairs})
+    try:
+        return kind(**{key.strip(): float(value) for key, _, value in pairs})
+    except (TypeError, ValueError) as error:
+        raise TicketError(
+            f"{path}: expected a gate's numbers, got {text[:80]!r} ({error})"
+        ) from None
 
 
 @app.command()
@@ -370,7 +314,7 @@ def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:
 def width(
     results: Results,
     setup: Setup,
-    dataset: Callable[[], Dataset],
+    data_dir: Path | None,
     method: Annotated[str, typer.Option(help="As `search` takes it.")] = "strong",
     sparsity: Annotated[float, typer.Option(help="Fraction of weights removed.")] = 0.5,
     widths: Annotated[
@@ -384,14 +328,19 @@ def width(
     target, factors = device_of(device), numbers(widths, "widths")
     check_sparsity(sparsity)
     setup.search(method, seed)
-    data = dataset()
+    wanted = seeds_from(seed, seeds)
+    base = setup.model_options
+    sized = {f: replace(setup, model_options=base | {"width": f}) for f in factors}
+    results.check({"--weights": setup.weights_file}, setup.data)
+    data = data_of(setup, data_dir)
+    for own in sized.values():
+        new_model(own, data, seed)  # refuses a width that is none
     found: dict[float, list[float]] = {}
     rows = []
     with Progress() as bars:
-        for factor in factors:
-            sized = replace(setup, model_options=setup.model_options | {"width": factor})
-            comparison = Comparison(results.out / f"width-{factor:g}", sized)
-            comparison.run(data, [method], [sparsity], range(seed, seed + seeds), target, bars)
+        for factor, own in sized.items():
+            comparison = Comparison(results.file(f"width-{factor:g}"), own)
+            comparison.run(data, [method], [sparsity], wanted, target, bars)
             by_seed = comparison.accuracies(method, sparsity)
             found[factor] = list(by_seed.values())
             rows += [{"width": factor, "seed": s, "accuracy": a} for s, a in by_seed.items()]
@@ -399,6 +348,6 @@ def width(
         console.print(f"width {factor:g}: {sum(accuracies) / len(accuracies):.2f} %")
     results.wrote(
         {"rows": rows},
-        figures.write_csv(results.out / "width.csv", rows),
-        figures.draw_widths(results.out / "width.png", {f"{method}, {100 * sparsity:g} %": found}),
+        figures.write_csv(results.file("width.csv"), rows),
+        figures.draw_widths(results.file("width.png"), {f"{method}, {100 * sparsity:g} %": found}),
     )

@@ -95,8 +95,8 @@ def unpack_optimizer(
 def fingerprint(
     model: nn.Module, batches: EpochBatches, *facts: Any, loss: Loss | None = None
 ) -> str:
-    """Tells runs apart: the facts, the loss by its name, the first batch, and the values a run starts from (masks
-    included).
+    """Tells runs apart: the facts (those of `data.Batches` too), the loss by its name, the first batch, and the values
+    a run starts from (masks included).
 
     Errors: ValueError for no batch.
     """
@@ -105,6 +105,8 @@ def fingerprint(
         raise ValueError("batches: expected at least one, got none")
     data = (len(batches), *_told(batch))
     facts += () if loss is None else loss.facts
+    own = getattr(batches, "facts", ())
+    facts += own if isinstance(own, tuple) else ()
     digest = hashlib.sha256(repr((facts, data)).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())

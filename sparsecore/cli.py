@@ -1,8 +1,8 @@
 """The command line: `sparsecore demo | search | train | plan | info | compare | analyze`."""
 
 import dataclasses
+import shlex
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -12,22 +12,28 @@ from safetensors.torch import save_file
 
 from . import analyses
 from . import data as datasets
-from .compare import Comparison, check_method
-from .console import check_folder, console, show, warnings_at_the_end, write_json
+from .checkpoints import read as read_checkpoint
+from .compare import FILES, Comparison, check_method
+from .console import console, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
     SANITIES,
     Setup,
     apply_sanity,
+    check_epochs,
+    check_found,
     data_of,
     find_ticket,
     model_of,
-    plan_for,
+    new_model,
     rewind_point,
     setup_of,
+    tell_other_data,
     train_on,
+    with_data,
 )
+from .fields import choose
 from .methods import METHODS
 from .options import (
     DataDir,
@@ -43,13 +49,17 @@ from .options import (
     device_of,
     numbers,
     recipe_with,
+    seeds_from,
     with_setup,
 )
+from .paths import check_cache, check_metrics, check_paths
+from .plans import check_plan
 from .progress import Progress
 from .recipes import recipe_for
 from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
+from .training_plan import plan_for
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,7 +78,7 @@ def sparsecore(version: Version = False) -> None:
 @with_setup
 def search(
     setup: Setup,
-    dataset: Callable[[], datasets.Dataset],
+    data_dir: Path | None,
     out: Annotated[Path, typer.Option(help="The ticket file to write.")],
     method: Annotated[
         str,
@@ -91,11 +101,18 @@ def search(
     check_engine(engine, target)
     setup.search(method, seed)
     check_sparsity(sparsity)
-    check_folder(out)
-    check_folder(json_file)
-    data = dataset()
     own = setup.start_of(method)
     dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
+    check_paths(
+        {"--weights": setup.weights_file, "the search's checkpoint": search_part},
+        written={"--json": json_file},
+        replaced={"--out": out, "the rewind point's checkpoint": dense_part},
+        folders={"--rounds": rounds},
+        data=datasets.folder_of(setup.data),
+    )
+    data = data_of(setup, data_dir)
+    if own.rewind_epochs:
+        check_found(setup, new_model(own, data, seed), data, method, sparsity)
     with Progress() as progress:
         start = rewind_point(own, data, seed, target, progress, dense_part, engine)
         ticket, seconds = find_ticket(
@@ -103,14 +120,19 @@ def search(
             rounds=rounds, watched=watch, engine=engine,
         )  # fmt: skip
     ticket.save(out)
-    dense_part.unlink(missing_ok=True)
+    if own.rewind_epochs:
+        dense_part.unlink(missing_ok=True)
     result = {"ticket": str(out), "method": method, "seconds": seconds}
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
     show(covered_of(ticket))
     if (told := short_search(ticket)) is not None:
         console.print(told)
-    console.print(f"ticket  {out}\nnext    sparsecore train {out}", soft_wrap=True)
+    there = [] if data_dir is None else ["--data-dir", str(data_dir)]
+    console.print(
+        f"ticket  {out}\nnext    {shlex.join(['sparsecore', 'train', str(out), *there])}",
+        soft_wrap=True,
+    )
 
 
 @app.command()
@@ -144,21 +166,32 @@ def train(
     """Train a ticket from its start weights and report test accuracy."""
     target = device_of(device)
     check_engine(engine, target)
-    for path in (metrics, checkpoint, save, json_file):
-        check_folder(path)
-    if epochs is not None and not epochs >= 0:
-        raise ValueError(f"epochs: expected at least 0, got {epochs}")
+    check_plan(plan)
+    if sanity is not None:
+        choose("sanity", sanity, SANITIES)
+    if epochs is not None:
+        check_epochs("epochs", epochs)
     loaded = Ticket.load(ticket)
-    setup = setup_of(loaded)
+    setup = with_data(setup_of(loaded), data, image_size)
+    check_paths(
+        {"the ticket": ticket},
+        written={"--json": json_file, "--metrics": metrics},
+        replaced={"--checkpoint": checkpoint, "--save": save},
+        data=datasets.folder_of(setup.data),
+    )
+    check_cache(cache, {"the ticket": ticket, "--json": json_file, "--metrics": metrics})
+    check_metrics(metrics)
+    if checkpoint is not None and checkpoint.exists():
+        read_checkpoint(checkpoint)  # of this run or not, which training tells
     if epochs is None:
         epochs = 0 if loaded.finished else setup.train_epochs
-    setup = dataclasses.replace(setup, data=data or setup.data)
-    dataset = data_of(setup, data_dir, image_size)
+    chosen = recipe_with(setup.recipe, recipe)
+    dataset = data_of(setup, data_dir)
+    tell_other_data(loaded, setup, dataset)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with Progress() as progress:
         model = model_of(loaded, dataset, target)
-        chosen = recipe_with(setup.recipe, recipe)
         planned = plan_for(model, plan, dataset, chosen, cache, engine)
         history = train_on(
             planned.model,
@@ -200,7 +233,7 @@ def info(
     json_file: Json = None,
 ) -> None:
     """Show a ticket's layers, live rows and columns, and where it comes from; --json has all of it."""
-    check_folder(json_file)
+    check_paths({"the ticket": ticket}, written={"--json": json_file})
     loaded = Ticket.load(ticket)
     table, rows = layers_of(loaded, str(ticket))
     console.print(table)
@@ -232,14 +265,15 @@ def plan(
     """Show how each layer of a ticket would train fastest here, and why: measured, and remembered."""
     target = device_of(device)
     check_engine(engine, target)
-    check_folder(json_file)
+    check_plan(plan)
     loaded = Ticket.load(ticket)
-    setup = setup_of(loaded)
+    setup = with_data(setup_of(loaded), data, image_size)
+    check_paths({"the ticket": ticket}, written={"--json": json_file})
+    check_cache(cache, {"the ticket": ticket, "--json": json_file})
     chosen = recipe_with(setup.recipe, recipe)
     if batch is not None:
         chosen = dataclasses.replace(chosen, batch=batch)
-    setup = dataclasses.replace(setup, data=data or setup.data)
-    dataset = data_of(setup, data_dir, image_size)
+    dataset = data_of(setup, data_dir)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
     table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
@@ -253,7 +287,7 @@ def plan(
 @with_setup
 def compare(
     setup: Setup,
-    dataset: Callable[[], datasets.Dataset],
+    data_dir: Path | None,
     methods: Annotated[
         str,
         typer.Option(
@@ -274,19 +308,16 @@ def compare(
     """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
     target = device_of(device)
     check_engine(engine, target)
-    check_folder(json_file)
     chosen = [check_method(setup, m.strip()) for m in methods.split(",") if m.strip()]
     wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
-    if not (chosen and wanted and seeds >= 1):
-        raise ValueError("compare: expected at least one method, sparsity and seed")
-    report(
-        setup, dataset(), chosen, wanted, range(seed, seed + seeds), out, target, json_file, engine
-    )
+    if not chosen:
+        raise ValueError("compare: expected at least one method, got none")
+    report(setup, data_dir, chosen, wanted, seeds_from(seed, seeds), out, target, json_file, engine)
 
 
 def report(
     setup: Setup,
-    dataset: datasets.Dataset,
+    data_dir: Path | None,
     methods: list[str],
     sparsities: list[float],
     seeds: range,
@@ -296,6 +327,13 @@ def report(
     engine: str = "auto",
 ) -> None:
     """Runs a comparison and shows where everything is."""
+    check_paths(
+        {"--weights": setup.weights_file},
+        written={"--json": json_file, **{f"the comparison's {name}": out / name for name in FILES}},
+        folders={"--out": out, "the comparison's tickets": out / "tickets"},
+        data=datasets.folder_of(setup.data),
+    )
+    dataset = data_of(setup, data_dir)
     comparison = Comparison(out, setup, engine)
     with Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
@@ -334,9 +372,8 @@ def demo(
         search_epochs=40,  # 23 steps each: the set is small
         search_batch=64,
     )
-    dataset = data_of(setup)
     methods = ["joint", "cts", "cts+shuffle", "snip", "magnitude", "random"]
-    report(setup, dataset, methods, [0.95, 0.98, 0.99], range(seed, seed + 2), out, target, json_file)  # fmt: skip
+    report(setup, None, methods, [0.95, 0.98, 0.99], seeds_from(seed, 2), out, target, json_file)
     best = out / "tickets" / f"joint-0.99-{seed}.safetensors"
     console.print(
         "\nTry next:\n"
@@ -353,10 +390,10 @@ def main(argv: list[str] | None = None) -> int:
         return _run(argv)
 
 
-def _mend(error: RuntimeError) -> str | None:
+def _mend(error: RuntimeError | MemoryError) -> str | None:
     """What helps against an error of PyTorch's that lies in what was asked for; None: it is a bug."""
     text = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in text:
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return "take a smaller batch, --search-batch, --image-size or model"
     if text.startswith("derivative for") and "not implemented" in text:
         return "the model cannot be differentiated twice, take another --method or --objective"
@@ -373,10 +410,10 @@ def _run(argv: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         print("interrupted; run the same command again to go on", file=sys.stderr)
         return 130
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if (mend := _mend(error)) is None:
             raise
-        message = f"{error}; {mend}"
+        message = f"{str(error) or 'out of memory'}; {mend}"
     except Exception as error:
         # typer's usage errors share no public base class across its versions, only this method.
         if not hasattr(error, "format_message"):

@@ -1,12 +1,14 @@
 """Accuracy against sparsity for several methods and seeds, one resumable cell at a time."""
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import matplotlib
 import torch
@@ -17,6 +19,7 @@ from .data import Dataset, corrupted
 from .experiment import (
     Setup,
     apply_sanity,
+    check_found,
     find_ticket,
     model_of,
     new_model,
@@ -33,6 +36,7 @@ from .tickets import Ticket, dense_state
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
+FILES = ("setup.json", "results.csv", "accuracy.png")  # what a folder holds besides its folders
 FIELDS: tuple[str, ...] = (
     "method",
     "sparsity",
@@ -61,7 +65,19 @@ class Cell:
 
     @property
     def key(self) -> str:
-        return f"{self.method}-{self.sparsity:g}-{self.seed}"
+        return f"{self.method}-{short(self.sparsity)}-{self.seed}"
+
+
+def short(sparsity: float) -> str:
+    """A sparsity in as few digits as tell it from others."""
+    text = f"{sparsity:g}"
+    return text if float(text) == sparsity else repr(sparsity)
+
+
+_DIGESTS = {
+    "data_digest": "images or labels than those now in the data",
+    "weights_digest": "start weights than those now in the file",
+}
 
 
 def check_method(setup: Setup, text: str) -> str:
@@ -81,19 +97,18 @@ def file_stem(method: str, windows: bool = os.name == "nt") -> str:
 class Comparison:
     """A folder of finished cells: `results.csv`, `tickets/`, `setup.json`, `accuracy.png`.
 
-    Cells found in results.csv are not run again.  ValueError if the folder holds another setup.
+    Cells found in results.csv are not run again.
+
+    Errors: ValueError for a folder of another setup, or with files of the same names that are no comparison's.
     """
 
     def __init__(self, folder: Path, setup: Setup, engine: str = "auto") -> None:
         self.folder, self.setup, self.engine = folder, setup, engine
-        (folder / "tickets").mkdir(parents=True, exist_ok=True)
         wanted = json.loads(json.dumps(asdict(setup)))
-        path = folder / "setup.json"
-        if not path.exists():
-            path.write_text(json.dumps(wanted, indent=2) + "\n")
         # A field that the folder's version did not have was what it is by default.
         known = {f.name: f.default for f in fields(Setup) if f.default is not MISSING}
-        found = known | json.loads(path.read_text())
+        found = known | (self._stored() or wanted)
+        self.files = {name: found.pop(name, None) for name in _DIGESTS}
         if found != wanted:
             differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
             raise ValueError(
@@ -101,6 +116,7 @@ class Comparison:
                 "give another --out or remove it"
             )
         self.rows = self._read()
+        (folder / "tickets").mkdir(parents=True, exist_ok=True)
         self.caveats: dict[str, str] = {}  # of this run's tickets, by method and sparsity
 
     def run(
@@ -118,8 +134,10 @@ class Comparison:
         for method in methods:
             check_method(self.setup, method)
         seeds = list(seeds)
+        self._check_files(dataset)
         cells = [Cell("dense", 0.0, seed) for seed in seeds]
         cells += [Cell(m, s, seed) for seed in seeds for s in sparsities for m in methods]
+        self._check_searches([cell for cell in cells if cell.key not in self.rows], dataset)
         with progress.task("cells", total=len(cells)) as advance:
             for cell in cells:
                 if cell.key not in self.rows:
@@ -146,7 +164,7 @@ class Comparison:
         )
         values = (
             cell.method,
-            f"{cell.sparsity:g}",
+            short(cell.sparsity),
             cell.seed,
             f"{history.accuracy:.2f}",
             kept,
@@ -165,7 +183,7 @@ class Comparison:
         if sanity == "corrupt":  # found where there is nothing to learn, trained on the data
             method, searched, sanity = cell.method, corrupted(dataset, cell.seed), ""
         stem = file_stem(method)
-        path = self.folder / "tickets" / f"{stem}-{cell.sparsity:g}-{cell.seed}.safetensors"
+        path = self.folder / "tickets" / f"{stem}-{short(cell.sparsity)}-{cell.seed}.safetensors"
         if path.exists():
             ticket = Ticket.load(path)
         else:
@@ -196,11 +214,56 @@ class Comparison:
         safefile.write(path, dense_state(model), {}, kind="weights")
         return model
 
+    def _stored(self) -> dict[str, Any] | None:
+        """What setup.json says; None where there is none."""
+        path = self.folder / "setup.json"
+        if not path.exists():
+            return None
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict):
+            raise ValueError(
+                f"{path}: expected what a comparison wrote, got something else; give another --out or remove it"
+            )
+        return found
+
+    def _check_files(self, dataset: Dataset) -> None:
+        """Writes setup.json with what its cells' files hold, or refuses other files of the same names."""
+        weights = self.setup.weights
+        given = weights is not None and Path(weights).is_file()
+        digest = hashlib.sha256(Path(weights or "").read_bytes()).hexdigest() if given else None
+        for (name, what), now in zip(_DIGESTS.items(), (dataset.digest, digest), strict=True):
+            if self.files[name] not in (None, now):
+                raise ValueError(
+                    f"{self.folder} holds cells of other {what}; give another --out or remove it"
+                )
+            self.files[name] = now
+        text = json.dumps(asdict(self.setup) | self.files, indent=2) + "\n"
+        path = self.folder / "setup.json"
+        if not path.exists() or path.read_text() != text:
+            part = path.with_suffix(".part")
+            part.write_text(text)
+            part.replace(path)
+
+    def _check_searches(self, cells: Sequence[Cell], dataset: Dataset) -> None:
+        """Errors: ValueError for a cell that could not be searched, before any is."""
+        searched = {(cell.base, cell.sparsity) for cell in cells if cell.method != "dense"}
+        if searched:
+            model = new_model(self.setup, dataset, seed=0)
+            for method, sparsity in sorted(searched):
+                check_found(self.setup, model, dataset, method, sparsity)
+
     def _read(self) -> dict[str, dict[str, str]]:
         path = self.folder / "results.csv"
         if not path.exists():
             return {}
         text = path.read_text()
+        if text and not text.startswith(",".join(FIELDS[:4])):
+            raise ValueError(
+                f"{path}: expected the results of a comparison, got something else; give another --out or remove it"
+            )
         complete = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
         if complete != text:
             path.write_text(complete)
@@ -283,7 +346,7 @@ class Comparison:
         axes.minorticks_off()
         axes.set_xlabel("sparsity, % of weights removed")
         axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"{self.setup.model} on {self.setup.data}")
+        axes.set_title(f"{self.setup.model} on {self.setup.data}", parse_math=False)
         axes.grid(alpha=0.3)
         if len(summary) > 8:
             figure.set_figwidth(8.4)

@@ -1,8 +1,10 @@
 """Data sets as tensors on the device: no workers, augmentation where the data lies."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,10 @@ __all__ = [
 ]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
+_MOST_PIXELS = 16_384  # of an image's side
 EAGER_BYTES = 2 << 30  # a folder whose pixels fit in this much is decoded once and kept
 _PAD = 4  # of the random crop
+_DIGEST_BYTES = 256 << 20  # of pixels that `Split.digest` looks at one by one
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,20 @@ class Split:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def digest(self) -> str:
+        """SHA-256 of labels and images: of all pixels, of 2,048 images where more would take long, of files not decoded
+        yet by name and size."""
+        found = hashlib.sha256(self.labels.numpy().tobytes())
+        if isinstance(self.images, ImageFiles):
+            for path in self.images.paths:
+                found.update(b"\0%s\0%d" % (os.fsencode(path.name), path.stat().st_size))
+        else:
+            found.update(repr(tuple(self.images.shape)).encode())
+            whole = self.images.numel() <= _DIGEST_BYTES
+            seen = self.images if whole else self.images[sample_of(len(self))]
+            found.update(seen.contiguous().numpy().data)
+        return found.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,6 +73,15 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip_crop: bool  # whether random flips and crops are the customary augmentation
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 that tells other images, labels, sizes and normalisations apart; equal wherever the files lie."""
+        # The last digits of moments are those of a machine.
+        scale = [f"{value:.6g}" for value in (*self.mean, *self.std)]
+        facts = (self.classes, self.shape, scale, self.flip_crop)
+        parts = (self.train.digest(), self.test.digest())
+        return hashlib.sha256(repr((facts, parts)).encode()).hexdigest()
 
 
 # name: (torchvision's class, its folder, mean, std, flips and crops are customary)
@@ -86,22 +113,42 @@ def load(
     Args:
         data_dir: where the files lie, as torchvision lays them out; nothing is downloaded then.
             For cifar10 also an image folder `cifar10-jpeg/{train,test}/<class>/`.
-        image_size: side of a folder's images; by default the median of their shorter sides.
+        image_size: side of a folder's images; by default the median of their shorter sides.  Of other data: that which
+            they have.
 
     folder:PATH is PATH/{train,test}/<class>/* (val, valid, validation, dev or eval in place of test), or
     PATH/<class>/* with every sixth image as the test split (`folders.find_images`).  Images become RGB, upright, over
     white; deeper grey is scaled to 8 bits (`images.read_rgb`).  Mean and standard deviation are those of at most
     2,048 training images, and are remembered in PATH.
 
-    Errors: DataError for an unknown name, a missing folder or set, a failed download, damaged files.
+    Errors: DataError for an unknown name, a missing folder or set, a failed download, damaged files, an image size
+    that the data does not have.
     """
-    if name.startswith("folder:"):
-        path = name.removeprefix("folder:")
-        if not path:
-            raise DataError(
-                "data: expected folder:PATH, got no path; folder:. is the current folder"
-            )
-        return _folder(name, Path(path).expanduser(), image_size)
+    if image_size is not None and not 1 <= image_size <= _MOST_PIXELS:
+        raise DataError(f"image size: expected 1 to {_MOST_PIXELS:,} pixels, got {image_size}")
+    if (folder := folder_of(name)) is not None:
+        return _folder(name, folder, image_size)
+    found = _named(name, data_dir, download=download)
+    if image_size is not None and found.shape[1:] != (image_size, image_size):
+        raise DataError(
+            f"image size: expected none for {name}, whose images are of {found.shape[1]} x {found.shape[2]} pixels, "
+            f"got {image_size}; those of a folder:PATH have any size"
+        )
+    return found
+
+
+def folder_of(name: str) -> Path | None:
+    """The folder of folder:PATH; None for other data.  Errors: DataError for an empty PATH."""
+    if not name.startswith("folder:"):
+        return None
+    path = name.removeprefix("folder:")
+    if not path:
+        raise DataError("data: expected folder:PATH, got no path; folder:. is the current folder")
+    return Path(path).expanduser()
+
+
+def _named(name: str, data_dir: str | Path | None, *, download: bool) -> Dataset:
+    """A data set of its own name."""
     if name == "digits":
         return _digits()
     if name not in _KNOWN:
@@ -206,8 +253,6 @@ def _digits() -> Dataset:
 
 
 def _folder(name: str, root: Path, image_size: int | None) -> Dataset:
-    if image_size is not None and image_size < 1:
-        raise DataError(f"image size: expected at least 1 pixel, got {image_size}")
     found = find_images(root)
     paths = [path for path, _ in found.train]
     known = remembered(root, paths, image_size)
@@ -238,6 +283,7 @@ class Batches:
         augment: random flips and crops out of a 4-pixel border.
         drop_last: whether a last, smaller batch is left out; None: one of a single sample where a model with BatchNorm
             trains, which cannot compute with it.
+        facts: what a checkpoint of a run on them tells apart, beside their first batch and the model's values.
     """
 
     def __init__(
@@ -251,6 +297,7 @@ class Batches:
         augment: bool = False,
         drop_last: bool | None = None,
         device: torch.device | str = "cpu",
+        facts: Sequence[Any] = (),
     ) -> None:
         if split not in ("train", "test"):
             raise DataError(f"split: expected train or test, got {split!r}")
@@ -259,7 +306,7 @@ class Batches:
         part: Split = getattr(dataset, split)
         self.device = torch.device(device)
         self.batch_size, self.seed, self.shuffle = batch_size, seed, shuffle
-        self.augment, self.drop_last = augment, drop_last
+        self.augment, self.drop_last, self.facts = augment, drop_last, tuple(facts)
         self.labels = part.labels.to(self.device)
         self.images = part.images
         if isinstance(self.images, Tensor):

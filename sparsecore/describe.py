@@ -8,9 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from .coverage import told_share
-from .experiment import PlannedModel
 from .plans import report
 from .tickets import Ticket
+from .training_plan import PlannedModel
 
 _FOLDED = 16  # more layers than that do not fit a screen
 _EXTREMES = 6

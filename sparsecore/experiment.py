@@ -4,6 +4,9 @@
 `train_on` trains what was found.  Everything a ticket's training needs is in its provenance.
 """
 
+import math
+import warnings
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,15 +17,14 @@ import torch
 from torch import nn
 
 from . import checkpoints
-from .compaction import Compacted, compact
 from .convert import Filter, dense_layers, is_prunable, sparsify_
-from .data import Batches, Dataset, limited, load
+from .data import Batches, Dataset, DataWarning, folder_of, limited, load
 from .fields import choose
+from .forecheck import MOST_EPOCHS, check_search
 from .methods import DTYPES, search_for, split
-from .plans import plan_
 from .progress import QUIET, Progress
 from .recipe import Recipe
-from .recipes import build, recipe_for
+from .recipes import build, check_options, recipe_for
 from .search import Rewinding, Search
 from .sparsities import check_sparsity
 from .start_weights import TRAINED, read_state, start_from_, start_trained_
@@ -50,8 +52,9 @@ class Setup:
         weights: where training begins, a file's state_dict or DEFAULT, torchvision's trained weights; None: freshly
             initialised.
         drop_last: whether a last, smaller batch of training is left out.
+        image_size: side of a folder's images, in pixels; None: the median of theirs.
 
-    Errors: ValueError, listing valid names.
+    Errors: ValueError, listing valid names and ranges.
     """
 
     model: str
@@ -74,16 +77,22 @@ class Setup:
     sparse_layers: str | tuple[str, ...] | None = None
     weights: str | None = None
     drop_last: bool = False
+    image_size: int | None = None
 
     def __post_init__(self) -> None:
         recipe_for(self.model)  # an unknown model is told at once
+        check_options(self.model, self.model_options)
         choose("search dtype", self.search_dtype, DTYPES)
-        self.search("cts", seed=0)  # refuses its bad names and numbers
-        for name, least in (("rewind_epochs", 0), ("train_epochs", 0), ("search_batch", 1)):
-            if not getattr(self, name) >= least:
+        check_epochs("rewind epochs", self.rewind_epochs)
+        check_epochs("train epochs", self.train_epochs)
+        if not 1 <= self.search_batch < 2**31:
+            raise ValueError(f"search batch: expected 1 to 2**31 - 1, got {self.search_batch}")
+        for name in ("search_lr", "gain_lr", "tau"):
+            if not math.isfinite(getattr(self, name) or 0):
                 raise ValueError(
-                    f"{name.replace('_', ' ')}: expected at least {least}, got {getattr(self, name)}"
+                    f"{name.replace('_', ' ')}: expected a finite number, got {getattr(self, name)}"
                 )
+        self.search("cts", seed=0)  # refuses its bad names and numbers
 
     @property
     def filter(self) -> Filter:
@@ -93,6 +102,11 @@ class Setup:
     def total_epochs(self) -> float:
         """What the schedule of a whole training spans."""
         return self.rewind_epochs + self.train_epochs
+
+    @property
+    def weights_file(self) -> Path | None:
+        """The file that `weights` names, if it does."""
+        return None if self.weights in (None, TRAINED) else Path(self.weights or "")
 
     def search(self, method: str, seed: int) -> Search:
         """The search behind a method's name, such as `cts` or `ltr:rate=0.3`."""
@@ -105,9 +119,35 @@ class Setup:
         return replace(self, rewind_epochs=0, train_epochs=self.total_epochs)
 
 
-def data_of(setup: Setup, data_dir: Path | None = None, image_size: int | None = None) -> Dataset:
+def check_epochs(what: str, epochs: float) -> None:
+    """Errors: ValueError for less than 0 or more than a million epochs."""
+    if not 0 <= epochs <= MOST_EPOCHS:  # true for NaN too
+        raise ValueError(f"{what}: expected at least 0 and at most {MOST_EPOCHS:,}, got {epochs}")
+
+
+def tell_other_data(ticket: Ticket, setup: Setup, dataset: Dataset) -> None:
+    """Warns, by a DataWarning, where the ticket's own data is no longer what it was found on."""
+    found = ticket.meta.get("setup")
+    same = isinstance(found, dict) and found.get("data") == setup.data
+    if same and ticket.meta.get("data_digest", dataset.digest) != dataset.digest:
+        warnings.warn(
+            f"{setup.data}: these are other images, labels or sizes than those that the ticket was found on",
+            DataWarning,
+            stacklevel=2,
+        )
+
+
+def data_of(setup: Setup, data_dir: Path | None = None) -> Dataset:
     """The setup's data.  Errors: `data.DataError`."""
-    return limited(load(setup.data, data_dir, image_size=image_size), setup.train_samples)
+    found = load(setup.data, data_dir, image_size=setup.image_size)
+    return limited(found, setup.train_samples)
+
+
+def with_data(setup: Setup, data: str | None, image_size: int | None) -> Setup:
+    """The setup on other data, or on its own where `data` is None; its image size is that of folders alone."""
+    name = data or setup.data
+    own = setup.image_size if folder_of(name) is not None else None
+    return replace(setup, data=name, image_size=own if image_size is None else image_size)
 
 
 def new_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
@@ -136,7 +176,7 @@ def _sparse(setup: Setup, model: nn.Module) -> nn.Module:
 
 def _check_layers(setup: Setup, model: nn.Module) -> None:
     """Every glob has to name a layer: one with a slip of the pen would be passed over in silence."""
-    globs = setup.sparse_layers or ()
+    globs = () if setup.sparse_layers is None else setup.sparse_layers
     names = list(dense_layers(model))
     for glob in (globs,) if isinstance(globs, str) else globs:
         if not any(fnmatchcase(name, glob.removeprefix("!")) for name in names):
@@ -147,9 +187,14 @@ def _check_layers(setup: Setup, model: nn.Module) -> None:
 
 
 def loaders(
-    dataset: Dataset, recipe: Recipe, seed: int, device: torch.device, drop_last: bool = False
+    dataset: Dataset,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    drop_last: bool = False,
+    facts: Sequence[Any] = (),
 ) -> tuple[Batches, Batches]:
-    """Training and test batches of a recipe."""
+    """Training and test batches of a recipe.  facts: as `data.Batches` takes them."""
     augment = recipe.augment and dataset.flip_crop
     train_batches = Batches(
         dataset,
@@ -159,6 +204,7 @@ def loaders(
         augment=augment,
         drop_last=drop_last or None,
         device=device,
+        facts=facts,
     )
     if not len(train_batches):
         raise ValueError(
@@ -166,6 +212,14 @@ def loaders(
         )
     test_batches = Batches(dataset, "test", 1024, seed=seed, shuffle=False, device=device)
     return train_batches, test_batches
+
+
+def batches_of_setup(
+    setup: Setup, dataset: Dataset, recipe: Recipe, seed: int, device: torch.device
+) -> tuple[Batches, Batches]:
+    """`loaders` of a setup. A checkpoint then knows the model's options, which weights need not tell, and all data."""
+    facts = (setup.model, sorted(setup.model_options.items()), dataset.digest)
+    return loaders(dataset, recipe, seed, device, setup.drop_last, facts)
 
 
 def rewind_point(
@@ -182,7 +236,7 @@ def rewind_point(
     if setup.rewind_epochs:
         train(
             model,
-            *loaders(dataset, setup.recipe, seed, device, setup.drop_last),
+            *batches_of_setup(setup, dataset, setup.recipe, seed, device),
             setup.recipe,
             stop_epoch=setup.rewind_epochs,
             total_epochs=setup.total_epochs,
@@ -192,6 +246,14 @@ def rewind_point(
             engine=engine,
         )
     return model
+
+
+def check_found(
+    setup: Setup, model: nn.Module, dataset: Dataset, method: str, sparsity: float
+) -> None:
+    """Errors: what `find_ticket` would have after the rewind point was trained, whatever the model's weights."""
+    some = next(iter(Batches(dataset, "train", 2)))[0]
+    check_search(setup.start_of(method).search(method, 0), model, sparsity, some)
 
 
 def find_ticket(
@@ -226,7 +288,7 @@ def find_ticket(
     kind, recipe = split(method)[0], setup.recipe
     if not kind.trains:
         recipe = replace(recipe, batch=setup.search_batch, augment=recipe.augment and kind.augments)
-    training, test = loaders(dataset, recipe, seed, device, setup.drop_last)
+    training, test = batches_of_setup(setup, dataset, recipe, seed, device)
     start = perf_counter() - checkpoints.seconds(checkpoint)  # an interrupted search's time counts
     ticket = search(
         model, training, sparsity=sparsity, progress=progress, checkpoint=checkpoint,
@@ -237,7 +299,10 @@ def find_ticket(
     meta = dict(ticket.meta)
     # A search that took up what another run had done knows better what all of it took.
     seconds = meta.pop("search_seconds", perf_counter() - start)
-    return replace(ticket, meta=meta | {"search": method, "setup": asdict(setup)}), seconds
+    if folder_of(setup.data) is not None:  # the median may be another when images are added
+        setup = replace(setup, image_size=dataset.shape[-1])
+    told = {"search": method, "setup": asdict(setup), "data_digest": dataset.digest}
+    return replace(ticket, meta=meta | told), seconds
 
 
 def setup_of(ticket: Ticket) -> Setup:
@@ -277,7 +342,7 @@ def train_on(
     recipe = recipe or setup.recipe
     end = setup.rewind_epochs + epochs
     device = next(model.parameters()).device
-    train_batches, test_batches = loaders(dataset, recipe, seed, device, setup.drop_last)
+    train_batches, test_batches = batches_of_setup(setup, dataset, recipe, seed, device)
     if not epochs:
         start = perf_counter()
         accuracy = evaluate(model, test_batches)
@@ -302,63 +367,6 @@ def train_on(
 def model_of(ticket: Ticket, dataset: Dataset, device: torch.device) -> nn.Module:
     """The model a ticket was found in, at the ticket's start weights and under its masks."""
     return ticket.apply_(new_model(setup_of(ticket), dataset, seed=0)).to(device)
-
-
-@dataclass(frozen=True)
-class PlannedModel:
-    """A ticket's model as it trains: the full one, or a smaller one without its dead units."""
-
-    full: nn.Module
-    small: Compacted | None
-    told: str  # what became of dead units
-
-    @property
-    def model(self) -> nn.Module:
-        return self.full if self.small is None else self.small.model
-
-    def restored(self) -> nn.Module:
-        """The full model with what has been trained."""
-        return self.full if self.small is None else self.small.restore_(self.full)
-
-
-def plan_for(
-    model: nn.Module,
-    plan: str,
-    dataset: Dataset,
-    recipe: Recipe,
-    cache: Path | None = None,
-    engine: str = "auto",
-) -> PlannedModel:
-    """Plans a masked model for a recipe's batch, precision and engine on its device; "auto" drops dead units first."""
-    device = next(model.parameters()).device
-    x = next(iter(Batches(dataset, "train", recipe.batch, device=device)))[0]
-    x = x.chunk(recipe.accumulate)[0]
-    small, told = None, "dead units stay under a named plan"
-    if plan == "auto":
-        small, told = _compacted(model, x, recipe)
-    planned = PlannedModel(model, small, told)
-    # Steps become graphs there unless that was refused.
-    captured = device.type == "cuda" and engine in ("auto", "graph", "compile-graph")
-    example = [x] if plan == "auto" else []
-    with recipe.autocast(device):
-        try:
-            plan_(planned.model, plan, *example, cache=cache, captured=captured)
-        except RuntimeError:  # what no graph can hold is launched one by one
-            if not captured:
-                raise
-            plan_(planned.model, plan, *example, cache=cache)
-    return planned
-
-
-def _compacted(model: nn.Module, x: torch.Tensor, recipe: Recipe) -> tuple[Compacted | None, str]:
-    """The model without dead units, if there are any and it may train so, and what to say about it."""
-    if recipe.optimizer == "adam" and recipe.weight_decay:
-        return None, "dead units stay: Adam's coupled weight decay can bring one back to life"
-    try:
-        small = compact(model, x[:2])
-    except ValueError as error:  # a model that cannot be traced trains all the same
-        return None, f"dead units stay: {error}"
-    return (small if small.removed else None), small.table()
 
 
 def apply_sanity(ticket: Ticket, sanity: str, dataset: Dataset, seed: int) -> Ticket:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
@@ -11,6 +12,7 @@ from .gates import GATES, AbstractGate
 from .objectives import OBJECTIVES, Objective
 
 T = TypeVar("T")
+_WHOLE = 2**63  # an int64's, which counts and seeds become
 
 
 def choose(what: str, name: str, valid: Any) -> str:
@@ -21,17 +23,33 @@ def choose(what: str, name: str, valid: Any) -> str:
 
 
 def pairs(texts: list[str] | None, what: str) -> dict[str, Any]:
-    """KEY=VALUE texts; a value is JSON where it parses, else a string."""
-    options = {}
+    """KEY=VALUE texts; a value is JSON where it parses, else a string.
+
+    Errors: ValueError for a text without a key or a value, and for a number that is not finite.
+    """
+    options: dict[str, Any] = {}
     for text in texts or []:
         key, equals, value = text.partition("=")
-        if not equals:
+        if not (key and equals):
             raise ValueError(f"{what}: expected KEY=VALUE, got {text!r}")
         try:
             options[key] = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):  # also digits beyond Python's limit
             options[key] = value
+        if not _finite(options[key]):
+            raise ValueError(
+                f"{what} {key}: expected a finite number (a whole one of 64 bits), got {value}"
+            )
     return options
+
+
+def _finite(value: Any) -> bool:
+    """Whether all numbers within a JSON value are finite, and whole ones of 64 bits."""
+    if isinstance(value, list | dict):
+        return all(map(_finite, value.values() if isinstance(value, dict) else value))
+    if isinstance(value, float):
+        return math.isfinite(value)
+    return not isinstance(value, int) or -_WHOLE <= value < _WHOLE
 
 
 def objective_of(text: str) -> Objective:
@@ -78,7 +96,9 @@ def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
     if not equals:
         return make()
     try:
-        return make(float(number))
+        if not math.isfinite(value := float(number)):
+            raise ValueError("not a finite one")
+        return make(value)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"{what} {name}: expected a number it takes, got {number!r} ({error})"

@@ -79,6 +79,21 @@ def find_images(root: Path) -> ImageFolder:
     return ImageFolder(classes, train, test)
 
 
+def is_class_folder(root: Path, path: Path) -> bool:
+    """Whether a folder made at `path` would count as a class of the images in `root`, or lie in one."""
+    top, real = (Path(os.path.realpath(p)) for p in (root, path))
+    if not top.is_dir() or top not in (real, *real.parents):
+        return False
+    names = {folder.name.casefold() for folder in _folders(top)}
+    split = not (names.isdisjoint(TRAIN_NAMES) or names.isdisjoint(TEST_NAMES))
+    if real == top:  # what is made lies in it
+        return not split
+    first = real.relative_to(top).parts[0]
+    if split:
+        return first.casefold() in TRAIN_NAMES + TEST_NAMES
+    return not _is_tool(first)
+
+
 def _splits(root: Path) -> tuple[Path, Path] | None:
     """The folders of training and of test images; None where `root` holds class folders."""
     folders = _folders(root)

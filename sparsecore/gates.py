@@ -92,7 +92,7 @@ def _check_density(density: float) -> float:
 
 
 def _positive(name: str, value: float) -> None:
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a positive number, got {value}")
 
 

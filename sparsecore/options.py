@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from .data import Dataset
 from .engine import ENGINES
-from .experiment import Setup, data_of
+from .experiment import Setup
 from .fields import pairs, replaced
 from .objectives import OBJECTIVES
 from .recipe import Recipe
@@ -36,7 +36,14 @@ Version = Annotated[
     typer.Option("--version", callback=_told_version, is_eager=True, help="Show versions and end."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Seed = Annotated[int, typer.Option(help="Of the initial weights, data order and gate noise.")]
+SEEDS = (-(2**63), 2**63 - 1)  # what torch.Generator takes, and a gate's noise
+_MOST_SEEDS = 10_000
+Seed = Annotated[
+    int,
+    typer.Option(
+        help="Of the initial weights, data order and gate noise.", min=SEEDS[0], max=SEEDS[1]
+    ),
+]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the result to this JSON file.")]
 ModelName = Annotated[str, typer.Option(help="A built-in model or torchvision:NAME.")]
 DataName = Annotated[
@@ -182,8 +189,8 @@ def setup_of_options(
     model_option: ModelOption = None,
     recipe: RecipeOption = None,
     image_size: ImageSize = None,
-) -> tuple[Setup, Callable[[], Dataset]]:
-    """The setup that options describe, and how its data is loaded."""
+) -> tuple[Setup, Path | None]:
+    """The setup that options describe, and where its data lies."""
     setup = Setup(
         model=model,
         data=data,
@@ -205,8 +212,9 @@ def setup_of_options(
         sparse_layers=layers[0] if layers and len(layers) == 1 else tuple(layers or ()) or None,
         weights=weights,
         drop_last=drop_last,
+        image_size=image_size,
     )
-    return setup, lambda: data_of(setup, data_dir, image_size)
+    return setup, data_dir
 
 
 def given(provider: Callable[..., Any], *names: str) -> Callable[[Callable], Callable[..., None]]:
@@ -234,12 +242,23 @@ def given(provider: Callable[..., Any], *names: str) -> Callable[[Callable], Cal
     return decorate
 
 
-with_setup = given(setup_of_options, "setup", "dataset")
+with_setup = given(setup_of_options, "setup", "data_dir")
 
 
 def numbers(text: str, what: str) -> list[float]:
-    """Numbers with commas between."""
+    """Finite numbers with commas between, at least one."""
     try:
-        return [float(part) for part in text.split(",") if part.strip()]
+        found = [float(part) for part in text.split(",") if part.strip()]
     except ValueError:
-        raise ValueError(f"{what}: expected numbers with commas between, got {text!r}") from None
+        found = []
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{what}: expected numbers with commas between, got {text!r}")
+    return found
+
+
+def seeds_from(seed: int, count: int) -> range:
+    """So many seeds, counted up.  Errors: ValueError for none, too many, or one that is out of range."""
+    most = min(_MOST_SEEDS, SEEDS[1] - seed + 1)
+    if not 1 <= count <= most:
+        raise ValueError(f"seeds: expected 1 to {most:,} from seed {seed} on, got {count}")
+    return range(seed, seed + count)

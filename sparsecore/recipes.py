@@ -1,6 +1,7 @@
 """Models by name, each with its default training recipe."""
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -42,14 +43,32 @@ def model_names() -> list[str]:
     return [*BUILDERS, "torchvision:NAME"]
 
 
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Errors: ValueError for an option of no such name, or one that the model takes from elsewhere: its images, say."""
+    builder = _builder(name)
+    taken = torchvision_models.TAKEN if builder not in BUILDERS.values() else {}
+    known = [
+        p.name for p in inspect.signature(builder).parameters.values() if p.kind is p.KEYWORD_ONLY
+    ]
+    for key in options:
+        if key in taken:
+            raise ValueError(f"model option: {name} expected no {key}, {taken[key]}")
+        if not key.isidentifier() or key == "seed" or (not taken and key not in known):
+            raise ValueError(
+                f"model option: {name} expected options that it takes, {', '.join(known) or 'as torchvision has them'},"
+                f" got {key!r}"
+            )
+
+
 def build(
-    name: str, shape: tuple[int, int, int], classes: int, *, seed: int = 0, **options: Any
+    name: str, shape: tuple[int, int, int], classes: int, /, *, seed: int = 0, **options: Any
 ) -> nn.Module:
     """A freshly initialised dense model for images [C, H, W]; the global generator is left alone.
 
     Errors: ValueError for an unknown name, listing the valid ones, images or options that the model does not take.
     """
     builder = _builder(name)
+    check_options(name, options)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -77,7 +96,8 @@ def _check_images(
     except NotImplementedError:  # an operation that knows no shapes
         return
     except Exception as error:
-        raise ValueError(f"{name}: expected {_images(shape)}: {_reason(error)}") from None
+        what = _images(shape) + (f" with the options {options}" if options else "")
+        raise ValueError(f"{name}: expected {what}: {_reason(error)}") from None
 
 
 def _images(shape: tuple[int, int, int]) -> str:

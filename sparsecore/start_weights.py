@@ -1,6 +1,5 @@
 """Start weights of one's own: a state_dict out of a file, or torchvision's trained weights."""
 
-import pickle
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from .torchvision_models import trained
 TRAINED = "DEFAULT"  # torchvision's word for a model's best weights
 _NESTED = ("state_dict", "model_state_dict", "model")  # where checkpoints keep them
 _WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 class WeightsWarning(UserWarning):
@@ -35,7 +35,7 @@ def read_state(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, ValueError):
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, pickle.UnpicklingError, OSError, EOFError, ValueError, KeyError):
+        except Exception:  # readers let many kinds of error through
             raise ValueError(
                 f"weights: expected {path} to be safetensors or a state_dict that torch.save wrote, got a damaged "
                 "file or one with more than tensors"
@@ -57,12 +57,21 @@ def read_state(path: Path) -> dict[str, Tensor]:
 
 
 def start_from_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads a state_dict of the same names and shapes in place.
+    """Loads a state_dict of the same names and shapes in place; floating point of any width becomes the model's own.
 
-    Errors: ValueError for other names or shapes and values that are no numbers; nothing changes then.
+    Names may all have one more prefix, as where the model was part of another (a LightningModule's `model.`).
+
+    Errors: ValueError for other names or shapes, for what are no plain numbers of the same kind (quantised, complex,
+    sparse, without data) and for values that are not finite; nothing changes then.
     """
     own = model.state_dict()
+    state = _unprefixed(state, own)
     missing, more = sorted(own.keys() - state), sorted(state.keys() - own)
+    if pruned := [name for name in more if name.removesuffix("_orig") in missing]:
+        raise ValueError(
+            f"weights: expected plain weights in {source}, got {', '.join(pruned[:2])} of torch.nn.utils.prune; call "
+            "prune.remove before saving, or keep the masks by Ticket.from_prune"
+        )
     if missing or more:
         what = f"no {missing[0]}" if missing else f"{more[0]}, which it does not have"
         raise ValueError(
@@ -70,14 +79,45 @@ def start_from_(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
             "give weights of the same --model and --model-option"
         )
     for name, value in own.items():
+        _check_numbers(f"{name} in {source}", state[name], value)
         if value.shape != state[name].shape:
             raise ValueError(
                 f"weights: expected {name} of shape {tuple(value.shape)}, got {tuple(state[name].shape)} in {source}; "
                 "give weights for the same classes and image size"
             )
-        if state[name].is_floating_point() and not bool(state[name].isfinite().all()):
+        if value.is_floating_point() and not bool(state[name].to(value.dtype).isfinite().all()):
             raise ValueError(f"weights: {name} in {source} has values that are not finite")
     model.load_state_dict(dict(state))
+
+
+def _unprefixed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Without a prefix that all names have more than the model's, if there is one."""
+    for name in next(iter(own)), next(iter(own)) + "_orig":
+        for key in state:
+            prefix = key.removesuffix(name)
+            if (
+                prefix
+                and prefix.endswith(".")
+                and key.endswith(name)
+                and all(k.startswith(prefix) for k in state)
+            ):
+                return {k.removeprefix(prefix): value for k, value in state.items()}
+    return state
+
+
+def _check_numbers(what: str, value: Tensor, own: Tensor) -> None:
+    """Errors: ValueError for a tensor that a plain copy would change, or could not read."""
+    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    alike = value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype
+    if not (plain and alike):
+        kind = str(value.layout if value.layout != torch.strided else value.dtype).removeprefix(
+            "torch."
+        )
+        wanted = "floating-point numbers" if own.is_floating_point() else own.dtype
+        raise ValueError(
+            f"weights: expected plain {wanted} as {what}, got "
+            f"{'no data (a tensor on meta)' if value.is_meta else kind}; save the state_dict of a plain dense model"
+        )
 
 
 def start_trained_(

@@ -15,6 +15,14 @@ _ONE_HEAD = {
     "googlenet": {"aux_logits": False, "init_weights": True},
     "inception_v3": {"aux_logits": False, "init_weights": True},
 }
+# What a model's builder is told by others than its user, and by whom.
+TAKEN = {
+    "name": "which --model gives",
+    "num_classes": "which the data gives",
+    "weights": "which are those of --weights",
+    "progress": "since nothing is shown of it",
+    "backend": "since all are of torchvision.models",
+}
 _FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
@@ -32,6 +40,10 @@ def builder(model: str) -> Callable[..., nn.Module]:
         if shape[0] != 3:
             raise ValueError(
                 f"torchvision:{model}: expected images with 3 channels, got {shape[0]}"
+            )
+        if options.get("aux_logits"):
+            raise ValueError(
+                f"torchvision:{model}: expected one head, got aux_logits={options['aux_logits']}; leave it out"
             )
         given = _ONE_HEAD.get(model, {}) | _sized(model, shape) | options
         try:

@@ -43,7 +43,7 @@ def test_the_median_side_decides_and_image_size_over_it(tmp_path: Path) -> None:
     root = image_folder(tmp_path, (31, 8, 8, 9, 2))
     assert data.load(f"folder:{root}").shape == (3, 8, 8)
     assert data.load(f"folder:{root}", image_size=5).shape == (3, 5, 5)
-    with pytest.raises(DataError, match="image size: expected at least 1 pixel, got 0"):
+    with pytest.raises(DataError, match="image size: expected 1 to 16,384 pixels, got 0"):
         data.load(f"folder:{root}", image_size=0)
 
 

@@ -1,5 +1,6 @@
 """What all searches by trained gates share: gates put into a model, epochs of steps, a ticket of the best-scored."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,8 +82,8 @@ class AbstractGateSearch(ABC):
         start = self.start_density
         checks = (
             ("search epochs", self.epochs, self.epochs is None or self.epochs >= 1, "at least 1"),
-            ("search lr", self.lr, self.lr > 0, "a positive number"),
-            ("gain_lr", self.gain_lr, self.gain_lr >= 0, "0 (no gains) or more"),
+            ("search lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
+            ("gain_lr", self.gain_lr, 0 <= self.gain_lr < math.inf, "0 (no gains) or more"),
             ("start_density", start, start is None or 0 < start < 1, "null or 0 < density < 1"),
             ("ramp", self.ramp, self.ramp is None or 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
             (

@@ -62,7 +62,7 @@ class JointSearch(AbstractGateSearch):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.pace > 0:
+        if not 0 < self.pace < math.inf:
             raise ValueError(f"pace: expected a positive number of epochs, got {self.pace}")
         if not self.fusible:
             raise ValueError(

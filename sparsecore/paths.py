@@ -1,0 +1,152 @@
+"""The files that a command reads and writes: none over another, and every place writable, before any work."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from .folders import is_class_folder
+
+Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for
+
+
+def check_paths(
+    reads: Paths | None = None,
+    *,
+    written: Paths | None = None,
+    replaced: Paths | None = None,
+    folders: Paths | None = None,
+    data: Path | None = None,
+) -> None:
+    """Told before hours of work, not after.  What is refused is as it was.
+
+    Args:
+        reads: files and folders that the command needs as they are.
+        written: files that it writes into; a pipe or device such as /dev/stdout is one, too.
+        replaced: files that it makes anew and puts in their place.
+        folders: folders that it writes into, and makes where there are none.
+        data: a folder of images, in which a new folder would be a class.
+
+    Errors: ValueError for two that are one file, a file where a folder is wanted or the other way round, and places
+    that are not there or cannot be written.
+    """
+    read, written, replaced, folders = map(_given, (reads, written, replaced, folders))
+    for name, path in folders.items():
+        _check_folder(name, path)
+    for name, path in (written | replaced).items():
+        _check_file(name, path, [*folders.values()], stream=name in written)
+    _check_apart(read, written | replaced | folders)
+    for name, path in folders.items():
+        if data is not None and is_class_folder(data, path):
+            raise ValueError(
+                f"{name} {path}: expected a folder outside of the images, got what would be a class of {data}"
+            )
+    for name, path in (written | replaced).items():
+        if data is not None and path.is_file() and _real(data) in _real(path).parents:
+            raise ValueError(
+                f"{name} {path}: expected a file outside of the images, got one of {data}"
+            )
+
+
+def check_metrics(path: Path | None) -> None:
+    """Errors: ValueError for a file of anything but JSON lines, the last of which a killed run may have cut off."""
+    if path is None or not path.is_file():
+        return
+    *lines, last = path.read_bytes().split(b"\n")
+    for number, line in enumerate([*lines, last], 1):
+        try:
+            good = isinstance(json.loads(line), dict)
+        except ValueError:
+            good = number > len(lines) and (not line or line.startswith(b"{"))
+        if not good:
+            raise ValueError(
+                f"--metrics {path}: expected a new file or one JSON object a line, got something else in line "
+                f"{number}; name another file"
+            )
+
+
+def check_cache(path: Path | None, others: Paths) -> None:
+    """A cache's folder is made where there is none, and a cache that cannot be written costs time alone.
+
+    Errors: ValueError for one of the command's other files, or one that holds something else than remembered plans.
+    """
+    if path is None:
+        return
+    _check_apart(_given(others), {"--plan-cache": path})
+    if path.is_dir():
+        raise ValueError(f"--plan-cache {path}: expected the name of a file, got a folder")
+    if not path.is_file() or not path.stat().st_size:
+        return
+    try:
+        good = isinstance(json.loads(path.read_bytes()), dict)
+    except (ValueError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"--plan-cache {path}: expected a new file or one of remembered plans (JSON), got something else; "
+            "name another file"
+        )
+
+
+def _given(paths: Paths | None) -> dict[str, Path]:
+    return {name: path for name, path in (paths or {}).items() if path is not None}
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> None:
+    if path.is_dir():
+        raise ValueError(f"{name} {path}: expected the name of a file, got a folder")
+    if path.exists() and not path.is_file():
+        if stream:
+            return
+        raise ValueError(f"{name} {path}: expected the name of a file, got a pipe or device")
+    parent = _real(path).parent
+    if any(parent == _real(folder) for folder in made):
+        return
+    if not parent.is_dir():
+        raise ValueError(f"{name} {path}: its folder does not exist; create {parent}")
+    _check_writable(name, path, parent)
+    if stream and path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{name} {path}: expected a file that can be written, got a protected one")
+
+
+def _check_folder(name: str, path: Path) -> None:
+    parent = _real(path)
+    while not parent.exists():
+        parent = parent.parent
+    if not parent.is_dir():
+        raise ValueError(f"{name} {path}: expected the name of a folder, got the file {parent}")
+    _check_writable(name, path, parent)
+
+
+def _check_writable(name: str, path: Path, folder: Path) -> None:
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"{name} {path}: expected a folder that can be written, got {folder} ({error.strerror})"
+        ) from None
+
+
+def _check_apart(read: dict[str, Path], made: dict[str, Path]) -> None:
+    """Two names of one file count as one, but for what is no file: /dev/null takes whatever comes."""
+    known: dict[Path | tuple[int, int], tuple[str, bool]] = {}
+    for name, path in [*read.items(), *made.items()]:
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            continue
+        keys: list[Path | tuple[int, int]] = [_real(path)]
+        if path.exists():
+            status = path.stat()
+            keys.append((status.st_dev, status.st_ino))
+        for key in keys:
+            first, of_reads = known.get(key, (name, False))
+            if first != name and not (of_reads and name in read):
+                raise ValueError(
+                    f"{name} {path}: expected a file of its own, got that of {first}; name another"
+                )
+        known |= dict.fromkeys(keys, (name, name in read))
