@@ -33,6 +33,8 @@ _BARE = ("in_proj", *_SEPARATE)  # whose weights are bare parameters of the atte
 class Projection(Part):
     """A weight of an attention as a layer; the attention holds the parameters and knows when to multiply."""
 
+    multiplies = True
+
     @property
     def bias(self) -> Tensor | None:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.whole._bias_of(self.name)
@@ -256,6 +258,12 @@ def _added(
     if not mask.is_floating_point():
         raise TypeError(f"{name}: expected a bool or floating-point mask, got {mask.dtype}")
     return mask
+
+
+def bare_keys(attention: nn.MultiheadAttention) -> list[str]:
+    """The keys of the projections that are bare parameters, whether another tool computes them or not."""
+    names = ("in_proj",) if attention._qkv_same_embed_dim else _SEPARATE
+    return [f"{name}_weight" for name in names]
 
 
 def projections(attention: nn.MultiheadAttention) -> dict[str, nn.Linear]:

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .attention import SparseMultiheadAttention, projections
+from .attention import SparseMultiheadAttention, bare_keys, projections
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import Gated, Planned
-from .recurrent import RECURRENT, SparseRecurrent, matrices
-from .tied import tie_
+from .recurrent import RECURRENT, SparseRecurrent, matrices, matrix_keys
+from .tied import require_own_memory, tie_
 
 Predicate = Callable[[str, nn.Module], bool]
 Filter = Predicate | type | str | Iterable[str | type]
@@ -67,6 +67,10 @@ def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
             f"are {', '.join(names[:8]) or 'none'}{', …' if len(names) > 8 else ''}"
         )
     _refuse_others(wanted)
+    require_own_memory(
+        model,
+        {id(part._parameters.get("weight")) for of in wanted.values() for part in of.values()},
+    )
     made: dict[nn.Module, nn.Module] = {}  # a layer in several places stays one layer
     for module, parts in wanted.items():
         made[module] = _sparse_form(module, [name.rpartition(".")[2] for name in parts])
@@ -108,7 +112,13 @@ def _within_whole(model: nn.Module, name: str) -> bool:
 
 
 def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
-    for found in wanted.values():
+    for module, found in wanted.items():
+        if type(module) in _WHOLES and (keys := _computed(module)):
+            raise ValueError(
+                f"sparsify_: expected the matrices of {', '.join(found)} to be parameters, got "
+                f"{', '.join(keys)} as another tool computes them (torch.nn.utils.prune, weight_norm, parametrize): "
+                "remove that first, or leave the layers out with filter_fn='!...'"
+            )
         for name, part in found.items():
             weight = part._parameters.get("weight")
             if weight is None or parametrize.is_parametrized(part):
@@ -123,6 +133,12 @@ def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
                     f"sparsify_: expected {name or 'the layer'} to know its shape, got a lazy layer; run the model "
                     "once before"
                 )
+
+
+def _computed(whole: nn.Module) -> list[str]:
+    """Of an attention or a recurrent network, the matrices that another tool computes."""
+    keys = bare_keys(whole) if isinstance(whole, nn.MultiheadAttention) else matrix_keys(whole)
+    return [key for key in keys if whole._parameters.get(key) is None]
 
 
 def dense_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -224,6 +240,8 @@ def require_dense_parameters(model: nn.Module) -> dict[str, SparseLayer]:
             f"expected dense weights, got kept weights alone in {', '.join(planned[:4])}: "
             "call sparsecore.plan_(model, 'mask') first"
         )
+    for name, layer in layers.items():
+        layer._require_parameter(f"search of {name}")
     return layers
 
 
@@ -239,9 +257,15 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
 
     PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  On leaving, modes and
-    all buffers (running statistics) are what they were.
+    all buffers (running statistics) are what they were, and so are embeddings whose rows a forward renormalises.
     """
     modes = {module: module.training for module in model.modules()}
+    renormalised = {
+        module: weight.detach().clone()
+        for module in model.modules()
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
+        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
+    }
     running: dict[nn.Module, dict[str, Tensor | None]] = {}
     model.eval()
     for module in model.modules():
@@ -257,6 +281,9 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
         for module, mode in modes.items():
             module.training = mode
+        with torch.no_grad():
+            for module, weight in renormalised.items():
+                module._parameters["weight"].copy_(weight)  # pyright: ignore
 
 
 class _Unfused:

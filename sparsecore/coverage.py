@@ -131,7 +131,10 @@ def _why(model: nn.Module, places: list[str]) -> str:
         return "in normalisation"
     if key.startswith("bias") or key.endswith("_bias"):
         return "in biases"
-    if kind in RECURRENT or isinstance(module, nn.MultiheadAttention | SparseMultiheadAttention):
+    wholes = (nn.MultiheadAttention, SparseMultiheadAttention, *RECURRENT, *RECURRENT.values())
+    if isinstance(module, wholes) and kind not in wholes:
+        return f"in {kind.__name__}, a subclass whose weights have no sparse form"
+    if kind in wholes:
         return f"in matrices of {kind.__name__} that sparsify_ was not asked for"
     if path.endswith(("parametrizations.weight",)) or key in (
         "weight_orig",

@@ -8,7 +8,7 @@ from typing_extensions import Self
 
 from . import kernels
 from .patterns import Formats, Masked, Planned
-from .zeros import zero_outside_
+from .zeros import require_one_mask, zero_outside_
 
 
 class DecidedLayer(nn.Module):
@@ -22,6 +22,7 @@ class DecidedLayer(nn.Module):
     weight_shape: Any
     _channels_last: Any
     _kept_by: Any
+    release: Any
     _require_parameter: Any
 
     def set_mask_(self, mask: Tensor) -> Self:
@@ -35,14 +36,22 @@ class DecidedLayer(nn.Module):
             raise ValueError(
                 f"mask: expected shape {tuple(self.weight_shape)}, got {tuple(mask.shape)}"
             )
+        self.require_one_mask(mask)
         pattern = self._masked(mask)
         self.unplan_()
         self._decide(pattern)
         return self
 
+    def require_one_mask(self, mask: Tensor) -> None:
+        """Errors: ValueError where another layer, of whatever model, keeps this weight at another mask."""
+        if isinstance(self.raw_weight, nn.Parameter):
+            mine = self.pattern.keeper if isinstance(self.pattern, Masked) else None
+            require_one_mask(self.raw_weight, mask, mine)
+
     def _decide(self, pattern: Masked) -> None:
         """This mask from now on: of the weight, of its gradient, of whoever reads and steps them."""
         raw = self.raw_weight
+        self.release()
         pattern.decided = True
         self.pattern = pattern.train(self.training)
         if raw.grad is not None and raw.grad.layout == torch.strided:
@@ -118,6 +127,8 @@ class DecidedLayer(nn.Module):
         """A pattern whose mask lies in memory as the weight does: their product then does too."""
         planned = isinstance(self.pattern, Planned)
         weight = self.effective_weight.detach() if planned else self.raw_weight
+        if weight.is_meta:  # values come later, a mask has some now
+            return Masked(mask.clone())
         return Masked(kernels.laid_out_as(mask.to(weight.device), weight).clone())
 
     def _become(self, pattern: nn.Module, parameter: Tensor) -> None:

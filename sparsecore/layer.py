@@ -19,10 +19,18 @@ from torch.nn.utils import parametrize
 from typing_extensions import Self
 
 from . import kernels
+from .computed import ComputedWeight
 from .decided import DecidedLayer
 from .patterns import Dense, Gated, Masked, Planned
 from .stored import StoredLayer
-from .zeros import ComputedWeight, Keeper, capturing, plain_python, zero_outside_
+from .zeros import (
+    SHARDED,
+    Keeper,
+    capturing,
+    is_sharded,
+    plain_python,
+    zero_outside_,
+)
 
 
 class SparseLayer(DecidedLayer, StoredLayer):
@@ -34,6 +42,8 @@ class SparseLayer(DecidedLayer, StoredLayer):
     pattern: nn.Module
     # Whether formats can take the layer's products over; of others a plan keeps the weights alone (`state`).
     multiplies = False
+    # Whether modules other than sparse layers compute with the parameter.
+    shared = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -84,6 +94,8 @@ class SparseLayer(DecidedLayer, StoredLayer):
             if not capturing(raw):
                 zero_outside_(raw.data, pattern.mask)
             return raw
+        if is_sharded(raw):
+            return raw
         kind = type(pattern).__name__
         return ComputedWeight.of(pattern(raw), f"{kind} ({pattern.extra_repr()})")
 
@@ -118,15 +130,39 @@ class SparseLayer(DecidedLayer, StoredLayer):
         ):
             return False  # a functional call's, another tool's
         if pattern.keeper is None:
-            pattern.keeper = Keeper(_still(self.leader or self, pattern))
-        pattern.keeper.keep(raw, pattern.mask)
-        return True
+            pattern.keeper = Keeper(_still(self.leader or self, pattern), self._used_elsewhere)
+        return pattern.keeper.keep(raw, pattern.mask)
+
+    @property
+    def _used_elsewhere(self) -> bool:
+        return self.shared
+
+    def release(self) -> None:
+        """Tells that the layer has another parameter from now on, which is kept as the old one was."""
+        keeper = getattr(getattr(self, "pattern", None), "keeper", None)
+        if keeper is not None:
+            keeper.release()
 
     def look(self) -> None:
         """Sees to it that pruned places of the parameter are zero, under a decided mask."""
         pattern = self.pattern
         if isinstance(pattern, Masked) and pattern.decided and plain_python():
-            self._kept_by(pattern)
+            if not (self._kept_by(pattern) or pattern.checked) and parametrize.is_parametrized(
+                self
+            ):
+                self._check_parametrized(pattern)
+
+    def _check_parametrized(self, pattern: Masked) -> None:
+        """Errors: ValueError for a parametrisation that fills pruned places: `layer.weight` would not be what the
+        layer computes with.
+        """
+        raw = self.raw_weight.detach()
+        if raw.shape == pattern.mask.shape and raw.masked_fill(pattern.mask, 0).any():
+            raise ValueError(
+                "masked layer: expected a parametrisation that leaves pruned places zero (weight_norm, prune), got one "
+                "that fills them; remove it, or call sparsecore.densify_(model) first"
+            )
+        pattern.checked = True
 
     @property
     def leader(self) -> "SparseLayer | None":
@@ -154,8 +190,16 @@ class SparseLayer(DecidedLayer, StoredLayer):
             super().__setattr__(name, value)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As nn.Module's.  Errors: ValueError for a dense weight where a plan keeps a vector."""
+        """As nn.Module's.  Errors: ValueError for a weight that its mask or plan does not fit."""
         pattern = self._modules.get("pattern")
+        if name == "weight" and isinstance(pattern, Masked | Planned) and param is None:
+            raise ValueError("layer.weight: expected a parameter under its mask, got None")
+        if name == "weight" and isinstance(pattern, Masked) and param is not None:
+            if param.shape != pattern.mask.shape:
+                raise ValueError(
+                    f"layer.weight: expected a parameter of its mask's shape {tuple(pattern.mask.shape)}, got "
+                    f"{tuple(param.shape)}; call sparsecore.densify_(model) first"
+                )
         if name == "weight" and isinstance(pattern, Planned) and param is not None:
             if param.shape != pattern.index.shape:
                 raise ValueError(
@@ -163,6 +207,15 @@ class SparseLayer(DecidedLayer, StoredLayer):
                     f"{tuple(param.shape)}; call sparsecore.plan_(model, 'mask') first"
                 )
         super().register_parameter(name, param)
+        if name == "weight":
+            self.release()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = self._parameters.get("weight")
+        super()._apply(fn, recurse)
+        if before is not self._parameters.get("weight"):
+            self.release()
+        return self
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -205,12 +258,14 @@ class SparseLayer(DecidedLayer, StoredLayer):
             self.look()
 
     def _require_parameter(self, what: str) -> None:
-        """Errors: ValueError for a weight that is another tool's."""
+        """Errors: ValueError for a weight that is another tool's, or in shards."""
         if self._parameters.get("weight") is None or parametrize.is_parametrized(self):
             raise ValueError(
                 f"{what}: expected a layer whose weight is its parameter, got one that another tool computes "
                 "(torch.nn.utils.prune, weight_norm, parametrize, ...): remove that first"
             )
+        if is_sharded(self.raw_weight):
+            raise ValueError(f"{what}: {SHARDED}")
 
     @classmethod
     def from_dense(cls, layer: nn.Module) -> Self:

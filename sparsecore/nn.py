@@ -124,6 +124,10 @@ class SparseEmbedding(SparseLayer, nn.Embedding):
     Errors: ValueError where `max_norm` would renormalise rows that gates or a plan compute.
     """
 
+    @property
+    def _used_elsewhere(self) -> bool:
+        return self.shared or self.max_norm is not None  # which takes the norms of whole rows
+
     def forward(self, input: Tensor) -> Tensor:
         pattern = self.pattern
         if not isinstance(pattern, Masked):

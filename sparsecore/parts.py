@@ -6,11 +6,14 @@ The parameters stay the whole's, under its keys; a part is a layer with a patter
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from typing_extensions import Self
 
 from .nn import SparseLinear
 from .patterns import Dense, Planned
-from .stored import unpruned
+from .stored import understood
 
 
 class Part(SparseLinear):
@@ -19,10 +22,12 @@ class Part(SparseLinear):
     whole: Any
     name: str
     key: str  # of the whole's parameter
+    multiplies = False  # an attention's projections do
 
     def __init__(self, whole: nn.Module, name: str, key: str) -> None:
         nn.Module.__init__(self)
         self.__dict__.update(whole=whole, name=name, key=key)  # no submodule: it holds this one
+        self._parameters["bias"] = None  # where a projection has a property of that name
         self.out_features, self.in_features = self.raw_weight.shape
         self.pattern = Dense()
         self.train(whole.training)
@@ -30,6 +35,8 @@ class Part(SparseLinear):
     @property
     def raw_weight(self) -> nn.Parameter:
         weight = self.whole._parameters.get(self.key)
+        if weight is None and parametrize.is_parametrized(self.whole, self.key):
+            return self.whole.parametrizations[self.key]()
         return self.whole.__dict__[self.key] if weight is None else weight
 
     @property
@@ -86,11 +93,33 @@ def parts(whole: nn.Module) -> Iterator[Part]:
 
 
 class Whole(nn.Module):
-    """A module with parts: how files and copies see it."""
+    """A module with parts: how files, copies and tracers see it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(x, torch.fx.Proxy) for x in (*args, *kwargs.values())):
+            raise TypeError(
+                f"torch.fx: expected plain layers, got {type(self).__name__}, which computes by Python; trace "
+                "sparsecore.densify_(copy.deepcopy(model))"
+            )
+        return super().__call__(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
             super()._load_from_state_dict(state, prefix, *rest)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        before = dict(self._parameters)
+        super()._apply(fn, recurse)
+        for part in parts(self):
+            if before[part.key] is not self._parameters[part.key]:
+                part.release()
+        return self
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        for part in parts(self):
+            if part.key == name:
+                part.release()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -105,7 +134,7 @@ def loaded(
     """The state as the whole's own parameters take it, before its parts read their masks; None after errors."""
     for part in parts(whole):
         at = f"{prefix}{part.name}."
-        state_dict = unpruned(state_dict, at, part._weight_at(at))
+        state_dict = understood(state_dict, at, part._weight_at(at))
         if isinstance(part.pattern, Planned):  # it takes the kept weights alone
             if found := part._mismatches(state_dict, at):
                 errors.extend(found)

@@ -37,6 +37,7 @@ class Masked(nn.Module):
     choice: Any = None  # why a plan left it so
     decided: bool = False
     keeper: Keeper | None = None
+    checked: bool = False  # whether a parametrisation on top was looked at
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
@@ -46,7 +47,13 @@ class Masked(nn.Module):
         self._bits = Bits()
 
     def forward(self, weight: Tensor) -> Tensor:
-        if torch.jit.is_tracing():  # which knows no functions of Python's
+        if weight.shape != self.mask.shape:
+            raise ValueError(
+                f"masked layer: expected a weight of the mask's shape {tuple(self.mask.shape)}, got "
+                f"{tuple(weight.shape)}; call densify_(model) before layers are resized, then search or apply anew"
+            )
+        # Tracers and torch.func's transforms know no functions of Python's.
+        if torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
             return torch.where(self.mask, weight, 0)
         keeper = None if torch.compiler.is_compiling() else self.keeper
         return MaskedWeight.apply(weight, self.mask, self._bits.of(self.mask, weight), keeper)
@@ -149,6 +156,11 @@ class Planned(nn.Module):
         if torch.compiler.is_compiling():
             return self._plans.get(dtype) or next(iter(self._plans.values()))
         if self.formats is None and self.choose is not None and x.numel():
+            if torch.jit.is_tracing():
+                raise TypeError(
+                    "torch.jit.trace: expected formats that are chosen, got plan='auto' before its first use; run the "
+                    "model once on such an input, then trace"
+                )
             self.choice = self.choose(self, x)
             self.formats = self.choice.formats or kernels.FLOOR
             self._plans.clear()
@@ -181,7 +193,9 @@ class Planned(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
-        index = fn(self.index)
+        # Its values move even where parameters get new ones (`to_empty`), and stay where those have none.
+        device = fn(self.index[:0]).device
+        index = self.index if device.type == "meta" else self.index.to(device)
         if index.device != self.index.device:
             if self.choose is not None:
                 self.formats = self.choice = None  # what was measured there says nothing here

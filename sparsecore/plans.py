@@ -18,6 +18,7 @@ from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
 from .kernels import Layer
 from .layer import SparseLayer, plain_type
+from .parts import Part
 from .patterns import Masked, Planned
 from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
 from .ranks import require_equal_ranks, require_one_rank
@@ -159,15 +160,23 @@ def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool, capt
     if share == 1:
         _apply_(layer, Choice((kernels.FLOOR,) * 3, "nothing is pruned: as a dense layer"))
     elif not layer.multiplies:
-        kind = plain_type(type(layer)).__name__
         _masked_(
             layer,
-            Choice(None, f"no format multiplies for {kind}; 'state' keeps only its kept weights"),
+            Choice(
+                None,
+                f"no format multiplies for {_kind(layer)}; 'state' keeps only its kept weights",
+            ),
         )
     elif share > _MOSTLY and not measured:
         _masked_(layer, Choice(None, f"{share:.0%} is kept: indices would cost what they save"))
     else:
         layer.plan_(None, _Chooser(cache, final=not measured, captured=captured))
+
+
+def _kind(layer: SparseLayer) -> str:
+    """What kind of layer it is, in PyTorch's words; of a part its whole's."""
+    plain = plain_type(type(layer)).__name__
+    return type(layer.whole).__name__.removeprefix("Sparse") if isinstance(layer, Part) else plain
 
 
 def _masked_(layer: SparseLayer, choice: Choice) -> None:
@@ -202,8 +211,13 @@ def _named(plan: str, layer: SparseLayer, shared: str | None) -> str | None:
             "give each its own, or use 'auto' or 'mask'"
         )
     if not layer.multiplies and plan != "state":
-        kind = plain_type(type(layer)).__name__
-        raise ValueError(f"plan {plan!r}: no format multiplies for {kind}; use 'auto' or 'state'")
+        raise ValueError(
+            f"plan {plan!r}: no format multiplies for {_kind(layer)}; use 'auto' or 'state'"
+        )
+    if isinstance(layer, nn.Embedding) and layer.sparse:
+        raise ValueError(
+            f"plan {plan!r}: expected an embedding with dense gradients, got sparse=True; use 'mask' or 'auto'"
+        )
     if not layer.multiplies:
         return plan
     mask = _mask(layer)

@@ -54,7 +54,8 @@ class _Network(SparseRecurrent, nn.RNNBase):
         weights = {part.key: part.effective_weight for part in parts(self)}
         own = self._flat_weights
         self.__dict__["_flat_weights"] = [
-            weights.get(key, self._parameters[key]) for key in self._flat_weights_names
+            weights[key] if key in weights else self._parameters[key]
+            for key in self._flat_weights_names
         ]
         try:
             return super().forward(*args, **kwargs)
@@ -124,12 +125,18 @@ _PLAIN: dict[type, type[nn.Module]] = {
 RECURRENT = {plain: sparse for sparse, plain in _PLAIN.items()}
 
 
+def matrix_keys(network: nn.Module) -> list[str]:
+    """The keys of its matrices, whether they are parameters or not."""
+    names = getattr(network, "_flat_weights_names", ["weight_ih", "weight_hh"])
+    return [key for key in names if key.startswith("weight_")]
+
+
 def matrices(network: nn.Module) -> dict[str, nn.Linear]:
     """Its matrices that are not sparse yet, as the linear layers that they are; parameters are shared."""
     found: dict[str, nn.Linear] = {}
-    for key, weight in network._parameters.items():
-        name = key.removeprefix("weight_")
-        if key.startswith("weight_") and weight is not None and name not in network._modules:
+    for key in matrix_keys(network):
+        name, weight = key.removeprefix("weight_"), network._parameters.get(key)
+        if weight is not None and name not in network._modules:
             n, k = weight.shape
             found[name] = nn.Linear(k, n, bias=False, device="meta")
             found[name].weight = weight

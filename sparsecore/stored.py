@@ -5,7 +5,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from .computed import ComputedWeight
 from .patterns import Masked, Planned
+from .zeros import SHARDED, is_sharded
+
+_COPY = (
+    "clone it to change it, or plan_(model, 'mask') for tools that write through state_dict (averages): its weights "
+    "are the parameters themselves"
+)
 
 
 class StoredLayer(nn.Module):
@@ -30,23 +37,27 @@ class StoredLayer(nn.Module):
     ) -> None:
         if isinstance(self.pattern, Masked):
             self.seen_weight()  # which puts zeros in their places
+        elif isinstance(self.pattern, Planned) and is_sharded(self.raw_weight):
+            raise ValueError(f"state_dict of a plan: {SHARDED} (plan_(model, 'mask'))")
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # As under a mask, so that a file does not depend on plans.
         if isinstance(self.pattern, Planned):
-            destination[self._weight_at(prefix)] = self.effective_weight.detach()
+            # Made for whoever asks: an average that writes there (timm's ModelEma) would move nothing.
+            destination[self._weight_at(prefix)] = ComputedWeight.of(
+                self.effective_weight.detach(), "a plan, for this state_dict", _COPY
+            )
             destination[prefix + "pattern.mask"] = self.pattern.mask
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
-        state_dict = unpruned(state_dict, prefix, self._weight_at(prefix))
+        state_dict = understood(state_dict, prefix, self._weight_at(prefix))
         mask = state_dict.get(prefix + "pattern.mask")
+        if errors := self._mismatches(state_dict, prefix):
+            rest[-1].extend(errors)
+            return
         if isinstance(self.pattern, Planned):
-            errors = self._mismatches(state_dict, prefix)
-            if errors:  # the vector of kept weights would not tell
-                rest[-1].extend(errors)
-                return
             state_dict = self._planned_state(state_dict, prefix)
-        elif mask is not None and mask.dtype == torch.bool and mask.shape == self.weight_shape:
+        elif mask is not None:
             pattern = self._masked(mask)
             pattern.decided = True
             self.pattern = pattern
@@ -55,9 +66,12 @@ class StoredLayer(nn.Module):
             self._decide(self.pattern)
 
     def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
-        """Errors as torch words them, for a weight or mask of another shape."""
+        """Errors for a mask of other values, and as torch words them for a weight or mask of another shape."""
         keys = (self._weight_at(prefix), prefix + "pattern.mask")
         found = {key: state_dict.get(key) for key in keys}
+        mask = found[keys[1]]
+        if mask is not None and mask.dtype != torch.bool:
+            return [f"{keys[1]}: expected a mask of 0 and 1, got {mask.dtype} with other values"]
         return [
             f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, "
             f"the shape in current model is {self.weight_shape}."
@@ -71,17 +85,21 @@ class StoredLayer(nn.Module):
         key = self._weight_at(prefix)
         mask, weight = state_dict.get(prefix + "pattern.mask"), state_dict.get(key)
         if mask is not None:
-            mask = mask.bool().to(self.raw_weight.device)
+            mask = mask.to(self.raw_weight.device)
             if not torch.equal(mask, self.pattern.mask):
                 self.remask_(mask)
         return state_dict if weight is None else {**state_dict, key: self.pattern.kept(weight)}
 
 
-def unpruned(state_dict: dict[str, Any], prefix: str, key: str) -> dict[str, Any]:
-    """A layer's state without the reparametrisation of `torch.nn.utils.prune`: its mask as ours."""
+def understood(state_dict: dict[str, Any], prefix: str, key: str) -> dict[str, Any]:
+    """A layer's state with a mask as ours: that of `torch.nn.utils.prune`, or one that a cast has made numbers."""
+    ours = prefix + "pattern.mask"
+    mask = state_dict.get(ours)
+    if mask is not None and mask.dtype != torch.bool and ((mask == 0) | (mask == 1)).all():
+        return state_dict | {ours: mask != 0}
     original, mask = (state_dict.get(f"{key}{end}") for end in ("_orig", "_mask"))
     if original is None or mask is None or key in state_dict or original.shape != mask.shape:
         return state_dict
     state_dict = {k: v for k, v in state_dict.items() if k not in (f"{key}_orig", f"{key}_mask")}
     kept = mask != 0
-    return state_dict | {key: original.where(kept, 0), prefix + "pattern.mask": kept}
+    return state_dict | {key: original.where(kept, 0), ours: kept}

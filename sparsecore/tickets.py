@@ -17,6 +17,7 @@ from .patterns import Dense
 from .plans import check_plan, plan_
 from .sparsities import masks_from_scores, top_k
 from .telling import tell_applied
+from .tied import require_own_memory
 
 
 class TicketError(ValueError):
@@ -197,6 +198,11 @@ class Ticket:
         if weights:
             _check_names("weights", self.weights, own)
             _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
+            _check_values(own)
+        require_own_memory(model)
+        for name, mask in self.masks.items():
+            layers[name]._require_parameter("apply_")
+            layers[name].require_one_mask(mask)
         for layer in layers.values():
             layer.unplan_()
         if weights:
@@ -369,6 +375,16 @@ def _check_shapes(pairs: Mapping[str, tuple[Tensor, torch.Size]]) -> None:
                 f"the ticket is for another model: {name} has shape {tuple(ticket.shape)}, "
                 f"the model's is {tuple(shape)}"
             )
+
+
+def _check_values(state: Mapping[str, Tensor]) -> None:
+    bare = [key for key, value in state.items() if value.is_meta]
+    if bare:
+        raise TicketError(
+            f"expected parameters with values to load the ticket's weights into, got the meta device in "
+            f"{', '.join(bare[:4])}; call model.to_empty(device=...) first, or apply_(..., weights=False) and load a "
+            "state_dict afterwards"
+        )
 
 
 def _some(names: Any) -> str:

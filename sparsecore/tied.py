@@ -2,6 +2,8 @@
 
 import copy
 from collections import defaultdict
+from collections.abc import Collection
+from itertools import pairwise
 
 import torch
 from torch import nn
@@ -19,6 +21,12 @@ def tie_(model: nn.Module) -> None:
     Errors: ValueError for layers that share a weight under different masks; nothing changes then.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
+    elsewhere = outsiders(model)
+    for name, layer in layers.items():
+        if layer.shared != (name in elsewhere):
+            layer.shared = name in elsewhere
+            if isinstance(layer.pattern, Masked):
+                layer.pattern.keeper = None  # the next one knows
     groups: dict[int, list[SparseLayer]] = defaultdict(list)
     for layer in layers.values():
         groups[id(layer.raw_weight)].append(layer)
@@ -96,8 +104,40 @@ def outsiders(model: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def require_own_memory(model: nn.Module, weights: Collection[int] = ()) -> None:
+    """Errors: ValueError for a sparse layer's weight, or one of these ids, in whose memory another parameter lies as
+    well: the masks of two would add up.
+    """
+    weights = {*weights, *(id(m.raw_weight) for m in model.modules() if isinstance(m, SparseLayer))}
+    spans = sorted(
+        (p.data_ptr(), p.data_ptr() + p.numel() * p.element_size(), name, id(p) in weights)
+        for name, p in model.named_parameters()
+        if type(p) is nn.Parameter and not p.is_meta
+    )
+    for (_, end, name, first), (begin, _, other, second) in pairwise(
+        s for s in spans if s[0] < s[1]
+    ):
+        if begin < end and (first or second):
+            raise ValueError(
+                f"expected weights in memory of their own, got {name} and {other} in one; tie them as one parameter: "
+                "other.weight = layer.weight"
+            )
+
+
 def require_own_weights(model: nn.Module) -> None:
-    """Errors: ValueError for weights that modules other than sparse layers hold too, which gates would not reach."""
+    """Errors: ValueError for weights that modules other than sparse layers hold too, which gates would not reach, and
+    for embeddings that gates cannot stand before.
+    """
+    for name, layer in model.named_modules():
+        if isinstance(layer, SparseLayer) and isinstance(layer, nn.Embedding):
+            refused = (
+                "sparse=True" if layer.sparse else "max_norm" if layer.max_norm is not None else ""
+            )
+            if refused:
+                raise ValueError(
+                    f"search by gates: expected no {refused} in the embedding {name}, whose gradients or rows it would "
+                    f"take past the gates; leave it out: sparsify_(model, '!{name}'), or search by scores"
+                )
     for name, places in outsiders(model).items():
         raise ValueError(
             f"search by gates: expected {name}'s weight in sparse layers alone, got it in {', '.join(places)} too, "

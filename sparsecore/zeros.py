@@ -8,13 +8,15 @@ keeps its parameter:
 - after the step of any optimiser of PyTorch's kind the places are zero again, and so is what the optimiser held for
   them: momentum from before the mask, updates that mix entries (Muon).  Optimisers that compute entry by entry
   leave zeros alone, so they are looked after only when their state or the mask is another one;
-- whatever was written otherwise is put back by the layer's next forward, when it is read and when it is saved.
+- whatever was written otherwise is put back by the layer's next forward, when it is read and when it is saved.  What
+  is written in place past autograd, through `parameter.data`, no version tells of: it is put back when the weight is
+  read or saved, and by every forward where others hold the parameter too or renormalise its rows.
 
-A weight that is computed from a parameter (gates, plans) is no place to write: `ComputedWeight` refuses.
+A call with other parameters (`torch.func.functional_call`) leaves these alone.
 """
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,37 +36,71 @@ _ENTRYWISE = {
 _keepers: "weakref.WeakValueDictionary[int, Keeper]" = weakref.WeakValueDictionary()
 
 
+SHARDED = "expected whole weights, got shards (fully_shard); do this before the model is sharded"
+
+
 class Keeper:
     """Keeps one parameter at its mask; belongs to the mask's pattern, and a copy of that begins anew.
 
     Args:
         still: whether the mask is still its layer's: a search may put another pattern there for a while.
+        always: whether every forward puts places back, since others compute with the parameter as it is.
     """
 
-    def __init__(self, still: Callable[[], bool]) -> None:
-        self.still = still
-        # The parameter, its version and the mask when it was last seen.
-        self.known: tuple[Any, ...] = ()
-        self.handle: Any = None
+    def __init__(self, still: Callable[[], bool], always: bool = False) -> None:
+        self.still, self.always = still, always
+        self.release()
         self.trusted: tuple[Any, ...] = ()
         self.passed: tuple[Any, int] = (None, 0)
 
-    def keep(self, parameter: nn.Parameter, mask: Tensor) -> None:
-        """Puts the places back if the parameter, its values or its mask are others than those last seen."""
-        now = (id(parameter), parameter._version, mask)
+    def release(self) -> None:
+        """Keeps the next parameter that it sees: the layer has been given another one."""
+        if (handle := getattr(self, "handle", None)) is not None:
+            handle.remove()
+        self.handle: Any = None
+        # The parameter, its version and place in memory, and the mask, when it was last seen.
+        self.parameter, self.version, self.place = 0, -1, 0
+        self.mask: Tensor | None = None
+
+    def keep(self, parameter: nn.Parameter, mask: Tensor) -> bool:
+        """Puts the places back if the parameter, its values or its mask are others than those last seen.
+
+        False for a parameter that is not the layer's own but stands in for it in one call, and for a shard.
+
+        Errors: ValueError for a parameter that another layer keeps at another mask.
+        """
+        known = self.parameter == id(parameter) and self.mask is mask
         if (
-            self.known
-            and self.known[:2] == now[:2]
-            and self.known[2] is mask
+            known
+            and not self.always
+            and self.version == parameter._version
+            and self.place == parameter.data_ptr()
             and self._hooked(parameter)
         ):
-            return
+            return True
+        if is_sharded(parameter) or (self.parameter not in (0, id(parameter)) and self._holds()):
+            return False
+        if not known:
+            require_one_mask(parameter, mask, self)
         self.watch(parameter)
         if capturing(parameter):
             # A graph would do it again in every replay, and forwards apply the mask anyway: later.
-            self.known = (id(parameter), None, mask)
+            self._saw(parameter, mask)
+            self.version = -1
         else:
             self.put_back(parameter, mask)
+        return True
+
+    def _saw(self, parameter: nn.Parameter, mask: Tensor) -> None:
+        self.parameter, self.mask = id(parameter), mask
+        self.version, self.place = parameter._version, parameter.data_ptr()
+
+    def _holds(self) -> bool:
+        """Whether the parameter it keeps is still there, as far as can be told."""
+        if self.handle is None:
+            return True  # frozen: until the layer says that it has another
+        hooks = self.handle.hooks_dict_ref()
+        return hooks is not None and self.handle.id in hooks
 
     def watch(self, parameter: nn.Parameter) -> None:
         """Sees to the parameter's gradient and to its steps."""
@@ -81,6 +117,9 @@ class Keeper:
                 self.handle.remove()
             self.handle = parameter.register_hook(hook)
 
+    def __del__(self) -> None:
+        self.release()
+
     def __deepcopy__(self, memo: dict) -> None:
         return None
 
@@ -95,15 +134,15 @@ class Keeper:
     def put_back(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zeros where the mask says so, past autograd: a graph that is alive saw zeros there as well."""
         zero_outside_(parameter.data, mask)
-        self.known = (id(parameter), parameter._version, mask)
+        self._saw(parameter, mask)
 
     def masked(self, grad: Tensor) -> Tensor | None:
         """The parameter's gradient with its zeros; None, as hooks say it, where they are there."""
         of, version = self.passed
         if of is not None and of() is grad and grad._version == version:
             return None  # it came through the layer alone, which has masked it
-        mask = self.known[2]
-        if not self.still() or grad.shape != mask.shape:
+        mask = self.mask
+        if mask is None or not self.still() or grad.shape != mask.shape:
             return None
         if grad.is_sparse:  # an embedding's rows
             rows = grad.coalesce()
@@ -117,8 +156,8 @@ class Keeper:
 
     def stepped(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
         """After a step: puts the places back where the optimiser may have moved them."""
-        mask = self.known[2]
-        if not self.still() or mask.shape != parameter.shape:
+        mask = self.mask
+        if mask is None or not self.still() or mask.shape != parameter.shape:
             return
         held = [
             value
@@ -132,7 +171,26 @@ class Keeper:
                 zero_outside_(value, mask)
             self.put_back(parameter, mask)
             self.trusted = seen
-        self.known = (id(parameter), parameter._version, mask)
+        self.version = parameter._version
+
+
+def require_one_mask(parameter: nn.Parameter, mask: Tensor, mine: Keeper | None) -> None:
+    """Errors: ValueError for a parameter that another layer, of whatever model, keeps at another mask."""
+    other = _keepers.get(id(parameter))
+    if (
+        other is None
+        or other is mine
+        or other.mask is None
+        or other.parameter != id(parameter)
+        or other.handle is None  # nor can an id tell a frozen one from one that is gone
+        or not (other._holds() and other._hooked(parameter) and other.still())
+    ):
+        return
+    if other.mask.shape != mask.shape or not torch.equal(other.mask, mask.to(other.mask.device)):
+        raise ValueError(
+            "expected one mask for one weight, got another one in a second layer that shares it; apply one ticket to "
+            "a model that holds both, or give each layer a weight of its own"
+        )
 
 
 def _nobody() -> None:
@@ -151,11 +209,16 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             keeper = _keepers.get(id(parameter))
-            if keeper is not None and keeper.known and keeper.known[0] == id(parameter):
+            if keeper is not None and keeper.parameter == id(parameter):
                 keeper.stepped(parameter, optimizer)
 
 
 register_optimizer_step_post_hook(_after_step)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether ranks hold a part each (`fully_shard`): what is computed with is put together when it is needed."""
+    return hasattr(tensor, "placements")
 
 
 def capturing(tensor: Tensor) -> bool:
@@ -166,76 +229,3 @@ def capturing(tensor: Tensor) -> bool:
 def plain_python() -> bool:
     """Whether nobody is tracing what Python does."""
     return not (torch.compiler.is_compiling() or torch.jit.is_tracing())
-
-
-class ComputedWeight(Tensor):
-    """A weight as its layer computes it: to read and to differentiate.  Writing there would be lost, so it raises.
-
-    What is computed from it is plain; views of it refuse as it does.
-    """
-
-    why = "a pattern"
-
-    @classmethod
-    def of(cls, weight: Tensor, why: str) -> "ComputedWeight":
-        made = weight.as_subclass(cls)
-        made.why = why
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        written = [kwargs.get("out")]
-        if _writes(func):
-            written += args[:1] or kwargs.values()
-        if any(isinstance(tensor, cls) for tensor in written):
-            raise RuntimeError(
-                f"layer.weight: expected no writing to it, since it is computed under {_why(written)}; write to "
-                "layer.raw_weight, the parameter it is computed from, or call sparsecore.densify_(model) first"
-            )
-        if isinstance(args[0] if args else None, cls) and _name(func) == "grad":
-            raise RuntimeError(
-                f"layer.weight.grad: expected a parameter, got a weight computed under {args[0].why}; read "
-                "layer.raw_weight.grad"
-            )
-        with torch._C.DisableTorchFunctionSubclass():
-            result = func(*args, **kwargs)
-        if isinstance(args[0] if args else None, cls) and _views(result, args[0]):
-            return cls.of(result, args[0].why)
-        return result
-
-
-def _why(tensors: Iterable[Any]) -> str:
-    return next(t.why for t in tensors if isinstance(t, ComputedWeight))
-
-
-def _name(func: Any) -> str:
-    """Its name; of a property, the property's."""
-    name = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", "") if name in _ACCESS else name
-
-
-_ACCESS = ("__get__", "__set__", "__delete__")
-_OPERATORS = {
-    "__setitem__",
-    "__set__",
-    *(f"__i{name}__" for name in (
-        "add", "and", "div", "floordiv", "lshift", "mod", "mul", "or", "pow", "rshift", "sub", "truediv", "xor"
-    )),
-}  # fmt: skip
-_HARMLESS = ("requires_grad_", "retain_grad", "register_hook", "share_memory_")
-
-
-def _writes(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    in_place = name.endswith("_") and not name.endswith("__") and name not in _HARMLESS
-    return in_place or name in _OPERATORS
-
-
-def _views(result: Any, weight: Tensor) -> bool:
-    return (
-        type(result) is Tensor
-        and result.layout == torch.strided
-        and result.numel() > 0
-        and result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
-    )
