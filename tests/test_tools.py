@@ -1,4 +1,4 @@
-"""Masks and matrices of other tools (`torch.nn.utils.prune`, weight_norm, weight drop): to tickets and back, or refused."""
+"""Masks and matrices of other tools (`torch.nn.utils.prune`, weight_norm, weight drop): into tickets or refused."""
 
 import copy
 from collections.abc import Callable
