@@ -1,7 +1,7 @@
 """How a model is called with a batch: the one place that decides what its arguments are."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -113,6 +113,14 @@ def forward(model: nn.Module, inputs: Any, call: Callable[..., Any] | None = Non
         if told is None:
             raise
         raise ValueError(told) from error
+
+
+def forward_example(model: nn.Module, example: Sequence[Any]) -> Any:
+    """What the model gives for its inputs one by one, or for one batch's dict of keywords (a target may be there).
+
+    Errors: as `forward`.
+    """
+    return forward(model, example[0] if len(example) == 1 else Several(example))
 
 
 def of_the_users(error: Exception) -> bool:

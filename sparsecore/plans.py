@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import capture, kernels
+from .calls import forward_example
 from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
 from .kernels import Layer
@@ -88,8 +89,8 @@ def plan_(
         plan: "auto" measures each layer; "mask" is a mask over dense weights; a format ("state", "csr",
             "compact", "block:64x64") is used for all, "block" with the sides that store least.  A named
             format never falls back.
-        example: the model's inputs of a training step, on its device and in its precision: "auto" then
-            measures now.  Without them it does at each layer's first use.
+        example: the model's inputs of a training step, one by one or a batch's dict of keywords, on its device and
+            in its precision: "auto" then measures now.  Without them it does at each layer's first use.
         captured: whether training steps will be CUDA graphs.  "auto" then weighs what kernels take, else
             also what the host takes to launch them, which on a GPU is often more.
         cache: file of remembered choices; see `planner.cache_of`.
@@ -244,7 +245,7 @@ def _measure(model: nn.Module, example: Sequence[Any], captured: bool, cache: Ca
     captured = captured and capture.possible_on(device_of(model))
     how = regime(device_of(model), captured)
     with undisturbed(model):
-        model(*example)
+        forward_example(model, example)
         for name, layer in sparse_layers(model).items():
             if isinstance(layer.pattern, Planned) and layer.pattern.choice is not None:
                 layers[name], choices[name] = layer, layer.pattern.choice

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
+from .calls import forward_example
 from .costs import seconds
+from .outputs import tensors_in
 
 
 def step_time(
@@ -29,7 +30,7 @@ def step_time(
 
     def step() -> None:
         torch.clear_autocast_cache()  # weights are cast once a step
-        outputs = [t for t in tree_leaves(model(*example)) if isinstance(t, Tensor)]
+        outputs = tensors_in(forward_example(model, example))
         means = [t.float().mean() for t in outputs if t.requires_grad]
         if means and parameters:  # a frozen model has a forward alone
             torch.autograd.grad(means, parameters, allow_unused=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from ..batches import kind_of
 from ..convert import plain_state, require_dense_parameters, require_sparse_layers, sparse_layers
 from ..layer import SparseLayer
 from ..patterns import Dense, Masked, Planned
@@ -161,6 +162,10 @@ def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compac
                     else "apply a ticket first: ticket.apply_(model)"
                 )
             )
+    if foreign := [x for x in example if not isinstance(x, Tensor)]:
+        raise ValueError(
+            f"compact: expected the model's inputs one by one, tensors each, got {kind_of(foreign[0])}"
+        )
     traced = trace(model, example, training)
     groups = find_groups(traced, training)
     kept = keep(groups)

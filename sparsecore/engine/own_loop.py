@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import capture
-from ..batches import Batch
+from ..batches import Batch, kind_of
 from ..losses import LossLike
 from .auto import launch
 from .engine import check_engine, stamp
@@ -122,7 +122,15 @@ def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
 
     Args:
         example: inputs of a training step: their shapes and dtypes count.
+
+    Errors: ValueError for inputs that are not tensors (`TrainStep` takes batches of any kind).
     """
+    for given in example:
+        if not isinstance(given, Tensor):
+            raise ValueError(
+                f"graphed: expected tensors, one for each input, got {kind_of(given)}; "
+                "TrainStep takes batches of any kind"
+            )
     if not capture.possible_on(next(model.parameters()).device):
         return model
     model.forward = _Passes(model, example)
