@@ -1,5 +1,6 @@
 """`sparsecore analyze ...`: what explains a ticket, as a table, a CSV file and a figure."""
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -25,6 +26,7 @@ from .console import console
 from .experiment import Setup, batches_of_setup, data_of, new_model, start_model
 from .fields import choose
 from .gates import GATES, AbstractGate
+from .layer import weight_key
 from .options import Device, Seed, device_of, numbers, seeds_from, with_setup
 from .progress import Progress
 from .regions import angular_distances, round_paths
@@ -48,13 +50,28 @@ def _told(path: LinearPath) -> str:
     )
 
 
-def _state(path: Path) -> dict[str, torch.Tensor]:
+def _run_of(ticket: Ticket, path: Path) -> dict[str, torch.Tensor]:
+    """Weights that the ticket was trained to.  Errors: ValueError for others."""
     try:
-        return load_file(path)
+        state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: expected weights that `train --save` wrote, got {error}"
         ) from None
+    for key, start in ticket.weights.items():
+        if key not in state or state[key].shape != start.shape:
+            found = tuple(state[key].shape) if key in state else "none"
+            raise ValueError(
+                f"{path}: expected weights that `train --save` wrote of this ticket, {key} of shape "
+                f"{tuple(start.shape)}, got {found}"
+            )
+    for name, mask in ticket.masks.items():
+        if bool(state[weight_key(name, state)][~mask].any()):
+            raise ValueError(
+                f"{path}: expected a run of this ticket, got weights where it has none in {name}; give the ticket that "
+                "it was trained from"
+            )
+    return state
 
 
 @app.command()
@@ -67,7 +84,7 @@ def path(
 ) -> None:
     """Test error on the straight line between two trained runs of a ticket (linear mode connectivity)."""
     case.check({"the ticket": case.path, "the first weights": first, "the second weights": second})
-    ends = [_state(file) for file in (first, second)]
+    ends = [_run_of(case.ticket, file) for file in (first, second)]
     with Progress() as progress:
         found = path_errors(
             case.model, ends[0], ends[1], case.test, points=points,
@@ -79,6 +96,10 @@ def path(
         figures.write_csv(case.file("path.csv"), found.rows),
         figures.draw_paths(case.file("path.png"), {f"{first.stem} - {second.stem}": found}),
     )
+
+
+def _alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @app.command("instability")
@@ -158,6 +179,15 @@ def rounds_(
     """Do the rounds of rewinding end in one region?  Barriers between successive ones, angles between all."""
     case.check({"the ticket": case.path, "the rounds": folder})
     rounds = load_rounds(folder)
+    own = case.ticket.weights
+    ends = [
+        state for r in rounds for state in (r.start, r.trained)
+    ]  # learning rates are rewound to the latter
+    if not any(_alike(own, state) for state in ends):
+        raise ValueError(
+            f"{folder}: expected the rounds that led to this ticket, got those of other weights; give the ticket "
+            "and the folder of one search"
+        )
     sparsities = [1 - r.density for r in rounds]
     with Progress() as progress:
         paths = round_paths(
@@ -198,7 +228,7 @@ def sanity(
     seeds: Annotated[int, typer.Option(help="How many pairs, counted up from --seed.")] = 3,
     seed: Seed = 0,
 ) -> None:
-    """Search as the ticket was searched, with several seeds, and compare with controls: a paired test each."""
+    """Search as the ticket was searched, with several seeds, and compare with controls: one-sided paired tests."""
     method, sparsity = case.ticket.meta.get("search"), case.ticket.meta.get("sparsity")
     if not (isinstance(method, str) and isinstance(sparsity, float)):
         raise TicketError("the ticket's provenance does not name its search; find it again")

@@ -18,6 +18,10 @@ from .patterns import Planned
 _OWN = ("lr", "fused", "foreach", "capturable")  # how an optimiser computes is its own affair
 
 
+class OtherRunError(ValueError):
+    """A checkpoint of another run: of other data, another model or other options."""
+
+
 def pack_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module | None = None
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:

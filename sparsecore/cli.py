@@ -3,18 +3,20 @@
 import dataclasses
 import shlex
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
-from safetensors.torch import save_file
+from safetensors.torch import save as to_bytes
 
-from . import analyses
+from . import analyses, safefile
 from . import data as datasets
+from .checkpoints import OtherRunError
 from .checkpoints import read as read_checkpoint
 from .compare import FILES, Comparison, check_method
-from .console import console, show, warnings_at_the_end, write_json
+from .console import console, run, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
@@ -31,6 +33,7 @@ from .experiment import (
     setup_of,
     tell_other_data,
     train_on,
+    unused_options,
     with_data,
 )
 from .fields import choose
@@ -56,6 +59,7 @@ from .paths import check_cache, check_metrics, check_paths
 from .plans import check_plan
 from .progress import Progress
 from .recipes import recipe_for
+from .search import Rewinding
 from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
@@ -111,10 +115,20 @@ def search(
         data=datasets.folder_of(setup.data),
     )
     data = data_of(setup, data_dir)
+    unused = [*unused_options(setup, method), *_unused_rounds(setup, method, rounds)]
+    if unused:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        warnings.warn(f"not used by {method}: {names}", stacklevel=2)
     if own.rewind_epochs:
         check_found(setup, new_model(own, data, seed), data, method, sparsity)
     with Progress() as progress:
-        start = rewind_point(own, data, seed, target, progress, dense_part, engine)
+        try:
+            start = rewind_point(own, data, seed, target, progress, dense_part, engine)
+        except OtherRunError:
+            raise ValueError(
+                f"{dense_part}: expected the rewind point of this search, got that of an earlier one with other "
+                "options or data; remove it, or give another --out"
+            ) from None
         ticket, seconds = find_ticket(
             setup, start, data, method, sparsity, seed, target, progress, search_part,
             rounds=rounds, watched=watch, engine=engine,
@@ -123,7 +137,6 @@ def search(
     if own.rewind_epochs:
         dense_part.unlink(missing_ok=True)
     result = {"ticket": str(out), "method": method, "seconds": seconds}
-    write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
     console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
     show(covered_of(ticket))
     if (told := short_search(ticket)) is not None:
@@ -133,6 +146,11 @@ def search(
         f"ticket  {out}\nnext    {shlex.join(['sparsecore', 'train', str(out), *there])}",
         soft_wrap=True,
     )
+    write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
+
+
+def _unused_rounds(setup: Setup, method: str, rounds: Path | None) -> list[str]:
+    return ["rounds"] if rounds and not isinstance(setup.search(method, 0), Rewinding) else []
 
 
 @app.command()
@@ -205,8 +223,12 @@ def train(
             progress=progress,
             engine=engine,
         )
+    console.print(
+        f"{history.accuracy:.2f} % test accuracy at {100 * loaded.sparsity:.3f} % sparsity, "
+        f"{history.seconds:.1f} s"
+    )
     if save is not None:
-        save_file(dense_state(planned.restored()), save)
+        safefile.put(save, to_bytes(dense_state(planned.restored())))
     write_json(
         json_file,
         {
@@ -218,10 +240,6 @@ def train(
             "engine": history.engine,
             "epochs": history.epochs,
         },
-    )
-    console.print(
-        f"{history.accuracy:.2f} % test accuracy at {100 * loaded.sparsity:.3f} % sparsity, "
-        f"{history.seconds:.1f} s"
     )
 
 
@@ -387,42 +405,7 @@ def demo(
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.  Exit code 2 and one line for bad input, 130 when interrupted."""
     with warnings_at_the_end():
-        return _run(argv)
-
-
-def _mend(error: RuntimeError | MemoryError) -> str | None:
-    """What helps against an error of PyTorch's that lies in what was asked for; None: it is a bug."""
-    text = str(error)
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
-        return "take a smaller batch, --search-batch, --image-size or model"
-    if text.startswith("derivative for") and "not implemented" in text:
-        return "the model cannot be differentiated twice, take another --method or --objective"
-    return None
-
-
-def _run(argv: list[str] | None) -> int:
-    try:
-        code = app(argv, standalone_mode=False)
-        return code if isinstance(code, int) else 0
-    except (ValueError, OSError) as error:
-        # A user's mistake or a full disk; anything else is a bug and keeps its traceback.
-        message = str(error)
-    except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
-    except (RuntimeError, MemoryError) as error:
-        if (mend := _mend(error)) is None:
-            raise
-        message = f"{str(error) or 'out of memory'}; {mend}"
-    except Exception as error:
-        # typer's usage errors share no public base class across its versions, only this method.
-        if not hasattr(error, "format_message"):
-            raise
-        message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
-    return 0
+        return run(app, argv)
 
 
 if __name__ == "__main__":

@@ -267,10 +267,17 @@ class Comparison:
         complete = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
         if complete != text:
             path.write_text(complete)
-        rows = csv.DictReader(complete.splitlines())
-        return {
-            Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key: row for row in rows
-        }
+        found = {}
+        for number, row in enumerate(csv.DictReader(complete.splitlines()), 2):
+            try:
+                key = Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key
+                _ = [float(row[name]) for name in ("accuracy", "search_seconds")]
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{path}: expected a row of a comparison in line {number}, got something else; remove the line"
+                ) from None
+            found[key] = row
+        return found
 
     def _append(self, row: dict[str, str]) -> None:
         path = self.folder / "results.csv"
@@ -312,13 +319,17 @@ class Comparison:
         dense = summary.get("dense", {}).get(0.0, [])
         title = f"{self.setup.model} on {self.setup.data}: test accuracy, % (seconds of search)"
         table = Table(title=title, caption=f"dense {_spread(dense)}" if dense else None)
+        counts = {len(values) for row in summary.values() for values in row.values()}
+        told = len(counts) > 1  # seeds that earlier runs had count too
         table.add_column("method")
         for s in sparsities:
             table.add_column(f"{100 * s:g} % sparse", justify="right")
         for method, row in summary.items():
             if method != "dense":
                 cells = [
-                    f"{_spread(row[s])} ({mean(seconds[method][s]):.0f} s)" if s in row else "-"
+                    f"{_spread(row[s])}{f' of {len(row[s])}' if told else ''} ({mean(seconds[method][s]):.0f} s)"
+                    if s in row
+                    else "-"
                     for s in sparsities
                 ]
                 table.add_row(method, *cells)

@@ -254,13 +254,13 @@ def _digits() -> Dataset:
 
 def _folder(name: str, root: Path, image_size: int | None) -> Dataset:
     found = find_images(root)
-    paths = [path for path, _ in found.train]
-    known = remembered(root, paths, image_size)
-    seen = known or survey(paths, image_size)
+    paths, others = ([path for path, _ in items] for items in (found.train, found.test))
+    known = remembered(root, paths, image_size, others)
+    seen = known or survey(paths, image_size, others)
     train, test = (_split(items, seen) for items in (found.train, found.test))
     if known is None:
         seen = replace(seen, moments=moments(train.images, sample_of(len(train))))
-        remember(root, paths, image_size, seen)
+        remember(root, paths, image_size, seen, others)
     assert seen.moments is not None
     shape = (3, seen.size, seen.size)
     return Dataset(name, train, test, len(found.classes), shape, *seen.moments, flip_crop=True)

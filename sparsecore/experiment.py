@@ -7,7 +7,7 @@
 import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -36,6 +36,9 @@ SANITIES = (
     "reinit",
     "invert",
 )  # controls made of a ticket; "corrupt" is a search of its own
+_OF_SEARCHES = (
+    "search_epochs", "search_lr", "gain_lr", "tau", "search_dtype", "channels_last", "objective", "control",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def data_of(setup: Setup, data_dir: Path | None = None) -> Dataset:
 
 def with_data(setup: Setup, data: str | None, image_size: int | None) -> Setup:
     """The setup on other data, or on its own where `data` is None; its image size is that of folders alone."""
-    name = data or setup.data
+    name = setup.data if data is None else data
     own = setup.image_size if folder_of(name) is not None else None
     return replace(setup, data=name, image_size=own if image_size is None else image_size)
 
@@ -246,6 +249,14 @@ def rewind_point(
             engine=engine,
         )
     return model
+
+
+def unused_options(setup: Setup, method: str) -> list[str]:
+    """Fields of the setup that were set for searches, and that the method's has no use for."""
+    known = {f.name: f.default for f in fields(setup) if f.name in _OF_SEARCHES}
+    given = [name for name, default in known.items() if getattr(setup, name) != default]
+    search = setup.search(method, 0)
+    return [n for n in given if replace(setup, **{n: known[n]}).search(method, 0) == search]
 
 
 def check_found(

@@ -127,10 +127,11 @@ def _refuse_other_splits(root: Path, folders: list[Path], trains: list[Path]) ->
             continue
         shared = [f for f in folders if f != folder and inner[folder] & inner[f]]
         if shared or len(folders) == 1 or folder in trains:
+            some = next((f for f in [folder, *shared] if "train" in f.name.casefold()), folder)
             raise DataError(
                 f"{root}: expected class folders, or a folder called train and one called test (or "
                 f"{', '.join(TEST_NAMES[2:-1])}), got {_some(f.name for f in folders)}; rename, or give "
-                f"folder:{folder} to have every sixth of its images held out"
+                f"folder:{some} to have every sixth of its images held out"
             )
 
 
@@ -199,8 +200,11 @@ def _walk(folder: Path, left_out: Counter[str]) -> list[Path]:
     paths = []
     for place, files in sorted(found):
         for name in files:
-            if name.lower().endswith(SUFFIXES):
-                paths.append(Path(place, name))
+            path = Path(place, name)
+            if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+                left_out["pipe or device"] += 1
+            elif name.lower().endswith(SUFFIXES):
+                paths.append(path)
             else:
                 left_out[_kind(name)] += 1
     return paths

@@ -32,7 +32,16 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *,
     text = _canonical(dict(meta))
     entry = {"format": f"sparsecore/{kind}", "version": VERSION, "digest": _digest(plain, text)}
     header = {"sparsecore": json.dumps(entry | {"meta": json.loads(text)}, sort_keys=True)}
-    data = save({name: t.clone() for name, t in plain.items()}, header)  # clones share no storage
+    put(
+        path, save({name: t.clone() for name, t in plain.items()}, header)
+    )  # clones share no storage
+
+
+def put(path: Path, data: bytes) -> None:
+    """A whole file at once: a reader sees the old one or the new one, also when the disk is full.
+
+    Errors: FileError if it cannot be written; an older one is intact then.
+    """
     temporary = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:

@@ -31,6 +31,13 @@ def read_state(path: Path) -> dict[str, Tensor]:
         found = "a folder" if path.is_dir() else "nothing there"
         raise ValueError(f"weights: expected a file or {TRAINED}, found {found}: {path}")
     try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f"weights: expected a file that can be read, got {path} ({error.strerror})"
+        ) from None
+    try:
         state: Any = load_file(path)
     except (SafetensorError, OSError, ValueError):
         try:

@@ -20,7 +20,7 @@ from .images import WHITES, DataError, ImageFiles, deep_grey, read_header
 SAMPLE = 2048  # images that are looked at, evenly over all
 CHUNK_BYTES = 32 << 20  # of pixels that are counted at once
 _FILE = ".sparsecore-moments.safetensors"
-_VERSION = "1"  # of how images are read: what an older one remembered is looked at again
+_VERSION = "2"  # of how images are read: what an older one remembered is looked at again
 _STD_FLOOR = 1e-3  # images of one colour would be divided by zero
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
@@ -46,20 +46,32 @@ def sample_of(count: int) -> Tensor:
     return torch.linspace(0, count - 1, min(count, SAMPLE)).long()
 
 
-def survey(paths: Sequence[Path], image_size: int | None) -> Survey:
+def survey(paths: Sequence[Path], image_size: int | None, others: Sequence[Path] = ()) -> Survey:
     """Size and whites of the images, of which headers alone are read, and the pixels of 32-bit ones.
+
+    Args:
+        others: test images, which say what is white in a mode that no training image has.
 
     Errors: DataError, naming an image that cannot be read.
     """
-    chosen = [paths[i] for i in sample_of(len(paths)).tolist()]
-    headers = [read_header(path) for path in chosen]
-    size = image_size or median_low(side for _, side in headers)
+    modes, sides = _headers(paths)
+    other_modes = _headers(others)[0] if len(others) else {}
     whites = dict(WHITES)
     for mode in WHITES:
-        deep = [path for path, (found, _) in zip(chosen, headers, strict=True) if found == mode]
-        if deep:
+        if deep := modes.get(mode) or other_modes.get(mode):
             whites[mode] = _white(mode, max(map(_largest, deep)))
-    return Survey(size, whites)
+    return Survey(image_size or median_low(sides), whites)
+
+
+def _headers(paths: Sequence[Path]) -> tuple[dict[str, list[Path]], list[int]]:
+    """Of those that are looked at: the images by Pillow's mode, and the shorter sides."""
+    modes: dict[str, list[Path]] = {}
+    sides = []
+    for i in sample_of(len(paths)).tolist():
+        mode, side = read_header(paths[i])
+        modes.setdefault(mode, []).append(paths[i])
+        sides.append(side)
+    return modes, sides
 
 
 def _largest(path: Path) -> float:
@@ -95,7 +107,9 @@ def moments(images: Tensor | ImageFiles, rows: Tensor | None = None) -> Moments:
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(_STD_FLOOR).tolist())
 
 
-def remembered(root: Path, paths: Sequence[Path], image_size: int | None) -> Survey | None:
+def remembered(
+    root: Path, paths: Sequence[Path], image_size: int | None, others: Sequence[Path] = ()
+) -> Survey | None:
     """What `remember` wrote for these very files, by name, size and time; None if there is nothing of use."""
     path = root / _FILE
     if not path.is_file():
@@ -107,23 +121,30 @@ def remembered(root: Path, paths: Sequence[Path], image_size: int | None) -> Sur
         fits = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
     except (ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: looked at again
         return None
-    if not fits or size < 1 or meta.get("key") != _key(root, paths, image_size):
+    if not fits or size < 1 or meta.get("key") != _key(root, paths, image_size, others):
         return None
     return Survey(size, whites, (mean, std))
 
 
-def remember(root: Path, paths: Sequence[Path], image_size: int | None, found: Survey) -> None:
+def remember(
+    root: Path,
+    paths: Sequence[Path],
+    image_size: int | None,
+    found: Survey,
+    others: Sequence[Path] = (),
+) -> None:
     """Writes a survey beside the images, where that is allowed: whoever reads them has it then, moved or shared."""
     assert found.moments is not None
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in found.moments)
-    meta = {"key": _key(root, paths, image_size), "size": found.size, "whites": found.whites}
+    key = _key(root, paths, image_size, others)
+    meta = {"key": key, "size": found.size, "whites": found.whites}
     with contextlib.suppress(safefile.FileError):  # a folder of somebody else's, a full disk
         safefile.write(root / _FILE, {"mean": mean, "std": std}, meta, kind="moments")
 
 
-def _key(root: Path, paths: Sequence[Path], image_size: int | None) -> str:
-    digest = hashlib.sha256(f"{_VERSION}/{image_size}".encode())
-    for path in paths:
+def _key(root: Path, paths: Sequence[Path], image_size: int | None, others: Sequence[Path]) -> str:
+    digest = hashlib.sha256(f"{_VERSION}/{image_size}/{len(paths)}".encode())
+    for path in (*paths, *others):
         try:
             status = path.stat()
         except OSError as error:

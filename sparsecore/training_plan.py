@@ -1,5 +1,6 @@
 """The plan by which a ticket's model trains: without its dead units, in the formats that measure fastest."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from .compaction import Compacted, compact
 from .data import Batches, Dataset
 from .plans import plan_
 from .recipe import Recipe
+from .telling import SparsityWarning
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ def plan_for(
     # Steps become graphs there unless that was refused.
     captured = device.type == "cuda" and engine in ("auto", "graph", "compile-graph")
     example = [x] if plan == "auto" else []
-    with recipe.autocast(device):
+    with recipe.autocast(device), warnings.catch_warnings():
+        # Rules that go by shapes are those of loops of one's own.
+        warnings.filterwarnings("ignore", "plan_: a planned layer's parameter", SparsityWarning)
         try:
             plan_(planned.model, plan, *example, cache=cache, captured=captured)
         except RuntimeError:  # what no graph can hold is launched one by one
