@@ -215,7 +215,8 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict's tensors without the patterns of sparse layers; they are the model's own."""
-    patterns = tuple(f"{name}.pattern.".lstrip(".") for name in sparse_layers(model))
+    layers = (name for name, m in model.named_modules() if isinstance(m, SparseLayer))
+    patterns = tuple(f"{name}.pattern.".lstrip(".") for name in layers)
     state = model.state_dict()  # get_extra_state may give anything
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(patterns)}
 

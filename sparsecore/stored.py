@@ -20,6 +20,7 @@ class StoredLayer(nn.Module):
 
     # What the other half has.
     pattern: nn.Module
+    leader: Any
     seen_weight: Any
     effective_weight: Any
     raw_weight: Any
@@ -40,6 +41,9 @@ class StoredLayer(nn.Module):
         elif isinstance(self.pattern, Planned) and is_sharded(self.raw_weight):
             raise ValueError(f"state_dict of a plan: {SHARDED} (plan_(model, 'mask'))")
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.leader is not None and isinstance(self.pattern, Masked):
+            # A module that holds this layer alone has a mask in its file too.
+            destination[prefix + "pattern.mask"] = self.pattern.mask
         # As under a mask, so that a file does not depend on plans.
         if isinstance(self.pattern, Planned):
             # Made for whoever asks: an average that writes there (timm's ModelEma) would move nothing.
@@ -62,6 +66,8 @@ class StoredLayer(nn.Module):
             pattern.decided = True
             self.pattern = pattern
         super()._load_from_state_dict(state_dict, prefix, *rest)
+        if self.leader is not None and prefix + "pattern.mask" in rest[3]:
+            rest[3].remove(prefix + "pattern.mask")  # no submodule of its own expects it
         if isinstance(self.pattern, Masked):
             self._decide(self.pattern)
 
