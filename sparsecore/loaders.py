@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
@@ -17,6 +18,7 @@ from .batches import Batch, EpochBatches, kind_of, size_of
 from .calls import has_batchnorm
 from .data import Batches
 
+_NONE = "expected at least one, got none; look at the data's size, the batch size and drop_last"
 _TAKEN = "a DataLoader, a list of batches, a function that makes an iterator, or an object with len() and epoch(i)"
 
 
@@ -26,6 +28,7 @@ def batches_of(
     steps_per_epoch: int | None = None,
     *,
     empty: bool = False,
+    role: str = "batches",
 ) -> EpochBatches:
     """What everything inside reads, made of what users give as `batches`.
 
@@ -41,22 +44,21 @@ def batches_of(
         model: one that trains.  If it has BatchNorm, a last batch of one sample is left out of `data.Batches`,
             DataLoaders and lists, unless they say otherwise (`drop_last`).
         empty: whether there may be no batches.
+        role: what errors call them; others than "batches" have no steps_per_epoch.
 
     Errors: ValueError for what holds no batches.
     """
-    found = _adapted(batches, steps_per_epoch)
+    found = _adapted(batches, steps_per_epoch, role)
     if model is not None and has_batchnorm(model):
         found = _without_single(found)
     if not empty and not getattr(found, "endless", False) and len(found) < 1:
-        raise ValueError(
-            "batches: expected at least one, got none; look at the data's size, the batch size and drop_last"
-        )
+        raise ValueError(f"{role}: {_NONE}")
     return found
 
 
-def _adapted(batches: Any, steps: int | None) -> EpochBatches:
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps_per_epoch: expected at least 1, got {steps}")
+def _adapted(batches: Any, steps: int | None, role: str) -> EpochBatches:
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise ValueError(f"steps_per_epoch: expected a whole number of at least 1, got {steps!r}")
     if isinstance(batches, _Adapter) or callable(getattr(batches, "epoch", None)):
         if steps is not None and not (isinstance(batches, _Adapter) and len(batches) == steps):
             raise ValueError(
@@ -79,8 +81,9 @@ def _adapted(batches: Any, steps: int | None) -> EpochBatches:
             return _Iterated(batches, sized)
         if steps is None:
             raise ValueError(
-                f"batches: expected {_TAKEN}, got {kind_of(batches)} without a length; say steps_per_epoch=, or give a "
-                "list"
+                f"{role}: expected {_TAKEN}, got {kind_of(batches)} without a length; "
+                + ("say steps_per_epoch=, or " if role == "batches" else "")
+                + "give a list, or a function that makes an iterator"
             )
         return _Stream(batches, steps)
     if callable(batches):
@@ -132,6 +135,9 @@ class _Iterated(_Adapter):
 
     def epoch(self, index: int) -> Iterator[Batch]:
         drawing = _Drawing(f"{self.seed}/{index}")
+        if getattr(self.batches, "persistent_workers", False):
+            # Workers that live on draw on from where they are, and the first epoch draws a seed more than others.
+            self.batches._iterator = None
         for generator in _begin(self.batches, index):
             drawing.add(generator, f"{generator.initial_seed()}/{index}")
         iterator = drawing(lambda: iter(self.batches))
@@ -155,6 +161,8 @@ class _Made(_Adapter):
             made = self._new()
             length = _length(made)
             self.steps = sum(1 for _ in made) if length is None else length
+        if not self.steps:
+            raise ValueError(f"batches: {_NONE}")
         return self.steps
 
     def _new(self) -> Iterable[Batch]:
@@ -232,28 +240,52 @@ def _begin(batches: Any, index: int) -> list[torch.Generator]:
 class _Drawing:
     """Generators in states that follow from texts while batches are made, and as they were in between: what a user has
     seeded is neither used up nor seeded anew, so an epoch draws the same however often others were read before it.
+
+    Of Python and numpy those of the whole process, which data sets augment by where there are no workers.
     """
 
     def __init__(self, text: str) -> None:
         self.states: dict[torch.Generator, Tensor] = {}
         self.add(torch.default_generator, text)
+        seed = _seed(text)
+        self.others: list[Any] = [
+            random.Random(seed).getstate(),
+            np.random.RandomState(seed & 0xFFFFFFFF).get_state(),
+        ]
 
     def add(self, generator: torch.Generator, text: str) -> None:
-        seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-        own = torch.Generator(generator.device).manual_seed(seed)
+        own = torch.Generator(generator.device).manual_seed(_seed(text))
         self.states.setdefault(generator, own.get_state())
 
     def __call__(self, run: Callable[[], Any]) -> Any:
         before = {generator: generator.get_state() for generator in self.states}
+        others = _others()
         try:
             for generator, state in self.states.items():
                 generator.set_state(state)
+            _set_others(self.others)
             made = run()
             self.states = {generator: generator.get_state() for generator in self.states}
+            self.others = _others()
             return made
         finally:
             for generator, state in before.items():
                 generator.set_state(state)
+            _set_others(others)
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def _others() -> list[Any]:
+    """The states of Python's generator and of numpy's."""
+    return [random.getstate(), np.random.get_state()]
+
+
+def _set_others(states: list[Any]) -> None:
+    random.setstate(states[0])
+    np.random.set_state(states[1])
 
 
 def _tidy(batch: Any) -> Batch:
@@ -280,9 +312,13 @@ def _without_single(batches: EpochBatches) -> EpochBatches:
 
 
 def _ends_in_one(batches: Any) -> bool:
-    if isinstance(batches, list):
+    if isinstance(batches, (list, tuple)):
         return size_of(_tidy(batches[-1])) == 1 < size_of(_tidy(batches[0]))
-    if isinstance(batches, DataLoader) and batches.batch_size and not batches.drop_last:
-        samples = _length(batches.sampler)
-        return samples is not None and samples % batches.batch_size == 1
-    return False
+    if not isinstance(batches, DataLoader):
+        return False
+    by = batches if batches.batch_size else batches.batch_sampler
+    size, sampler = getattr(by, "batch_size", None), getattr(by, "sampler", None)
+    if not isinstance(size, int) or size < 2 or getattr(by, "drop_last", True):
+        return False
+    samples = _length(batches.dataset if isinstance(batches.dataset, IterableDataset) else sampler)
+    return samples is not None and samples % size == 1

@@ -166,7 +166,7 @@ def explained(fn: Any, name: str, first: Any, second: Any) -> Iterator[None]:
         yield
     except (TypeError, AttributeError, RuntimeError, LookupError, ValueError) as error:
         theirs = isinstance(error, ValueError) and not _reduces(plain(fn))
-        if theirs or isinstance(error, _Accident) or not of_the_users(error):
+        if theirs or isinstance(error, LossError) or not of_the_users(error):
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(first, nn.Module):
@@ -195,12 +195,41 @@ def _mend(fn: Any, output: Any, target: Any) -> str:
         return "; give class numbers, target.argmax(1), or probabilities, target.float()"
     if target.is_floating_point() and target.ndim < output.ndim:
         return "; class numbers are integers: target.long()"
+    if output.ndim > 2 and target.shape == output.shape[:-1]:
+        return "; it takes classes on axis 1: loss='cross-entropy' takes them last too"
     if target.ndim == output.ndim and target.shape[-1] == 1:
         return "; class numbers have no axis of 1: target.squeeze(-1)"
     return ""
 
 
-class _Accident(ValueError):
+@contextmanager
+def untouched(loss: Any) -> Iterator[None]:
+    """A loss that is a module is given back as it was: its buffers and gradients, whatever is computed with it."""
+    fn = plain(getattr(loss, "fn", loss))
+    if not isinstance(fn, nn.Module):
+        yield
+        return
+    buffers = {name: b.clone() for name, b in fn.named_buffers()}
+    grads = [(p, p.grad) for p in fn.parameters()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, b in fn.named_buffers():
+                b.copy_(buffers[name])
+        for p, grad in grads:
+            p.grad = grad
+
+
+def own_parameters(loss: Any, model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of a loss that take gradients and are none of the model's, by name."""
+    fn = plain(getattr(loss, "fn", loss))
+    known = set(map(id, model.parameters()))
+    named = fn.named_parameters() if isinstance(fn, nn.Module) else ()
+    return {name: p for name, p in named if p.requires_grad and id(p) not in known}
+
+
+class LossError(ValueError):
     """What is refused here, in words that are the user's already."""
 
 
@@ -212,16 +241,20 @@ def refuse_accidents(fn: Any, output: Any, target: Any) -> None:
     if inner in _ELEMENTWISE or isinstance(inner, _ELEMENTWISE_MODULES):
         if output.shape != target.shape:
             raise _broadcast(output, target)
-    if (inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss)) and output.ndim > 1:
-        if output.shape[1] == 1:
-            raise _Accident(
-                f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
-                "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
-            )
+    if inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss):
+        _refuse_one_class(output)
+
+
+def _refuse_one_class(output: Tensor) -> None:
+    if output.ndim > 1 and output.shape[1] == 1:
+        raise LossError(
+            f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
+            "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
+        )
 
 
 def _broadcast(output: Tensor, target: Tensor) -> ValueError:
-    return _Accident(
+    return LossError(
         f"loss: expected targets of the output's shape {list(output.shape)}, got {kind_of(target)}, which "
         "would be broadcast; reshape the targets, or squeeze the output in a function of (output, target)"
     )
@@ -236,7 +269,7 @@ def check_range(target: Tensor, low: float, high: float, name: str) -> None:
     if bool(wrong.any()):
         least, most = target.min().item(), target.max().item()
         expected = "targets of -1 and 1" if between else "targets from 0 to 1"
-        raise _Accident(
+        raise LossError(
             f"loss {name}: expected {expected}, got {least:g} to {most:g}, for which it is no loss; convert them: "
             + ("2 * target - 1" if between else "(target + 1) / 2 of -1 and 1")
         )
@@ -277,6 +310,8 @@ class _Watching(TorchFunctionMode):
             a, b = first
             if func in _COMPARING or self._themselves(func, a, b):
                 _refuse_outer(a, b)
+            if func is F.cross_entropy:
+                _refuse_one_class(a)
             if func in _RANGES:
                 check_range(b, *_RANGES[func], func.__name__)
         return func(*args, **kwargs)

@@ -16,9 +16,18 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from . import loss_functions
+from .accuracy import labelled
 from .batches import TARGETS, Batch, kind_of, parts_of, size_of
-from .calls import forward
-from .outputs import auxiliary_in, is_labels, own_loss, scores_in
+from .calls import first_line, forward, of_the_users
+from .outputs import (
+    auxiliary_in,
+    class_axis,
+    is_labels,
+    own_loss,
+    probability_axis,
+    scores_in,
+    shifts_labels,
+)
 from .told_apart import told_apart
 
 NAMES = ("cross-entropy", "mse", "bce", "lm")
@@ -158,7 +167,9 @@ class Loss:
                     "label_smoothing: expected a loss of cross-entropy to smooth, got the model's own; set "
                     "label_smoothing=0 in the recipe, or name the loss: loss='cross-entropy'"
                 )
-            return self._mean(own)
+            if self._first_time():  # which of the labels its mean is over
+                self.__dict__["_shifts"] = shifts_labels(output, target, own)
+            return self._differentiable(self._mean(own), tree_leaves(output))
         if target is None:
             raise ValueError(
                 f"loss: expected batches with a target, (inputs, targets) or a dict with one of {', '.join(TARGETS)}, "
@@ -184,8 +195,8 @@ class Loss:
                 "alone, as objectives.task or objectives.loss_change"
             )
         try:
-            scores = self._tensor(output)
-            axis = self._axis(scores, target, own_loss(output) is not None)
+            scores = self.tensor_in(output)
+            axis = self.axis_of(scores, target, own_loss(output) is not None)
         except ValueError as error:
             if not callable(self.fn):
                 raise
@@ -212,6 +223,17 @@ class Loss:
             )
         return scores[:, :, :-1], target[:, 1:]
 
+    def classified(self, output: Any, target: Any) -> tuple[Tensor, Tensor]:
+        """Class scores [B, C, ...], and their labels, int64 [B, ...], or probabilities [B, C, ...].
+
+        Errors: as `class_scores`.
+        """
+        scores, labels = self.aligned(self.class_scores(output, target), target)
+        if is_labels(labels):
+            return scores, labels.long()
+        axis = self.axis_of(self.tensor_in(output), target, own_loss(output) is not None)
+        return scores, labels.movedim(axis, 1) if labels.ndim == scores.ndim > 2 else labels
+
     def hits(self, output: Any, batch: Batch, asked: bool = False) -> tuple[Tensor, Tensor] | None:
         """Where the highest score is the label's, and where that counts, both bool [B, ...]; NaN is no highest score.
 
@@ -222,73 +244,49 @@ class Loss:
 
         Errors: ValueError where a loss by name does not fit; if it was asked for, where there are no classes.
         """
-        found = self.labelled(output, batch, asked)
+        found = labelled(self, output, batch, asked)
         if found is None:
             return None
         scores, labels = found
         right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
         return right, labels != self.ignored
 
-    def labelled(
-        self, output: Any, batch: Batch, asked: bool = False
-    ) -> tuple[Tensor, Tensor] | None:
-        """Class scores [B, C, ...] and their labels, int64 [B, ...].  None, arguments and errors: as of `hits`."""
-        target = parts_of(batch)[1]
-        if asked and not is_labels(target):
-            raise ValueError(
-                f"metric accuracy: expected targets that are numbers of classes, integers, got {kind_of(target)}; give "
-                "metric= as a function of (output, target)"
-            )
-        if not asked and (not self.tells_classes or (callable(self.fn) and not is_labels(target))):
-            return None
-        own = own_loss(output) is not None
-        try:
-            scores = self._tensor(output)
-            axis = self._axis(scores, target, own)
-        except ValueError:
-            if not asked and (callable(self.fn) or own):
-                return None
-            raise
-        if not asked and (scores.shape[axis] < 2 or not is_labels(target)):
-            return None
-        if scores.shape[axis] < 2:
-            raise ValueError(
-                f"metric accuracy: expected at least 2 classes, got {kind_of(scores)}; give metric= as a function of "
-                "(output, target)"
-            )
-        if own and self.fn is None and not asked and axis % scores.ndim != 1:
-            return None  # which token a label belongs to is the model's affair
-        return self.aligned(scores.movedim(axis, 1), target.long())
-
-    def foreign(self, output: Any, batch: Batch, asked: bool = False) -> Tensor | int:
-        """How many labels that count are none of the model's classes; arguments and errors: as of `hits`."""
-        found = self.labelled(output, batch, asked)
-        if found is None:
-            return 0
-        scores, labels = found
-        return ((labels != self.ignored) & ((labels < 0) | (labels >= scores.shape[1]))).sum()
-
     def counted(self, batch: Batch) -> Tensor | int:
         """How much of a batch its mean is over: labels that are not left out, by class weights, or samples."""
-        target = parts_of(batch)[1]
-        averages = callable(self.fn) and loss_functions.averages_labels(self.fn)
-        if not (self.is_cross_entropy or (averages and not self.takes_model)) or not is_labels(
-            target
-        ):
+        labels = self._labels(batch)
+        if labels is None:
             return size_of(batch)
-        labels = target[:, 1:] if self.fn == "lm" and target.ndim == 2 else target
         counts = labels.long() != self.ignored
-        weight = loss_functions.setting(self.fn, "weight") if averages else None
+        weight = loss_functions.setting(self.fn, "weight") if callable(self.fn) else None
         if isinstance(weight, Tensor) and weight.ndim == 1:
             return weight[labels.long().where(counts, 0)].where(counts, 0).sum()
         return counts.sum()
+
+    def places(self, batch: Batch) -> int:
+        """What `counted` would be if nothing were left out, of the batch's shape alone."""
+        labels = self._labels(batch)
+        return size_of(batch) if labels is None else labels.numel()
+
+    def _labels(self, batch: Batch) -> Tensor | None:
+        """The labels that its mean is over; None: it is one over samples."""
+        target = parts_of(batch)[1]
+        function = callable(self.fn) and not self.takes_model
+        averages = function and loss_functions.averages_labels(self.fn)
+        if not (self.is_cross_entropy or averages) or not is_labels(target):
+            return None
+        shifted = self.fn == "lm" or self.__dict__.get("_shifts", False)
+        return target[:, 1:] if shifted and target.ndim == 2 else target
 
     def summed(self, output: Any, batch: Batch) -> Tensor:
         """The loss over all that `counted` counts, float64, 0-dim: what an evaluation adds up."""
         target = parts_of(batch)[1]
         if self.is_cross_entropy and is_labels(target) and own_loss(output) is None:
             return self._cross_entropy(output, target, "none").sum(dtype=torch.float64)
-        return self.of(output, batch).double() * self.counted(batch)
+        value, counted = self.of(output, batch).double(), self.counted(batch)
+        # A batch whose labels are all left out has a mean of nothing, NaN.
+        return (
+            value * counted if isinstance(counted, int) else (value * counted).where(counted > 0, 0)
+        )
 
     def weighed(self, mean: Tensor, part: Batch, whole: Batch) -> Tensor:
         """What the mean loss of a part adds to that of the whole batch."""
@@ -301,47 +299,26 @@ class Loss:
 
     # --- Parts --------------------------------------------------------------------------------------
 
-    def _tensor(self, output: Any) -> Tensor:
+    def tensor_in(self, output: Any) -> Tensor:
         """The tensor of an output that scores lie in."""
         return scores_in(output) if self.scores is None else self.scores(output)
 
-    def _axis(self, scores: Tensor, target: Any, own: bool = False) -> int:
-        """Where the classes are; `own`: the model has a loss, which knows what they mean.
-
-        Errors: ValueError where shapes do not tell.
-        """
+    def axis_of(self, scores: Tensor, target: Any, own: bool = False) -> int:
+        """Where the classes are; `own`: the model has a loss, which knows what they mean."""
         if self.class_axis is not None:
+            if not -scores.ndim <= self.class_axis < scores.ndim:
+                raise ValueError(
+                    f"class_axis: expected an axis of the class scores {list(scores.shape)}, got {self.class_axis}"
+                )
             return self.class_axis
         if self.fn == "lm":
             return -1
-        if target is None and scores.ndim > 1:
-            return 1
         if isinstance(target, Tensor) and self.fn == "cross-entropy" and target.is_floating_point():
-            if target.shape == scores.shape:  # probabilities of the classes
-                return 1
-        elif is_labels(target) and scores.ndim > 1:
-            first = scores.shape[:1] + scores.shape[2:] == target.shape
-            last = scores.ndim > 2 and scores.shape[:-1] == target.shape
-            if first and not (last and scores.ndim == 3):
-                return 1
-            if first:
-                raise ValueError(
-                    f"loss: expected shapes that tell which axis the classes are on, got scores {list(scores.shape)} "
-                    f"for targets {list(target.shape)}; say so: loss=sc.Loss('cross-entropy', class_axis=1) or -1"
-                )
-            if last and (own or self.fn is not None):
-                return -1
-            if last:
-                raise ValueError(
-                    f"loss: expected integer targets [B, ...] for class scores [B, C, ...], got {kind_of(target)} for "
-                    f"{kind_of(scores)}; name what it is: loss='lm' where each token predicts the next, "
-                    "loss='cross-entropy' where targets are the classes of these very positions"
-                )
-        raise ValueError(
-            f"loss: expected integer targets [B, ...] for class scores [B, C, ...], got {kind_of(target)} for "
-            f"{kind_of(scores)}; name what it is: loss='cross-entropy', 'mse', 'bce', 'lm', or a function of "
-            "(output, target)"
-        )
+            if target.shape == scores.shape:
+                if "_soft" not in self.__dict__:
+                    self.__dict__["_soft"] = probability_axis(target)
+                return self.__dict__["_soft"]
+        return class_axis(scores, target, own or self.fn is not None)
 
     def _cross_entropy(self, output: Any, target: Any, reduction: str = "mean") -> Tensor:
         if self.scores is None and (spare := auxiliary_in(output)):
@@ -349,13 +326,18 @@ class Loss:
                 f"loss: expected one output to train, got {type(output).__name__} with {spare} beside the logits; give "
                 "loss= as a function of (output, target) that weighs them, or leave them out of the model"
             )
-        scores, labels = self.aligned(self.class_scores(output, target), target)
-        if is_labels(labels):
-            labels = labels.long()
+        scores, labels = self.classified(output, target)
         try:
             return F.cross_entropy(
                 scores, labels, label_smoothing=self.label_smoothing, reduction=reduction
             )
+        except (RuntimeError, ValueError) as error:
+            if not of_the_users(error):
+                raise
+            raise ValueError(
+                f"loss: expected labels of the class scores, got {kind_of(labels)} for scores {list(scores.shape)}, "
+                f"classes on axis 1 ({first_line(error)}); say where they are: class_axis="
+            ) from error
         except IndexError:  # the CPU's
             found = labels[labels != _IGNORED]
             raise ValueError(
@@ -365,7 +347,7 @@ class Loss:
 
     def _elementwise(self, output: Any, target: Any) -> Tensor:
         """mse and bce: of as many numbers as there are targets; an axis of 1 at the end of either is none."""
-        values = self._tensor(output)
+        values = self.tensor_in(output)
         if isinstance(target, Tensor) and values.shape != target.shape:
             if values.shape == (*target.shape, 1):
                 values = values.squeeze(-1)

@@ -29,11 +29,12 @@ from .batches import (
     size_of,
     target_key,
 )
-from .calls import forward
+from .calls import arguments, forward
 from .convert import batch_statistics, require_dense_parameters, sparse_layers
 from .layer import SparseLayer
 from .losses import Loss, LossLike, loss_of
 from .outputs import is_labels, own_loss, scores_in
+from .telling import note_gradients
 
 Score = Callable[..., dict[str, Tensor]]  # of (model, batches, seed), and loss= if it has one
 
@@ -114,11 +115,11 @@ def grasp(
             output = forward(model, inputs)
             if own_loss(output) is not None:
                 return by.of(output, batch)
-            scores, labels = by.aligned(by.class_scores(output, target), target)
+            scores, labels = by.classified(output, target)
             by.of(output, batch)  # refuses what has no such loss
             if labels.ndim == 1:
-                return F.cross_entropy(scores / temperature, labels.long(), reduction="sum") / count
-            return F.cross_entropy(scores / temperature, labels.long())
+                return F.cross_entropy(scores / temperature, labels, reduction="sum") / count
+            return F.cross_entropy(scores / temperature, labels)
 
         g = [torch.zeros_like(w) for w in weights.values()]
         for part in parts:
@@ -235,9 +236,14 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 def _gradient(
     value: Tensor, weights: Mapping[str, Tensor], *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """d value / d weights, 0 for a weight that takes no part."""
-    return torch.autograd.grad(
-        value, list(weights.values()), create_graph=create_graph, materialize_grads=True
+    """d value / d weights, 0 for a weight that takes no part, which is noted."""
+    found = torch.autograd.grad(
+        value, list(weights.values()), create_graph=create_graph, allow_unused=True
+    )
+    note_gradients({name: g is not None for name, g in zip(weights, found, strict=True)})
+    return tuple(
+        torch.zeros_like(w) if g is None else g
+        for w, g in zip(weights.values(), found, strict=True)
     )
 
 
@@ -282,7 +288,11 @@ def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
     if key is not None:
         inputs = {k: v for k, v in inputs.items() if k != key}
     kind = Several if isinstance(inputs, Several) else lambda x: x
-    first = of_samples(tuple(inputs) if kind is Several else inputs, slice(0, 1))
+    first = tuple(inputs) if kind is Several else inputs
+    # A nest that is one argument may be a sample each: it stays whole, which the scores' scale makes up for.
+    args = arguments(net, inputs)[0]
+    if not (len(args) == 1 and isinstance(args[0], (tuple, list))):
+        first = of_samples(first, slice(0, 1))
     try:
         output = forward(net, kind(tree_map(ones, first)))
     finally:

@@ -1,19 +1,24 @@
 """What nobody would see of a ticket: layers that keep nothing, cannot learn or took no part.  Told as warnings.
 
-A search tells of its ticket when it ends, `Ticket.apply_` of a ticket once, however often it is applied.  What is
+Whoever differentiates in a search notes which layers a gradient came to (`note_gradients`), which costs nothing.  A
+search tells of its ticket when it ends, `Ticket.apply_` of a ticket once, however often it is applied.  What is
 applied within a search is the search's own affair.
 """
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 from warnings import warn
 
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvTransposeNd
 
 from .convert import sparse_layers
+from .loss_functions import own_parameters
+from .losses import Loss
 
 if TYPE_CHECKING:
     from .tickets import Ticket
@@ -27,25 +32,77 @@ class ShortSearchWarning(SparsityWarning):
     """A search whose gates ended far from the sparsity asked for."""
 
 
-_within: ContextVar[bool] = ContextVar("within a search", default=False)
+@dataclass
+class Noted:
+    """What the outermost search has come to know of layers, by name.
+
+    Attributes:
+        reached, missed: those that a gradient came to in some step, and those that it did not in some.
+    """
+
+    reached: set[str] = field(default_factory=set)
+    missed: set[str] = field(default_factory=set)
+
+    @property
+    def unreached(self) -> list[str]:
+        """Layers that no gradient ever came to."""
+        return sorted(self.missed - self.reached)
+
+
+_within: ContextVar[Noted | None] = ContextVar("within a search", default=None)
 _applied: dict[int, weakref.ref["Ticket"]] = {}  # tickets that `apply_` told of, by id
 
 
 @contextmanager
-def within_a_search() -> Iterator[bool]:
-    """Whether this is the outermost search; in it, nothing else tells of tickets."""
-    outermost = not _within.get()
-    token = _within.set(True)
+def within_a_search() -> Iterator[Noted | None]:
+    """What is noted, to the outermost search; in it nothing else tells of tickets, and gets None."""
+    if _within.get() is not None:
+        yield None
+        return
+    noted = Noted()
+    token = _within.set(noted)
     try:
-        yield outermost
+        yield noted
     finally:
         _within.reset(token)
 
 
-def tell_found(ticket: "Ticket", model: nn.Module, *, stacklevel: int = 3) -> None:
-    """Warns of all that is to be told of a ticket that a search of `model` has found."""
-    told = [*of_masks(ticket.masks, model), *of_training(ticket, model), *of_scores(ticket)]
-    for text in told:
+def note_gradients(came: Mapping[str, bool]) -> None:
+    """Notes, by layer, whether a gradient came to it, where a search asks."""
+    if (noted := _within.get()) is not None:
+        noted.reached.update(name for name, reached in came.items() if reached)
+        noted.missed.update(name for name, reached in came.items() if not reached)
+
+
+def note_training(model: nn.Module, unreached: Collection[str] | None) -> None:
+    """Notes what a training's history says of its parameters (`History.unreached`); frozen layers are left out."""
+    if unreached is None:
+        return
+    missed = {id(p) for name, p in model.named_parameters() if name in set(unreached)}
+    weights = {name: layer.raw_weight for name, layer in sparse_layers(model).items()}
+    note_gradients({n: id(w) not in missed for n, w in weights.items() if w.requires_grad})
+
+
+def tell_loss(loss: Loss, model: nn.Module, *, stacklevel: int = 3) -> None:
+    """Warns of a loss with parameters of its own, which nothing moves."""
+    if _within.get() is None and (own := own_parameters(loss, model)):
+        warn(
+            f"loss {loss.name}: {_some([repr(name) for name in own])} of its own {_are(list(own))} not trained, as "
+            "only the model's parameters are; make them a part of the model, or freeze them: requires_grad_(False)",
+            SparsityWarning,
+            stacklevel=stacklevel,
+        )
+
+
+def tell_found(
+    ticket: "Ticket", model: nn.Module, unreached: Collection[str] = (), *, stacklevel: int = 3
+) -> None:
+    """Warns of all that is to be told of a ticket that a search of `model` has found.
+
+    unreached: layers that no gradient came to in the search.
+    """
+    idle = of_scores(ticket, unreached)
+    for text in (*of_masks(ticket.masks, model), *of_training(ticket, model), *idle):
         warn(text, SparsityWarning, stacklevel=stacklevel)
     if (text := short_search(ticket)) is not None:
         warn(text, ShortSearchWarning, stacklevel=stacklevel)
@@ -55,7 +112,7 @@ def tell_applied(ticket: "Ticket", model: nn.Module, *, stacklevel: int = 3) -> 
     """Warns of what a ticket does to `model`, the first time that this ticket is applied."""
     key = id(ticket)
     known = _applied.get(key)
-    if _within.get() or (known is not None and known() is ticket):
+    if _within.get() is not None or (known is not None and known() is ticket):
         return
     _applied[key] = weakref.ref(ticket, lambda gone: _applied.pop(key, None))
     for text in [*of_masks(ticket.masks, model), *of_training(ticket, model)]:
@@ -77,15 +134,31 @@ def of_masks(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> Ite
             f"sparsify_(model, '!{empty[0]}')"
         )
     dead = {}
+    layers = {} if model is None else sparse_layers(model)
     for name, mask in masks.items():
-        rows = int((~mask.flatten(1).any(1)).sum())
+        alive = _by_unit(mask, layers.get(name)).flatten(1).any(1)
+        rows = int((~alive).sum())
         if rows and name not in empty:
-            dead[name] = f"{rows} of {mask.shape[0]} of {name!r}"
+            dead[name] = f"{rows} of {len(alive)} of {name!r}"
     if dead:
         yield (
             f"units cut off: {_some(list(dead.values()))} keep no weight and give their bias alone, whatever "
             "comes in; compact(model, x) and plan='auto' take them out, a lower sparsity keeps them"
         )
+
+
+def _by_unit(mask: Tensor, layer: nn.Module | None) -> Tensor:
+    """The mask with an output unit's weights together: [outputs, ...]."""
+    if isinstance(
+        layer, _ConvTransposeNd
+    ):  # [k, n / groups, ...], inputs of a group one after the other
+        parts = mask.unflatten(0, (layer.groups, -1)).transpose(1, 2)
+        return parts.flatten(0, 1)
+    if isinstance(layer, nn.Embedding) or hasattr(
+        layer, "nf"
+    ):  # [tokens, features], and Hugging Face's [k, n]
+        return mask.transpose(0, 1)
+    return mask
 
 
 def of_training(ticket: "Ticket", model: nn.Module) -> Iterator[str]:
@@ -107,29 +180,49 @@ def of_training(ticket: "Ticket", model: nn.Module) -> Iterator[str]:
         )
 
 
-def of_scores(ticket: "Ticket") -> Iterator[str]:
-    """Layers that took no part in the search: nothing tells one unit of theirs from another."""
+def of_scores(ticket: "Ticket", unreached: Iterable[str] = ()) -> Iterator[str]:
+    """Layers that took no part in the search: nothing tells one unit of theirs from another.
+
+    unreached: those of them that are known already.
+    """
     alike = [
         name
         for name, score in (ticket.scores or {}).items()
         if score.numel() > 1 and bool((score == score.flatten()[0]).all())
     ]
+    missed = [name for name in ticket.masks if name in set(unreached)]
     if alike:
         yield (
             f"{_layers(alike)} took no part in the search: all scores there are alike, as where the forward "
             "never calls a layer or no gradient comes to it, so what it keeps says nothing; call it, or leave "
             f"it dense: sparsify_(model, '!{alike[0]}')"
         )
+    if missed := [name for name in missed if name not in alike]:
+        yield (
+            f"{_layers(missed)} took no part in the search: no gradient came to it, as where the forward never calls "
+            "a layer, so what it keeps says nothing; call it, or leave it dense: "
+            f"sparsify_(model, '!{missed[0]}')"
+        )
 
 
 def short_search(ticket: "Ticket") -> str | None:
-    """Why a search by gates was too short, if it was: its gates kept twice what the ticket has room for."""
-    natural = ticket.meta.get("natural_sparsity")  # of any file: it may say anything
-    if not isinstance(natural, float) or 1 - natural <= 2 * (1 - ticket.sparsity):
+    """Why a search's gates are far from what was asked for, if so: by a factor of 2, or a quarter of all weights."""
+    natural, asked = ticket.meta.get("natural_sparsity"), ticket.sparsity
+    if not isinstance(natural, float) or not 0 <= natural <= 1:  # of any file: it may say anything
         return None
+    kept, room = 1 - natural, 1 - asked
+    if abs(natural - asked) <= 0.25 and kept <= 2 * room and room <= 2 * kept:
+        return None
+    text = f"the gates ended {100 * natural:.1f} % sparse, not {100 * asked:.4g} %, so the ticket "
+    if kept > room:
+        return (
+            text
+            + "cuts what they still used: more epochs, a smaller search batch or a higher search lr brings "
+            "them there"
+        )
     return (
-        f"the gates ended {100 * natural:.1f} % sparse, not {100 * ticket.sparsity:.4g} %, so the ticket cuts "
-        "what they still used: more epochs, a smaller search batch or a higher search lr brings them there"
+        text
+        + "keeps what they had closed: more epochs, a higher start_density or a lower search lr brings them there"
     )
 
 

@@ -26,6 +26,7 @@ from .losses import LossLike, loss_of
 from .progress import QUIET, Progress
 from .recipe import Recipe as Recipe
 from .recipe import require_trainable
+from .telling import tell_loss
 from .training_run import AfterStep, History, Run, Saved, parts_between
 from .training_run import Step as Step
 
@@ -92,9 +93,11 @@ def train(
     require_trainable(model)
     check_engine(engine, next(model.parameters()).device)
     given = loss_of(loss)
+    tell_loss(given, model)
     by = given.smoothed(recipe.label_smoothing)
     train_batches = batches_of(train_batches, model, steps_per_epoch)
-    test_batches = None if test_batches is None else batches_of(test_batches)
+    if test_batches is not None:
+        test_batches = batches_of(test_batches, role="test_batches")
     asked = metric_of(metric, by)
     checkpoints.check_resumable(checkpoint, train_batches)
     stop = recipe.epochs if stop_epoch is None else stop_epoch
@@ -149,7 +152,7 @@ def train(
                 if run.evaluation is not None:
                     record |= run.measured()
                 if watch is not None:
-                    record["watched"] = watch(run.evaluated)
+                    record["watched"] = float(watch(run.evaluated))
                 record["seconds"] = perf_counter() - start
                 history.epochs.append(record)
                 if metrics is not None:
@@ -166,15 +169,15 @@ def train(
         run.engine.step.become(Way())
         history.way = str(run.engine.way)
         history.engine = run.engine.told or history.way
-    run.finish()
+    run.finish(history)
     return history
 
 
 def _read(path: Path, fingerprint: str) -> Saved:
-    """This run's checkpoint.  Errors: ValueError for another run's."""
+    """This run's checkpoint.  Errors: checkpoints.OtherRunError for another run's."""
     tensors, meta = checkpoints.read(path)
     if meta["run"] != fingerprint:
-        raise ValueError(
+        raise checkpoints.OtherRunError(
             f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
             f"{fingerprint[:12]}): remove it or name another checkpoint; one of a plan that dropped dead "
             "units goes on under that plan alone"

@@ -23,6 +23,7 @@ from .engine import (
 )
 from .engine.training_step import Penalty
 from .evaluating import evaluate as evaluate
+from .loss_functions import own_parameters
 from .losses import Loss
 from .recipe import Recipe, optimizer_for
 
@@ -58,6 +59,9 @@ class History:
     snapshots: dict[float, dict[str, Tensor]] = field(default_factory=dict)
     engine: str = ""  # how steps were launched, and why if there was a choice
     way: str = ""  # the same without why
+    unreached: list[str] | None = (
+        None  # parameters that no step gave a gradient; None: no step was taken
+    )
 
     @property
     def accuracy(self) -> float:
@@ -115,6 +119,7 @@ class Run:
         metric: Loss | Literal["accuracy"] | None,
     ) -> None:
         self.loss, self.metric = loss, metric
+        self.unmoved = [*own_parameters(loss, model).values()]
         self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
         self.steps, self.test_batches = max(len(batches), 1), test_batches
         self.device = next(model.parameters()).device
@@ -154,8 +159,9 @@ class Run:
     def launch(self, engine: str, saved: Saved | None, epoch: int, steps: int) -> None:
         """Makes the engine: the one asked for, the checkpoint's, or the fastest."""
         counts = self.penalty is not None and not getattr(self.penalty, "capturable", False)
+        self.training = self._step()
         self.engine = launch(
-            self._step().become,
+            self.training.become,
             self.feed,
             engine=engine,
             steps=steps,
@@ -190,25 +196,28 @@ class Run:
     def part(self, part: Part, advance: Any) -> float:
         """Mean training loss; the only host sync is at the end."""
         self.model.train()
-        step, first = self.engine.step, part.epoch * self.steps + part.first
+        step, first = self.training, part.epoch * self.steps + part.first
         step.clear()
         self.timeline.to(first)
         self.engine.begin(part.epoch, part.first)
-        samples = 0
         for index in range(first, first + part.count):
             self.engine()
-            samples += self.feed.size
             if self.after_step is not None:
                 self.after_step(Step(index, self.model, self.optimizer, self.feed.present))
                 self.engine.refresh()
             advance()
-        return float(step.total) / max(samples, 1)
+        for p in self.unmoved:  # nobody sets them back
+            p.grad = None
+        return step.mean()
 
     def snapshot(self) -> dict[str, Tensor]:
         return {k: v.detach().cpu().clone() for k, v in self.model.state_dict().items()}
 
-    def finish(self) -> None:
+    def finish(self, history: History) -> None:
         """The average, where there is one, is what the caller gets."""
+        if (unreached := self.training.unreached) is not None:
+            missed = set(map(id, unreached))
+            history.unreached = [n for n, p in self.model.named_parameters() if id(p) in missed]
         if self.average is not None:
             self.model.load_state_dict(self.average.module.state_dict())
 

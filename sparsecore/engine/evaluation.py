@@ -2,14 +2,17 @@
 
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .. import capture
+from ..accuracy import foreign
 from ..batches import Batch, EpochBatches, parts_of, size_of
 from ..calls import fits, forward
+from ..loss_functions import plain
 from ..losses import Loss
 from .auto import launch
 from .engine import AbstractStep, stamp, structure
@@ -57,7 +60,8 @@ class Evaluation(AbstractStep):
         self.metric = metric if isinstance(metric, Loss) else None
         # Until an output shows none.
         self.classes = self.asked or (metric is None and self.by.tells_classes)
-        self.device = next(model.parameters()).device
+        tensors = chain(model.parameters(), model.buffers())
+        self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.total = torch.zeros(5, dtype=torch.float64, device=self.device)
         self.channels_last = channels_last
         if not capture.possible_on(self.device):
@@ -78,7 +82,9 @@ class Evaluation(AbstractStep):
                 self.engine()
             hits, labels, value, count, foreign = self.total.tolist()
         if not (labels or count):
-            raise ValueError("evaluation: expected at least one sample, got data without any")
+            raise ValueError(
+                "evaluation: expected at least one sample whose label is not left out, got data without any"
+            )
         if foreign:
             raise ValueError(
                 f"accuracy: expected labels of the model's classes, got {foreign:.0f} others among {labels:.0f}; mend "
@@ -89,8 +95,12 @@ class Evaluation(AbstractStep):
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
+        # What judges may have modes too, and must not learn from what it judges.
+        judges = [plain(by.fn) for by in (self.by, self.metric) if by is not None]
+        parts = [self.model, *(fn for fn in judges if isinstance(fn, nn.Module))]
+        modes = {module: module.training for part in parts for module in part.modules()}
+        for part in parts:
+            part.eval()
         try:
             # Not inference_mode: what a model keeps for later, as positions, has to be fit for training.
             with torch.no_grad():
@@ -120,7 +130,7 @@ class Evaluation(AbstractStep):
                 hits, counts = found
                 self.total[_HITS].add_((hits & counts).sum())
                 self.total[_COUNTED].add_(counts.sum())
-                self.total[_FOREIGN].add_(judge.foreign(output, batch, self.asked))
+                self.total[_FOREIGN].add_(foreign(judge, output, batch, self.asked))
         if self.loss or not self.classes:
             if judge.takes_model:
                 self._add(judge(self.model, batch).double() * size_of(batch), size_of(batch))

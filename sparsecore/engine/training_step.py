@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
 from ..batches import Batch, cut, size_of
+from ..loss_functions import LossError
 from ..losses import LossLike, loss_of
 from .engine import (
     AbstractStep,
@@ -28,7 +29,8 @@ Penalty = Callable[[nn.Module], Tensor]  # a scalar that is added to the loss
 
 
 class TrainingStep(AbstractStep):
-    """One optimiser step; `total` sums loss * samples.
+    """One optimiser step; `total` sums losses times what they are means over, which `seen` sums: samples, where all
+    labels count and samples have equally many.
 
     Args:
         loss: of the model and a batch, as it is; one of a label-smoothing recipe is `smoothed` already.
@@ -37,7 +39,12 @@ class TrainingStep(AbstractStep):
         amp: the dtype of autocast.
         timeline: its "lr" is the optimiser's own; moves on with every step.
         average: of the weights (EMA), with its decay.
+
+    Attributes:
+        unreached: the optimiser's parameters that no step has given a gradient; None before the first.
     """
+
+    unreached: list[Tensor] | None = None
 
     def __init__(
         self,
@@ -62,6 +69,8 @@ class TrainingStep(AbstractStep):
         dtype = torch.promote_types(next(model.parameters()).dtype, torch.float32)
         made = {"dtype": dtype, "device": self.device}
         self.total, self.last = (torch.zeros((), **made) for _ in range(2))
+        self.seen = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.labels = 0.0  # of a sample, in the first batch
         averages = [] if average is None else [average[0]]
         self.layout = Layout([model, *averages], [optimizer])
         self.call: Callable[[nn.Module, Tensor], Any] = plainly
@@ -74,6 +83,10 @@ class TrainingStep(AbstractStep):
         # a graph's memory.
         torch.clear_autocast_cache()
         mean = self._backward(batch)
+        if self.unreached is None:
+            self.unreached = self._moved()
+        if self.unreached:
+            self.unreached = [p for p in self.unreached if p.grad is None]
         torch.clear_autocast_cache()
         if self.penalty is not None:
             self.scaler.scale(self.penalty(self.model)).backward()
@@ -84,20 +97,48 @@ class TrainingStep(AbstractStep):
         self.scaler.update()
         self._average()
         self.last.copy_(mean)
-        self.total += mean * size_of(batch)
+        share = self._share(batch)
+        self.total += mean * share
+        self.seen += share
+
+    def _share(self, batch: Batch) -> Tensor | float:
+        """What the mean is over, in samples of the first batch: labels left out count nothing."""
+        counted, whole = self.loss.counted(batch), self.loss.places(batch)
+        self.labels = self.labels or whole / max(size_of(batch), 1)
+        return counted / (self.labels or 1.0)
+
+    def clear(self) -> None:
+        super().clear()
+        self.seen.zero_()
+
+    def mean(self) -> float:
+        """The mean loss since `clear`; a host sync."""
+        total, seen = torch.stack([self.total.double(), self.seen]).tolist()
+        return total / seen if seen else total
 
     def _backward(self, batch: Batch) -> Tensor:
         """The mean loss, detached; its gradients are in the parameters."""
         batch, mean = self.layout.of(batch), None
         for part in cut(batch, self.accumulate):
             with torch.autocast(self.device.type, self.amp, enabled=self.amp is not None):
-                loss = self.loss(self.model, part, self.call)
+                loss = self._loss(part)
             if self.accumulate > 1:
                 loss = self.loss.weighed(loss, part, batch)
             self.scaler.scale(loss).backward()
             mean = loss.detach() if mean is None else mean + loss.detach()
         assert mean is not None
         return mean
+
+    def _loss(self, part: Batch) -> Tensor:
+        try:
+            return self.loss(self.model, part, self.call)
+        except ValueError as error:
+            if self.accumulate == 1 or type(error) not in (ValueError, LossError):
+                raise
+            raise ValueError(
+                f"{error}; this was one of the {self.accumulate} parts that accumulate={self.accumulate} cuts a batch "
+                "into along the first axis: accumulate=1 takes it whole"
+            ) from error
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -121,7 +162,7 @@ class TrainingStep(AbstractStep):
         average.n_averaged += 1
 
     def changes(self) -> list[Tensor]:
-        found = [*self.model.parameters(), *self.model.buffers(), self.total, self.last]
+        found = [*self.model.parameters(), *self.model.buffers(), self.total, self.seen, self.last]
         moved = self._moved()
         known, stepped = ({id(t) for t in ts} for ts in (found, moved))
         found += [p for p in moved if id(p) not in known]  # a loss may have parameters of its own

@@ -44,7 +44,7 @@ from ..tied import require_own_weights
 from .epochs import StepEpochs, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
-from .protocol import Watch
+from .protocol import Watch, require_full_precision
 from .told import telling
 
 
@@ -134,6 +134,7 @@ class ContinuousSparsification:
             )  # fmt: skip
         layers = require_dense_parameters(model)
         require_own_weights(model)
+        require_full_precision(layers)
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}

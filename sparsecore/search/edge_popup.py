@@ -32,11 +32,12 @@ from ..sparsities import (
     masks_from_scores,
     uniform_densities,
 )
+from ..telling import note_gradients
 from ..tickets import Ticket, dense_state
 from ..tied import require_own_weights
 from .epochs import StepEpochs, run_epochs, way_of
 from .finished import check_weights, searched_in
-from .protocol import Watch
+from .protocol import Watch, require_full_precision
 from .told import telling
 
 
@@ -116,8 +117,10 @@ class EdgePopup:
         """
         batches, by = batches_of(batches, model, steps_per_epoch), loss_of(loss)
         checkpoints.check_resumable(checkpoint, batches)
-        sparsities = self._sparsities(require_dense_parameters(model), sparsity)
+        layers = require_dense_parameters(model)
+        sparsities = self._sparsities(layers, sparsity)
         require_own_weights(model)
+        require_full_precision(layers)
         run = ""
         if checkpoint is not None:
             facts = (replace(self, distribution=None), sparsities)
@@ -132,6 +135,7 @@ class EdgePopup:
             records = run_epochs(
                 work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
             )
+        work.note()
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
         scores = {name: score.cpu() for name, score in work.scores().items()}
         meta = self._meta(sparsity) | {"progress": records, "engine": str(work.engine.way)}
@@ -222,6 +226,7 @@ class _PopupEpochs(StepEpochs):
         )
         self.optimizer = optimizer_for(logits, self.recipe, lr=self.timeline.now["lr"])
         step = TrainingStep(net, loss or Loss(), self.optimizer, timeline=self.timeline)
+        self.training = step
         self.engine = launch(
             step.become,
             feed_of(batches, device),
@@ -230,6 +235,15 @@ class _PopupEpochs(StepEpochs):
             saved=saved,
             layouts=takes_images(net),
         )
+
+    def mean(self, samples: int) -> float:
+        return self.training.mean()
+
+    def note(self) -> None:
+        """Notes which layers' scores a gradient came to."""
+        if (unreached := self.training.unreached) is not None:
+            missed = set(map(id, unreached))
+            note_gradients({n: id(g.logits) not in missed for n, g in self.gated.items()})
 
     def scores(self) -> dict[str, Tensor]:
         """|score| by layer, one per unit."""

@@ -118,6 +118,10 @@ class StepEpochs(Epochs):
     def measure(self, watch: Watch) -> float:
         """What `watch` says of the network by now; changes nothing that a step reads."""
 
+    def mean(self, samples: int) -> float:
+        """The mean loss of an epoch's steps on so many samples."""
+        return float(self.engine.step.total) / max(samples, 1)
+
     def epoch(self, index: int, advance: Advance) -> Record:
         engine, samples = self.engine, 0
         engine.step.clear()
@@ -128,6 +132,6 @@ class StepEpochs(Epochs):
             samples += engine.feed.size
             advance()
         # The epoch's only host sync.
-        mean = check_finite(float(engine.step.total) / max(samples, 1), index, "task", self.batches)
+        mean = check_finite(self.mean(samples), index, "task", self.batches)
         record = {"epoch": index + 1, "objective": mean}
         return record if self.watch is None else record | {"accuracy": self.measure(self.watch)}

@@ -1,11 +1,13 @@
 """What every search is: a frozen value that is called with a model and batches and gives a ticket."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from torch import nn
 
+from ..layer import SparseLayer
 from ..losses import LossLike
 from ..progress import QUIET, Progress
 from ..tickets import Ticket
@@ -17,6 +19,17 @@ Watch = Callable[
 
 class SearchError(ValueError):
     """A search that cannot go on; the message says what to change."""
+
+
+def require_full_precision(layers: Mapping[str, SparseLayer]) -> None:
+    """Errors: ValueError for weights in half precision, which gates of float32 do not multiply."""
+    for name, layer in layers.items():
+        dtype = layer.raw_weight.dtype
+        if dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(
+                f"layer {name}: expected weights of float32 under gates, got {str(dtype).removeprefix('torch.')}; "
+                "search in float32, and convert the model afterwards"
+            )
 
 
 class Search(Protocol):

@@ -24,6 +24,7 @@ from ..regions import Repellent
 from ..rounds import Round, RoundError, round_files, round_path
 from ..safefile import FileError
 from ..sparsities import check_possible, check_sparsity, kept_count, masks_from_scores
+from ..telling import note_training
 from ..tickets import Ticket, dense_state
 from ..training import train
 from .protocol import SearchError, Watch
@@ -242,6 +243,7 @@ class Rewinding:
             ) from None
         except ValueError as error:
             raise SearchError(f"round {asked.index}: {error}") from error
+        note_training(network, history.unreached)
         trained = dense_state(network)
         accuracy = None if watch is None else float(watch(network))
         done = replace(

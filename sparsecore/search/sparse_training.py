@@ -26,6 +26,7 @@ from ..plans import remask_
 from ..progress import QUIET, Progress
 from ..recipe import Recipe
 from ..sparsities import check_possible, check_sparsity
+from ..telling import note_training
 from ..tickets import Ticket, dense_state
 from ..training import Step, train
 from .protocol import SearchError, Watch
@@ -178,6 +179,7 @@ class AbstractSparseTraining(ABC):
             )
         except ValueError as error:
             raise SearchError(f"{self.name}: {error}") from error
+        note_training(network, history.unreached)
         meta = self._meta(sparsity) | {"updates": len(schedule), "engine": history.way}
         meta["loss"] = by.name
         if watch is not None:

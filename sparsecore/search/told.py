@@ -1,4 +1,4 @@
-"""Around every search: one process alone, and warnings of what its ticket hides."""
+"""Around every search: one process alone, the user's loss as it was, and warnings of what its ticket hides."""
 
 import functools
 from collections.abc import Callable
@@ -7,11 +7,14 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from ..batches import kind_of
 from ..coverage import coverage
+from ..loss_functions import untouched
+from ..losses import loss_of
 from ..ranks import ranks
-from ..telling import tell_found, within_a_search
+from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
-from .protocol import SearchError
+from .protocol import SearchError, Watch
 
 Method = TypeVar("Method", bound=Callable[..., Ticket | list[Ticket]])
 
@@ -25,19 +28,33 @@ def telling(search: Method) -> Method:
     @functools.wraps(search)
     def told(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Ticket | list[Ticket]:
         _require_one_rank()
-        with within_a_search() as outermost:
+        if kwargs.get("watch") is not None:
+            kwargs["watch"] = functools.partial(_watched, kwargs["watch"])
+        tell_loss(loss_of(kwargs.get("loss")), model)
+        with within_a_search() as noted, untouched(kwargs.get("loss")):
             found = search(self, model, *args, **kwargs)
-        if not outermost:
+        if noted is None:
             return found
         seen = coverage(model)
         covered = {"parameters": seen.parameters, "dense": seen.dense}
         tickets = [found] if isinstance(found, Ticket) else found
         tickets = [replace(ticket, meta=ticket.meta | covered) for ticket in tickets]
         for ticket in tickets:
-            tell_found(ticket, model)
+            tell_found(ticket, model, noted.unreached)
         return tickets[0] if isinstance(found, Ticket) else tickets
 
     return cast(Method, told)
+
+
+def _watched(watch: Watch, model: nn.Module) -> float:
+    """What `watch` says, as a number that a ticket can keep.  Errors: SearchError for what is none."""
+    found: Any = watch(model)
+    try:
+        return float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise SearchError(
+            f"watch: expected a function of the model that gives a number, got {kind_of(found)} from it"
+        ) from None
 
 
 def _require_one_rank() -> None:

@@ -1,0 +1,58 @@
+"""What accuracy is of: class scores and the labels that belong to them, where it is certain which they are."""
+
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from .batches import Batch, kind_of, parts_of
+from .outputs import is_labels, own_loss
+
+if TYPE_CHECKING:
+    from .losses import Loss
+
+
+def labelled(
+    loss: "Loss", output: Any, batch: Batch, asked: bool = False
+) -> tuple[Tensor, Tensor] | None:
+    """Class scores [B, C, ...] and their labels, int64 [B, ...]; None where there are no classes for sure.
+
+    Args:
+        asked: whether accuracy was asked for: then the highest output is the prediction, whatever the loss.
+
+    Errors: ValueError where a loss by name does not fit; if it was asked for, where there are no classes.
+    """
+    target = parts_of(batch)[1]
+    if asked and not is_labels(target):
+        raise ValueError(
+            f"metric accuracy: expected targets that are numbers of classes, integers, got {kind_of(target)}; give "
+            "metric= as a function of (output, target)"
+        )
+    if not asked and (not loss.tells_classes or (callable(loss.fn) and not is_labels(target))):
+        return None
+    own = own_loss(output) is not None
+    try:
+        scores = loss.tensor_in(output)
+        axis = loss.axis_of(scores, target, own)
+    except ValueError:
+        if not asked and (callable(loss.fn) or own):
+            return None
+        raise
+    if not asked and (scores.shape[axis] < 2 or not is_labels(target)):
+        return None
+    if scores.shape[axis] < 2:
+        raise ValueError(
+            f"metric accuracy: expected at least 2 classes, got {kind_of(scores)}; give metric= as a function of "
+            "(output, target)"
+        )
+    if own and loss.fn is None and not asked and axis % scores.ndim != 1:
+        return None  # which token a label belongs to is the model's affair
+    return loss.aligned(scores.movedim(axis, 1), target.long())
+
+
+def foreign(loss: "Loss", output: Any, batch: Batch, asked: bool = False) -> Tensor | int:
+    """How many labels that count are none of the model's classes; arguments and errors: as of `labelled`."""
+    found = labelled(loss, output, batch, asked)
+    if found is None:
+        return 0
+    scores, labels = found
+    return ((labels != loss.ignored) & ((labels < 0) | (labels >= scores.shape[1]))).sum()
