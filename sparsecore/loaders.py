@@ -1,22 +1,24 @@
 """Batches as users have them, by epoch: a DataLoader, a list, a function that makes an iterator, a stream."""
 
 import copy
-import hashlib
-import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from functools import partial
+from numbers import Integral
 from typing import Any
+from warnings import warn
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 
 from .batches import Batch, EpochBatches, kind_of, size_of
 from .calls import has_batchnorm
 from .data import Batches
+from .drawing import Drawing, global_sources, held_sources
+from .folders import DataWarning
 
 _NONE = "expected at least one, got none; look at the data's size, the batch size and drop_last"
 _TAKEN = "a DataLoader, a list of batches, a function that makes an iterator, or an object with len() and epoch(i)"
@@ -33,22 +35,27 @@ def batches_of(
     """What everything inside reads, made of what users give as `batches`.
 
     - An object with `len()` and `epoch(i)` (`data.Batches`) is taken as it is.
-    - A DataLoader or another sized iterable is iterated anew in every epoch.  What it draws from torch, in its workers
-      too, follows from `torch.manual_seed` and the epoch's number alone, and leaves torch's own generator as it was: a
-      run that was killed goes on with the same data.  A sampler's `set_epoch` is called.
-    - A function without arguments makes each epoch's iterator.  Without `steps_per_epoch` a first one is counted.
+    - A DataLoader or another sized iterable is iterated anew in every epoch, and a function without arguments makes
+      each epoch's iterator; without `steps_per_epoch` a first one is counted.  What they draw while batches are made
+      follows from the epoch's number, and leaves generators as they were: a run that was killed goes on with the same
+      data.  Torch's, Python's and numpy's own (in workers too) follow from `torch.manual_seed`, and so does the order;
+      a generator that a loader, sampler, data set or function holds follows from its own seed or state.  Workers start
+      anew in every epoch, as those that live on (`persistent_workers`) draw on.  A sampler's `set_epoch` is called.
     - A stream (an iterator, or an iterable without a length) needs `steps_per_epoch`, and goes on from epoch to epoch;
       what can be iterated again begins again at its end.  It cannot be read twice: no checkpoint.
 
     Args:
         model: one that trains.  If it has BatchNorm, a last batch of one sample is left out of `data.Batches`,
-            DataLoaders and lists, unless they say otherwise (`drop_last`).
+            DataLoaders, lists and functions, unless they say otherwise (`drop_last`).
         empty: whether there may be no batches.
         role: what errors call them; others than "batches" have no steps_per_epoch.
 
+    Batches past the length that data tells, or that a function's first iterator had, are left out in training, with a
+    DataWarning; without a `model` they are an error, since what is measured would be of a part.
+
     Errors: ValueError for what holds no batches.
     """
-    found = _adapted(batches, steps_per_epoch, role)
+    found = _adapted(batches, steps_per_epoch, role, model is None)
     if model is not None and has_batchnorm(model):
         found = _without_single(found)
     if not empty and not getattr(found, "endless", False) and len(found) < 1:
@@ -56,8 +63,8 @@ def batches_of(
     return found
 
 
-def _adapted(batches: Any, steps: int | None, role: str) -> EpochBatches:
-    if steps is not None and (not isinstance(steps, int) or steps < 1):
+def _adapted(batches: Any, steps: int | None, role: str, whole: bool) -> EpochBatches:
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
         raise ValueError(f"steps_per_epoch: expected a whole number of at least 1, got {steps!r}")
     if isinstance(batches, _Adapter) or callable(getattr(batches, "epoch", None)):
         if steps is not None and not (isinstance(batches, _Adapter) and len(batches) == steps):
@@ -78,7 +85,7 @@ def _adapted(batches: Any, steps: int | None, role: str) -> EpochBatches:
     if isinstance(batches, Iterable):
         sized = _length(batches)
         if steps is None and sized is not None:
-            return _Iterated(batches, sized)
+            return _Iterated(batches, sized, whole)
         if steps is None:
             raise ValueError(
                 f"{role}: expected {_TAKEN}, got {kind_of(batches)} without a length; "
@@ -87,7 +94,7 @@ def _adapted(batches: Any, steps: int | None, role: str) -> EpochBatches:
             )
         return _Stream(batches, steps)
     if callable(batches):
-        return _Made(batches, steps)  # type: ignore[arg-type]
+        return _Made(batches, steps, role, whole)  # type: ignore[arg-type]
     raise _refused(batches, "wrap a sparsecore data set in sc.Batches(data, 'train', 64)")
 
 
@@ -122,65 +129,130 @@ class _Adapter(ABC):
     def epoch(self, index: int) -> Iterator[Batch]: ...
 
 
-class _Iterated(_Adapter):
-    """What can be iterated again and again, and tells how long it is."""
+class _Again(_Adapter):
+    """What can be read again and again, by an iterator of its own for each epoch.
 
-    def __init__(self, batches: Any, length: int) -> None:
-        self.batches, self.length = batches, length
-        # Of what torch draws while batches are made; as the user has seeded it.
-        self.seed = torch.initial_seed()
+    whole: whether batches past the length are an error.
+    left_out: whether the last batch is not given.
+    """
 
-    def __len__(self) -> int:
-        return self.length
+    told = False  # of batches past the length
 
-    def epoch(self, index: int) -> Iterator[Batch]:
-        drawing = _Drawing(f"{self.seed}/{index}")
-        if getattr(self.batches, "persistent_workers", False):
-            # Workers that live on draw on from where they are, and the first epoch draws a seed more than others.
-            self.batches._iterator = None
-        for generator in _begin(self.batches, index):
-            drawing.add(generator, f"{generator.initial_seed()}/{index}")
-        iterator = drawing(lambda: iter(self.batches))
-        for _ in range(self.length):
-            batch = drawing(partial(next, iterator, _Adapter))
-            if batch is _Adapter:  # whoever reads says that data ended
+    def __init__(self, held: Any, whole: bool) -> None:
+        self.whole, self.left_out = whole, False
+        # As the user has seeded them by now.
+        self.sources = [*global_sources(str(torch.initial_seed())), *held_sources(held)]
+
+    def _drawing(self, index: int) -> Any:
+        return Drawing(self.sources, str(index))
+
+    def _given(
+        self, made: Iterable[Batch], index: int, length: int, drawing: Any
+    ) -> Iterator[Batch]:
+        """The first `length` batches, but the last where that is left out; whoever reads says that data ended."""
+        if type(made) in (list, tuple):  # which draw nothing
+            if len(made) > length:  # type: ignore[arg-type]
+                self._tell_longer(index, length)
+            yield from map(_tidy, made[: length - self.left_out])  # type: ignore[index]
+            return
+        iterator = drawing(lambda: iter(made))
+        following = partial(next, iterator, _Adapter)
+        for i in range(length - self.left_out):
+            batch = drawing(following)
+            if batch is _Adapter:
                 return
+            if i == length - self.left_out - 1:
+                # Before the last is given, since nobody asks for another after it.
+                rest = [drawing(following) is not _Adapter for _ in range(1 + self.left_out)]
+                if all(rest):
+                    self._tell_longer(index, length)
             yield _tidy(batch)
 
+    def _tell_longer(self, index: int, length: int) -> None:
+        """Errors: ValueError where the rest would be missed."""
+        text = f"epoch {index + 1}: expected {length} batches, as {self._says}, got more"
+        if self.whole:
+            raise ValueError(f"{text}; {self._mend}")
+        if not self.told:
+            self.told = True
+            warn(f"{text}, which are left out; {self._mend}", DataWarning, stacklevel=2)
 
-class _Made(_Adapter):
+    _says = "len(batches) says"
+    _mend = "mend the length (an IterableDataset in several workers gives all that it has, and a last batch, in each)"
+
+
+class _Iterated(_Again):
+    """What can be iterated again and again, and tells how long it is."""
+
+    def __init__(self, batches: Any, length: int, whole: bool) -> None:
+        super().__init__(batches, whole)
+        self.batches, self.length = _restarting(batches), length
+
+    def __len__(self) -> int:
+        return self.length - self.left_out
+
+    def epoch(self, index: int) -> Iterator[Batch]:
+        _tell_epoch(self.batches, index)
+        yield from self._given(self.batches, index, self.length, self._drawing(index))
+
+
+class _Made(_Again):
     """A function that makes an iterator for every epoch."""
 
-    def __init__(self, make: Callable[[], Any], steps: int | None) -> None:
-        self.make, self.steps = make, steps
+    _says = "the first epoch had"
+    _mend = "make epochs of one length, or say steps_per_epoch="
+
+    def __init__(self, make: Callable[[], Any], steps: int | None, role: str, whole: bool) -> None:
+        super().__init__(make, whole)
+        self.make, self.steps, self.role = make, steps, role
         self.last: Any = None  # the iterator made last, to see that it is not made twice
         self.endless = steps is None
+        self.single_out = False  # whether a last batch of one is to be left out
 
     def __len__(self) -> int:
         if self.steps is None:
-            made = self._new()
-            length = _length(made)
-            self.steps = sum(1 for _ in made) if length is None else length
-        if not self.steps:
-            raise ValueError(f"batches: {_NONE}")
-        return self.steps
+            self.steps = self._counted()
+        return self.steps - self.left_out
+
+    def _counted(self) -> int:
+        """How long a first iterator is.  Errors: ValueError for an empty one."""
+        drawing = self._drawing(0)
+        made = drawing(self._new)
+        count, sizes = _length(made), list[int]()
+        if count is None:
+            iterator = drawing(lambda: iter(made))
+            while (batch := drawing(partial(next, iterator, _Adapter))) is not _Adapter:
+                sizes = [*sizes[:1], size_of(_tidy(batch))]
+                count = (count or 0) + 1
+        if not count:
+            raise ValueError(f"{self.role}: {_NONE}")
+        if self.single_out and count > 1:
+            self.left_out = sizes[-1] == 1 < sizes[0] if sizes else _ends_in_one(made)
+        return count
 
     def _new(self) -> Iterable[Batch]:
         made = self.make()
         if not isinstance(made, Iterable) or isinstance(made, (str, Mapping, Tensor)):
             raise ValueError(
-                f"batches: expected a function that gives an iterator of batches, got {kind_of(made)} from it"
+                f"{self.role}: expected a function that gives an iterator of batches, got {kind_of(made)} from it"
             )
-        if made is self.last and iter(made) is made:
+        if made is self.last and isinstance(made, Iterator):
             raise ValueError(
-                "batches: expected a function that makes a new iterator at every call, got the same one again"
+                f"{self.role}: expected a function that makes a new iterator at every call, got the same one again"
             )
         self.last = made
-        return made
+        return _restarting(made)
 
     def epoch(self, index: int) -> Iterator[Batch]:
-        for i, batch in enumerate(self._new()):
-            if self.steps is not None and i >= self.steps:
+        drawing = self._drawing(index)
+        made = drawing(self._new)
+        if self.endless:
+            yield from self._given(made, index, len(self) + self.left_out, drawing)
+            return
+        iterator = drawing(lambda: iter(made))
+        for _ in range(self.steps or 0):
+            batch = drawing(partial(next, iterator, _Adapter))
+            if batch is _Adapter:
                 return
             yield _tidy(batch)
 
@@ -193,7 +265,7 @@ class _Stream(_Adapter):
     def __init__(self, batches: Iterable[Batch], steps: int) -> None:
         self.batches, self.steps = batches, steps
         self.iterator: Iterator[Batch] | None = None
-        self.drawing = _Drawing(f"{torch.initial_seed()}/stream")
+        self.drawing = Drawing(global_sources(str(torch.initial_seed())), "stream")
         self.held: list[Batch] = []  # the first of an epoch, as long as no other has been asked for
 
     def __len__(self) -> int:
@@ -224,68 +296,23 @@ class _Stream(_Adapter):
         return _Adapter
 
 
-def _begin(batches: Any, index: int) -> list[torch.Generator]:
-    """Tells samplers the epoch; the generators that they draw from by themselves."""
+def _restarting(batches: Any) -> Any:
+    """The same with workers that start anew in every epoch: those that live on draw on from where they are."""
+    if isinstance(batches, DataLoader) and batches.persistent_workers:
+        batches = copy.copy(batches)
+        vars(batches).update(
+            persistent_workers=False, _iterator=None
+        )  # past the loader's own guard
+    return batches
+
+
+def _tell_epoch(batches: Any, index: int) -> None:
+    """Tells the epoch to samplers that ask for it."""
     samplers = [getattr(batches, name, None) for name in ("sampler", "batch_sampler")]
     samplers += [getattr(s, "sampler", None) for s in samplers]
-    generators = {}
     for part in (batches, *samplers):
         if callable(tell := getattr(part, "set_epoch", None)):
             tell(index)
-        if isinstance(generator := getattr(part, "generator", None), torch.Generator):
-            generators[id(generator)] = generator
-    return list(generators.values())
-
-
-class _Drawing:
-    """Generators in states that follow from texts while batches are made, and as they were in between: what a user has
-    seeded is neither used up nor seeded anew, so an epoch draws the same however often others were read before it.
-
-    Of Python and numpy those of the whole process, which data sets augment by where there are no workers.
-    """
-
-    def __init__(self, text: str) -> None:
-        self.states: dict[torch.Generator, Tensor] = {}
-        self.add(torch.default_generator, text)
-        seed = _seed(text)
-        self.others: list[Any] = [
-            random.Random(seed).getstate(),
-            np.random.RandomState(seed & 0xFFFFFFFF).get_state(),
-        ]
-
-    def add(self, generator: torch.Generator, text: str) -> None:
-        own = torch.Generator(generator.device).manual_seed(_seed(text))
-        self.states.setdefault(generator, own.get_state())
-
-    def __call__(self, run: Callable[[], Any]) -> Any:
-        before = {generator: generator.get_state() for generator in self.states}
-        others = _others()
-        try:
-            for generator, state in self.states.items():
-                generator.set_state(state)
-            _set_others(self.others)
-            made = run()
-            self.states = {generator: generator.get_state() for generator in self.states}
-            self.others = _others()
-            return made
-        finally:
-            for generator, state in before.items():
-                generator.set_state(state)
-            _set_others(others)
-
-
-def _seed(text: str) -> int:
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def _others() -> list[Any]:
-    """The states of Python's generator and of numpy's."""
-    return [random.getstate(), np.random.get_state()]
-
-
-def _set_others(states: list[Any]) -> None:
-    random.setstate(states[0])
-    np.random.set_state(states[1])
 
 
 def _tidy(batch: Any) -> Batch:
@@ -307,18 +334,28 @@ def _without_single(batches: EpochBatches) -> EpochBatches:
         return batches
     if isinstance(batches, _Iterated) and batches.length > 1 and _ends_in_one(batches.batches):
         batches = copy.copy(batches)
-        batches.length -= 1
+        batches.left_out = True
+    if isinstance(batches, _Made) and batches.steps is None:
+        batches = copy.copy(batches)
+        batches.single_out = True
     return batches
 
 
 def _ends_in_one(batches: Any) -> bool:
+    """Whether that is known of the last batch, and not of the first."""
     if isinstance(batches, (list, tuple)):
         return size_of(_tidy(batches[-1])) == 1 < size_of(_tidy(batches[0]))
     if not isinstance(batches, DataLoader):
         return False
-    by = batches if batches.batch_size else batches.batch_sampler
-    size, sampler = getattr(by, "batch_size", None), getattr(by, "sampler", None)
-    if not isinstance(size, int) or size < 2 or getattr(by, "drop_last", True):
+    data, by = batches.dataset, batches.batch_sampler
+    if isinstance(data, IterableDataset):
+        if batches.drop_last or batches.num_workers > 1:  # of which each has a last one
+            return False
+        samples, size = _length(data), batches.batch_size
+    elif isinstance(by, (list, tuple)):
+        return len(by[-1]) == 1 < len(by[0])
+    elif isinstance(by, BatchSampler) and type(by).__iter__ is BatchSampler.__iter__:
+        samples, size = (None if by.drop_last else _length(by.sampler)), by.batch_size
+    else:
         return False
-    samples = _length(batches.dataset if isinstance(batches.dataset, IterableDataset) else sampler)
-    return samples is not None and samples % size == 1
+    return samples is not None and size is not None and size > 1 and samples % size == 1

@@ -206,7 +206,149 @@ def test_batchnorm_on_single_samples_is_told() -> None:
     with pytest.raises(ValueError, match=r"got a batch of 1; .*drop_last=True.*batch size"):
         trained(Batches(small(4), "train", 1), flat(normed()))
     with pytest.raises(ValueError, match="drop_last=True"):
-        trained(lambda: iter([*LIST, (X[:1], Y[:1])]), normed())
+        trained(lambda: iter([*LIST, (X[:1], Y[:1])]), normed(), steps_per_epoch=6)
+
+
+class Sized(IterableDataset):
+    """Seventeen samples, and what it says of that."""
+
+    def __init__(self, length: int = 17) -> None:
+        self.length = length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(X[:17], Y[:17], strict=True)
+
+
+class ByClass(BatchSampler):
+    """Groups of its own: how many samples there are says nothing of the last."""
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter([[0, 1, 2], [3, 4], [5, 6, 7, 8]])
+
+    def __len__(self) -> int:
+        return 3
+
+
+SEVENTEEN = TensorDataset(X[:17], Y[:17])
+IN_PARTS = list(zip(X[:17].split(8), Y[:17].split(8), strict=True))
+
+
+def sampled(drop_last: bool) -> DataLoader:
+    by = BatchSampler(RandomSampler(SEVENTEEN, generator=generator(1)), 8, drop_last)
+    return DataLoader(SEVENTEEN, batch_sampler=by)
+
+
+@pytest.mark.parametrize(
+    ("batches", "left"),
+    [
+        (DataLoader(SEVENTEEN, 8), 2),
+        (sampled(False), 2),
+        (sampled(True), 2),
+        (DataLoader(SEVENTEEN, batch_sampler=[[0, 1, 2], [3, 4], [5]]), 2),
+        (DataLoader(SEVENTEEN, batch_sampler=[[0, 1, 2], [5], [3, 4]]), 3),
+        (DataLoader(SEVENTEEN, batch_sampler=ByClass(range(17), 2, False)), 3),  # type: ignore[arg-type]
+        (DataLoader(Sized(), 8), 2),
+        (DataLoader(Sized(), 1), 17),
+        (tuple(IN_PARTS), 2),
+        (IN_PARTS, 2),
+        (lambda: iter(IN_PARTS), 2),
+        (lambda: IN_PARTS, 2),
+        (lambda: DataLoader(SEVENTEEN, 8), 2),
+    ],
+    ids=lambda value: "" if isinstance(value, int) else type(value).__name__,
+)
+def test_where_a_last_batch_of_one_is_known(batches: Any, left: int) -> None:
+    found = batches_of(batches, normed())
+    again = batches_of(found, normed())  # as rounds of rewinding ask
+    for index in (1, 0):
+        sizes = [len(y) for _, y in again.epoch(index)]
+        assert len(sizes) == len(found) == len(again) == left
+    if left == 2:
+        assert min(sizes) > 1
+        assert sc.Rewinding(SGD, 1, rate=0.5)(sc.sparsify_(normed()), batches, sparsity=0.6)
+    whole = [len(y) for _, y in batches_of(batches, mlp()).epoch(0)]
+    assert sum(whole) in (17, 16, 9, 6)
+
+
+def varying() -> Any:
+    lengths = iter([2, 2, 3, 3])
+    return lambda: iter(LIST[: next(lengths)])
+
+
+class Short(list):
+    """Tells one batch less than it has."""
+
+    def __len__(self) -> int:
+        return super().__len__() - 1
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (varying, "epoch 2: expected 2 batches, as the first epoch had, got more.*steps_per_epoch"),
+        (lambda: Short(LIST), r"epoch 1: expected 4 batches, as len\(batches\) says, got more"),
+        (lambda: DataLoader(Sized(9), 8), "epoch 1: expected 2 batches"),
+    ],
+    ids=["function", "sized", "data set"],
+)
+@pytest.mark.filterwarnings("ignore:Length of IterableDataset")
+def test_more_batches_than_were_told(make: Any, told: str) -> None:
+    """Training goes on without them, and says so once; a measure of a part would be no measure."""
+    with pytest.warns(sc.data.DataWarning, match=told) as caught:
+        trained(make())
+    assert len([w for w in caught if w.category is sc.data.DataWarning]) == 1
+    batches = batches_of(make())
+    with pytest.raises(ValueError, match=told) as found:
+        for index in range(3):
+            len(batches), list(batches.epoch(index))
+    assert "\n" not in str(found.value)
+
+
+def test_functions_that_make_fewer() -> None:
+    with pytest.raises(ValueError, match="expected at least one, got none"):
+        trained(lambda: iter(()))
+    with pytest.raises(ValueError, match="test_batches: expected at least one, got none"):
+        train(mlp(), LIST, lambda: iter(()), SGD, engine="eager")
+    lengths = iter([3, 3, 2])
+    with pytest.raises(ValueError, match="expected 3 batches.*ended after 2"):
+        trained(lambda: iter(LIST[: next(lengths)]))
+
+
+@pytest.mark.parametrize(
+    "search",
+    [
+        sc.JointSearch(epochs=1),
+        sc.ContinuousSparsification(epochs=1),
+        sc.EdgePopup(epochs=1),
+        sc.Rewinding(SGD, 1),
+        sc.GradualMagnitude(SGD, 1),
+        sc.OneShot(sc.scores.snip),
+        sc.Iterative(sc.scores.snip, 2),
+    ],
+    ids=lambda search: type(search).__name__,
+)
+def test_no_search_takes_a_function_without_batches(search: Any) -> None:
+    with pytest.raises(ValueError, match="expected at least one"):
+        search(sc.sparsify_(mlp()), lambda: iter(()), sparsity=0.5)
+
+
+@pytest.mark.parametrize("kind", ["stream", "endless"])
+def test_what_test_data_lacks_is_what_holds_for_it(kind: str) -> None:
+    with pytest.raises(
+        ValueError, match="test_batches: expected a DataLoader.*give a list"
+    ) as found:
+        train(mlp(), LIST, KINDS[kind](), SGD)
+    assert "steps_per_epoch" not in str(found.value)
+
+
+@pytest.mark.parametrize("steps", [2.5, "2", 0, -1, float("nan")])
+def test_steps_are_a_whole_number(steps: Any) -> None:
+    with pytest.raises(ValueError, match="steps_per_epoch: expected a whole number of at least 1"):
+        trained(iter(LIST), steps_per_epoch=steps)
+    assert len(batches_of(iter(LIST), None, np.int64(2))) == 2  # type: ignore[arg-type]
 
 
 def test_synflow_feeds_ones_where_embeddings_are() -> None:

@@ -1,0 +1,187 @@
+"""What a user's data draws: generators in states that follow from an epoch's number while batches are made, and as
+they were in between.
+"""
+
+import functools
+import hashlib
+import random
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_DEEPEST, _MOST, _LONGEST = (
+    8,
+    5000,
+    100,
+)  # levels, objects, and items of a container that are looked at
+_KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
+_LIBRARIES = (
+    "torch",
+    "torchvision",
+    "numpy",
+    "builtins",
+)  # whose functions draw from what they are given
+_UNSEEN = "_iterator"  # of a DataLoader: processes, queues and threads
+
+
+class Source(NamedTuple):
+    """A generator.
+
+    fresh: the state that a seed gives.
+    seed: what it was seeded with, in words, or its state when it was found.
+    """
+
+    key: int  # of the same bits, the same
+    read: Callable[[], Any]
+    write: Callable[[Any], Any]
+    fresh: Callable[[int], Any]
+    seed: str
+
+
+def global_sources(seed: str) -> list[Source]:
+    """Those of the process, which a data set without workers augments by: torch's, Python's, and numpy's."""
+    found = map(_source, (torch.default_generator, *_of_process()))
+    return [source._replace(seed=seed) for source in found]
+
+
+def held_sources(value: Any) -> list[Source]:
+    """The generators of torch, Python and numpy that an object holds: in attributes, in what these hold, in closures
+    and globals of its functions; of a DataLoader its own, its samplers' and its data set's.
+
+    One that is made while data is read is not seen.
+    """
+    known = {source.key for source in global_sources("")}
+    found: dict[int, Source] = {}
+    for generator in _generators(value):
+        source = _source(generator)
+        if source.key not in known:
+            found.setdefault(source.key, source)
+    return list(found.values())
+
+
+class Drawing:
+    """Sources in states that follow from `text` while a call is made, and in those they had otherwise.
+
+    What a user has seeded is neither used up nor seeded anew, so that an epoch draws the same however often others
+    were read before it.
+    """
+
+    def __init__(self, sources: list[Source], text: str) -> None:
+        self.sources = sources
+        self.states = [source.fresh(_seed(f"{source.seed}/{text}")) for source in sources]
+
+    def __call__(self, run: Callable[[], Any]) -> Any:
+        before = [source.read() for source in self.sources]
+        try:
+            for source, state in zip(self.sources, self.states, strict=True):
+                source.write(state)
+            made = run()
+            self.states = [source.read() for source in self.sources]
+            return made
+        finally:
+            for source, state in zip(self.sources, before, strict=True):
+                source.write(state)
+
+
+def _seed(text: str) -> int:
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
+
+
+def _of_process() -> tuple[Any, Any]:
+    """Python's generator and numpy's, whose methods are the functions of these modules."""
+    return random.random.__self__, np.random.random.__self__  # type: ignore[attr-defined]
+
+
+def _source(generator: Any) -> Source:
+    if isinstance(generator, torch.Generator):
+        device = generator.device
+
+        def of_torch(seed: int) -> Tensor:
+            return torch.Generator(device).manual_seed(seed).get_state()
+
+        seed = str(generator.initial_seed())
+        return Source(id(generator), generator.get_state, generator.set_state, of_torch, seed)
+    if isinstance(generator, random.Random):
+        read = generator.getstate
+        fresh = lambda seed: random.Random(seed).getstate()  # noqa: E731
+        return Source(id(generator), read, generator.setstate, fresh, _told(read()))
+    if isinstance(generator, np.random.RandomState):
+        read = functools.partial(generator.get_state, legacy=False)
+        fresh = lambda seed: getattr(np.random, read()["bit_generator"])(seed).state  # noqa: E731
+        return Source(id(generator), read, generator.set_state, fresh, _told(read()))
+    bits = generator.bit_generator
+    read, write = (
+        functools.partial(getattr, bits, "state"),
+        functools.partial(setattr, bits, "state"),
+    )
+    return Source(id(bits), read, write, lambda seed: type(bits)(seed).state, _told(read()))
+
+
+def _told(state: Any) -> str:
+    with np.printoptions(threshold=10_000):
+        return hashlib.sha256(repr(state).encode()).hexdigest()
+
+
+def _generators(value: Any) -> Iterator[Any]:
+    """All generators that can be come to, the nearest first; of what is too large or too deep none."""
+    seen: dict[int, Any] = {}
+    level = [value]
+    for _ in range(_DEEPEST):
+        following: list[Any] = []
+        for item in level:
+            if id(item) in seen or len(seen) >= _MOST:
+                continue
+            seen[id(item)] = item
+            if isinstance(item, _KINDS):
+                if not isinstance(item, random.SystemRandom):  # which has no state
+                    yield item
+            else:
+                following += _parts(item)
+        level = following
+
+
+def _parts(item: Any) -> list[Any]:
+    """What an object may draw by."""
+    if isinstance(item, (Tensor, np.ndarray, types.ModuleType)):
+        return []
+    if isinstance(item, dict):
+        return list(item.values()) if len(item) <= _LONGEST else []
+    if isinstance(item, (list, tuple, set, frozenset)):
+        return list(item) if len(item) <= _LONGEST else []
+    if isinstance(item, functools.partial):
+        return [item.func, item.args, item.keywords]
+    if isinstance(item, (types.MethodType, types.BuiltinMethodType)):
+        return [item.__self__, getattr(item, "__func__", None)]
+    if isinstance(item, types.FunctionType):
+        return _around(item)
+    if isinstance(item, type):
+        return [] if _of_library(item) else [getattr(f, "__func__", f) for f in vars(item).values()]
+    held = getattr(item, "__dict__", None)
+    parts = [v for k, v in held.items() if k != _UNSEEN] if isinstance(held, dict) else []
+    for kind in type(item).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        parts += [getattr(item, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
+    return [*parts, *(kind for kind in type(item).__mro__ if not _of_library(kind))]
+
+
+def _around(function: types.FunctionType) -> list[Any]:
+    """What a function takes from around it."""
+    if _of_library(function):  # a decorator of theirs holds what is the user's
+        named = []
+    else:
+        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+    cells = []
+    for cell in function.__closure__ or ():
+        try:
+            cells.append(cell.cell_contents)
+        except ValueError:  # empty as yet
+            continue
+    return [*cells, function.__defaults__, function.__kwdefaults__, *named]
+
+
+def _of_library(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).partition(".")[0] in _LIBRARIES
