@@ -1,6 +1,7 @@
 """`sparsecore analyze` as a user meets it: a table, a CSV file and a figure each."""
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -76,6 +77,53 @@ def test_two_runs_of_a_ticket_and_the_path_between_them(folder: Path, tmp_path: 
     assert same["barrier"] == 0 and same["stable"]
     found, rows = analysed(folder, tmp_path, "instability", ticket, "--points", "3")
     assert len(rows) == 3 and found["instability"] >= 0
+
+
+def test_runs_and_rounds_of_another_ticket_are_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under the ticket's masks they would be measured as what they are not."""
+    other, small = tmp_path / "other.safetensors", tmp_path / "small.safetensors"
+    random = [*SEARCH, "--method", "random", "--sparsity", "0.4", "--out"]
+    assert main([*random, str(other), "--seed", "1"]) == 0
+    assert main([*random, str(small), "--model-option", "width=0.2"]) == 0
+    run = tmp_path / "run"
+    assert main(["train", str(folder / "ltr.safetensors"), "--save", str(run)]) == 0
+    for ticket, said in (
+        (other, "got weights where it has none in 1"),
+        (small, "of this ticket, 1."),
+    ):
+        for command, what in (
+            (["path", str(ticket), str(run), str(run)], said),
+            (["rounds", str(ticket), str(folder / "rounds")], "expected the rounds that led to"),
+        ):
+            capsys.readouterr()
+            assert main(["analyze", *command, "--out", str(tmp_path / "a")]) == 2
+            error = capsys.readouterr().err
+            assert what in error and error.count("error: ") == 1, error
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "meta"),
+    [
+        ("gates", {"gate": "Concrete(speed=1)"}),
+        ("gates", {"gate": "Concrete(tau=fast)"}),
+        ("gates", {"gate": 7}),
+        ("progress", {"progress": "none"}),
+        ("progress", {"progress": [1, 2]}),
+        ("sanity", {"search": "joint", "sparsity": None}),
+    ],
+)
+def test_provenance_that_is_nonsense(
+    command: str, meta: dict, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = Ticket.load(folder / "joint.safetensors")
+    changed = dataclasses.replace(found, meta=found.meta | meta)
+    changed.save(tmp_path / "t")
+    assert main(["analyze", command, str(tmp_path / "t"), "--out", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_a_rewind_point_by_instability(tmp_path: Path) -> None:

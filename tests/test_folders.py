@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsecore.folders import DataWarning, ImageFolder, find_images
+from sparsecore.folders import DataWarning, ImageFolder, find_images, is_class_folder
 from sparsecore.images import DataError
 
 
@@ -42,6 +42,47 @@ def test_splits_by_their_usual_names(train: str, test: str, tmp_path: Path) -> N
     assert found.classes == ["cat", "dog"]
     assert [label for _, label in found.train] == [0] * 4 + [1] * 4
     assert [path.relative_to(tmp_path).parts[0] for path, _ in found.test] == [test] * 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="no named pipes in folders")
+@pytest.mark.parametrize("name", ["9.png", "pipe"])
+def test_a_pipe_is_left_out_rather_than_waited_for(name: str, tmp_path: Path) -> None:
+    classes(tmp_path)
+    os.mkfifo(tmp_path / "cat" / name)
+    with pytest.warns(DataWarning, match="no image in a class folder: 1 pipe or device"):
+        found = find_images(tmp_path)
+    assert len(found.train) + len(found.test) == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "expected"),
+    [
+        ("runs", False, True),
+        ("cat/runs", False, True),
+        (".", False, True),
+        ("../runs", False, False),
+        (".runs", False, False),
+        ("runs", True, False),
+        (".", True, False),
+        ("train/runs", True, True),
+        ("Val/cat/runs", True, True),
+    ],
+)
+def test_where_a_new_folder_would_be_a_class(
+    path: str, split: bool, expected: bool, tmp_path: Path
+) -> None:
+    root = tmp_path / "images"
+    for part in ("train", "Val") if split else (".",):
+        classes(root / part)
+    assert is_class_folder(root, root / path) is expected
+    assert not is_class_folder(tmp_path / "nowhere", tmp_path / "nowhere" / "runs")
+
+
+def test_the_advice_names_the_training_images(tmp_path: Path) -> None:
+    for name in ("hold_out", "train_set"):
+        classes(tmp_path / name)
+    with pytest.raises(DataError, match=r"folder:\S*train_set to have"):
+        find_images(tmp_path)
 
 
 def test_of_two_test_folders_one_is_used_and_named(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import torchvision
 from helpers import seeded
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from sparsecore import torchvision_models
 from sparsecore.recipes import build
@@ -23,7 +24,7 @@ def net(classes: int = 3) -> nn.Module:
 
 
 @pytest.mark.parametrize("nested", [None, "state_dict", "model"])
-@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod."])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "model.", "module.net.student."])
 def test_files_of_torch_save(nested: str | None, prefix: str, tmp_path: Path) -> None:
     state: Any = {f"{prefix}{name}": value for name, value in net().state_dict().items()}
     torch.save(state if nested is None else {nested: state, "epoch": 3}, tmp_path / "w.pt")
@@ -54,7 +55,9 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     whole = Path("whole")
     torch.save(net().state_dict(), whole)
     Path("half").write_bytes(whole.read_bytes()[:-300])
-    for name in ("text", "empty", "hostile", "half"):
+    save_file(net().state_dict(), "half.safetensors")
+    Path("half.safetensors").write_bytes(Path("half.safetensors").read_bytes()[:-300])
+    for name in ("text", "empty", "hostile", "half", "half.safetensors"):
         with pytest.raises(ValueError, match="damaged file or one with more than tensors"):
             read_state(Path(name))
     for name in ("list", "numbers"):
@@ -64,6 +67,66 @@ def test_files_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(ValueError, match=f"expected a file or DEFAULT, found {found}"):
             read_state(Path(name))
     assert not Path("ran").exists()
+
+
+def quantised(value: Tensor) -> Tensor:
+    return torch.quantize_per_tensor(value, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore")  # PyTorch's, of quantised tensors
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (lambda v: (100 * v).to(torch.int8), "int8"),
+        (lambda v: v.long(), "int64"),
+        (lambda v: v > 0, "bool"),
+        (lambda v: v.to(torch.complex64), "complex64"),
+        (lambda v: v.to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (lambda v: v.to_sparse(), "sparse_coo"),
+        (lambda v: v.to_sparse_csr(), "sparse_csr"),
+        (lambda v: v.to("meta"), "no data"),
+        (quantised, "qint8"),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_weights_that_are_no_plain_numbers(change: Callable[[Tensor], Tensor], found: str) -> None:
+    model, state = net(), net().state_dict()
+    given = state | {"0.weight": change(state["0.weight"])}
+    with pytest.raises(
+        ValueError, match=rf"plain floating-point numbers as 0.weight in f, got {found}"
+    ):
+        start_from_(model, given, "f")
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    with pytest.raises(ValueError, match=r"expected plain torch.int64 as 1.num_batches_tracked"):
+        start_from_(model, state | {"1.num_batches_tracked": torch.tensor(1.0)}, "f")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_weights_of_another_width(dtype: torch.dtype) -> None:
+    state = {k: v.to(dtype) if v.is_floating_point() else v for k, v in net().state_dict().items()}
+    model = net()
+    start_from_(model, state, "f")
+    assert all(torch.equal(v, state[k].to(v.dtype)) for k, v in model.state_dict().items())
+    wide = state | {"0.weight": torch.full((5, 4), 1e300, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="not finite"):
+        start_from_(model, wide, "f")
+
+
+def test_weights_under_masks_of_another_tool() -> None:
+    pruned = net()
+    prune.l1_unstructured(pruned[0], "weight", 0.5)  # type: ignore[index, arg-type]
+    for prefix in ("", "model."):
+        state = {prefix + name: value for name, value in pruned.state_dict().items()}
+        with pytest.raises(
+            ValueError, match=r"got 0.weight_orig of torch.nn.utils.prune; call prune.remove"
+        ):
+            start_from_(net(), state, "f")
+
+
+def test_a_prefix_that_is_not_of_all_is_another_model() -> None:
+    state = {f"model.{name}": value for name, value in net().state_dict().items()}
+    with pytest.raises(ValueError, match=r"with no 0.bias"):
+        start_from_(net(), state | {"loss.weight": torch.ones(3)}, "f")
 
 
 def test_weights_of_another_model_change_nothing() -> None:

@@ -26,6 +26,26 @@ def image_folder(root: Path, sides: tuple[int, ...] = (6, 6, 6), classes: str = 
     return root
 
 
+@pytest.mark.parametrize(("largest", "white"), [(1.0, 1), (200.0, 255), (3000.0, 65535)])
+def test_what_only_test_images_are_has_a_scale_too(
+    largest: float, white: int, tmp_path: Path
+) -> None:
+    for split in ("train", "test"):
+        image_folder(tmp_path / split, (4,) * 4)
+    values = np.full((4, 4), largest, np.float32)
+    for label in "ab":
+        Image.fromarray(values).save(tmp_path / "test" / label / "9.tif")
+    loaded = data.load(f"folder:{tmp_path}").test.images
+    assert isinstance(loaded, torch.Tensor)
+    assert loaded[4].unique().item() == pytest.approx(255 * largest / white, abs=1)
+    again = data.load(f"folder:{tmp_path}").test.images  # as remembered
+    assert isinstance(again, torch.Tensor) and torch.equal(again, loaded)
+    Image.fromarray(values / largest).save(tmp_path / "train" / "a" / "9.tif")
+    if largest > 1:  # what training images say goes first, and does not fit here
+        with pytest.raises(DataError, match="should lie in 0 to 1, and reach from"):
+            data.load(f"folder:{tmp_path}")
+
+
 @pytest.mark.parametrize("chunk", [1, 1 << 20])
 def test_moments_are_those_of_all_pixels(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(survey, "CHUNK_BYTES", chunk)
