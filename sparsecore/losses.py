@@ -198,7 +198,7 @@ class Loss:
             scores = self.tensor_in(output)
             axis = self.axis_of(scores, target, own_loss(output) is not None)
         except ValueError as error:
-            if not callable(self.fn):
+            if not callable(self.fn) and own_loss(output) is None:
                 raise
             raise ValueError(
                 f"class scores: expected a tensor [B, C, ...] from the model and labels [B, ...], got "

@@ -115,8 +115,8 @@ def grasp(
             output = forward(model, inputs)
             if own_loss(output) is not None:
                 return by.of(output, batch)
-            scores, labels = by.classified(output, target)
             by.of(output, batch)  # refuses what has no such loss
+            scores, labels = by.classified(output, target)
             if labels.ndim == 1:
                 return F.cross_entropy(scores / temperature, labels, reduction="sum") / count
             return F.cross_entropy(scores / temperature, labels)

@@ -118,7 +118,8 @@ class Run:
         loss: Loss,
         metric: Loss | Literal["accuracy"] | None,
     ) -> None:
-        self.loss, self.metric = loss, metric
+        self.loss = loss
+        self.metric: Loss | Literal["accuracy"] | None = metric
         self.unmoved = [*own_parameters(loss, model).values()]
         self.model, self.recipe, self.total, self.penalty = model, recipe, total, penalty
         self.steps, self.test_batches = max(len(batches), 1), test_batches

@@ -24,6 +24,7 @@ from ..losses import Loss
 from ..objectives import Net, TeacherMemory
 from ..patterns import Gated
 from .kept import Kept
+from .protocol import SearchError
 
 if TYPE_CHECKING:
     from .gated import AbstractGateSearch
@@ -175,7 +176,13 @@ class FusedStep(SearchStep):
         lower = self.search.dtype != torch.float32
         scope = torch.autocast(self.device.type, self.search.dtype) if lower else nullcontext()
         with scope:
-            return self._objective(batch)
+            loss = self._objective(batch)
+        if not loss.requires_grad:
+            raise SearchError(
+                f"objective {self.search.objective.name}: expected one that depends on gates, got a number that no "
+                "gradient passes through; let the forward call the sparse layers, and the loss depend on its output"
+            )
+        return loss
 
     def _objective(self, batch: Batch) -> Tensor:
         return self.search.objective(self.net, batch)

@@ -3,17 +3,20 @@
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any, TypeVar, cast
 
 from torch import nn
 
 from ..batches import kind_of
 from ..coverage import coverage
+from ..loaders import batches_of
 from ..loss_functions import untouched
 from ..losses import loss_of
 from ..ranks import ranks
 from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
+from .bypass import left_behind, require_through
 from .protocol import SearchError, Watch
 
 Method = TypeVar("Method", bound=Callable[..., Ticket | list[Ticket]])
@@ -26,13 +29,20 @@ def telling(search: Method) -> Method:
     """
 
     @functools.wraps(search)
-    def told(self: Any, model: nn.Module, *args: Any, **kwargs: Any) -> Ticket | list[Ticket]:
+    def told(
+        self: Any, model: nn.Module, batches: Any, *args: Any, **kwargs: Any
+    ) -> Ticket | list[Ticket]:
         _require_one_rank()
+        loss = loss_of(kwargs.get("loss"))
+        if dense := left_behind(model):
+            batches = batches_of(batches, None, kwargs.get("steps_per_epoch"), empty=True)
+            for batch in islice(batches.epoch(0), 1):
+                require_through(model, dense, batch, loss)
         if kwargs.get("watch") is not None:
             kwargs["watch"] = functools.partial(_watched, kwargs["watch"])
-        tell_loss(loss_of(kwargs.get("loss")), model)
-        with within_a_search() as noted, untouched(kwargs.get("loss")):
-            found = search(self, model, *args, **kwargs)
+        tell_loss(loss, model)
+        with within_a_search() as noted, untouched(loss):
+            found = search(self, model, batches, *args, **kwargs)
         if noted is None:
             return found
         seen = coverage(model)
