@@ -1,18 +1,21 @@
 """What happens to a sparse layer's mask once it is decided: fixed, planned, changed."""
 
+import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from typing_extensions import Self
 
 from . import kernels
 from .patterns import Formats, Masked, Planned
-from .zeros import require_one_mask, zero_outside_
+from .zeros import Keeper, plain_python, require_one_mask, zero_outside_
 
 
 class DecidedLayer(nn.Module):
-    """The half of a SparseLayer that decides its mask."""
+    """The half of a SparseLayer that decides its mask, and keeps its parameter at it."""
 
     # What the other half has.
     pattern: nn.Module
@@ -21,9 +24,11 @@ class DecidedLayer(nn.Module):
     effective_weight: Any
     weight_shape: Any
     _channels_last: Any
-    _kept_by: Any
-    release: Any
+    leader: Any
     _require_parameter: Any
+
+    # Whether modules other than sparse layers compute with the parameter.
+    shared = False
 
     def set_mask_(self, mask: Tensor) -> Self:
         """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
@@ -152,3 +157,62 @@ class DecidedLayer(nn.Module):
     def _slide(self) -> dict[str, Any]:
         """What a plan knows of a convolution; the layer itself pads the image (`SparseConv2d.forward`)."""
         return {}
+
+    def _kept_by(self, pattern: Masked) -> bool:
+        """Whether the parameter is this layer's to keep at its mask; sees to it that it is kept."""
+        raw = self.raw_weight
+        if (
+            not isinstance(raw, nn.Parameter)
+            or raw.is_inference()
+            or raw.shape != pattern.mask.shape
+        ):
+            return False  # a functional call's, another tool's
+        if pattern.keeper is None:
+            pattern.keeper = Keeper(_still(self.leader or self, pattern), self._used_elsewhere)
+        return pattern.keeper.keep(raw, pattern.mask)
+
+    @property
+    def _used_elsewhere(self) -> bool:
+        return self.shared
+
+    def release(self) -> None:
+        """Tells that the layer has another parameter from now on, which is kept as the old one was."""
+        keeper = getattr(getattr(self, "pattern", None), "keeper", None)
+        if keeper is not None:
+            keeper.release()
+
+    def look(self) -> None:
+        """Sees to it that pruned places of the parameter are zero, under a decided mask."""
+        self._look(self.pattern, self.raw_weight)
+
+    def _look(self, pattern: nn.Module, raw: Tensor) -> None:
+        if not (isinstance(pattern, Masked) and pattern.decided and plain_python()):
+            return
+        if (keeper := pattern.keeper) is not None and keeper.knows(raw, pattern.mask):
+            return  # in nearly every forward
+        kept = self._kept_by(pattern)
+        if not (kept or pattern.checked) and parametrize.is_parametrized(self):
+            self._check_parametrized(pattern)
+
+    def _check_parametrized(self, pattern: Masked) -> None:
+        """Errors: ValueError for a parametrisation that fills pruned places: `layer.weight` would not be what the
+        layer computes with.
+        """
+        raw = self.raw_weight.detach()
+        if raw.shape == pattern.mask.shape and raw.masked_fill(pattern.mask, 0).any():
+            raise ValueError(
+                "masked layer: expected a parametrisation that leaves pruned places zero (weight_norm, prune), got one "
+                "that fills them; remove it, or call sparsecore.densify_(model) first"
+            )
+        pattern.checked = True
+
+
+def _still(layer: DecidedLayer, pattern: Masked) -> Callable[[], bool]:
+    """Whether the layer still has that pattern, asked by who must not keep them alive."""
+    layer_, pattern_ = weakref.ref(layer), weakref.ref(pattern)
+
+    def still() -> bool:
+        layer, pattern = layer_(), pattern_()
+        return layer is not None and layer.pattern is pattern
+
+    return still

@@ -8,7 +8,6 @@ key `weight` in the state_dict and in `named_parameters()`.
 A weight that several layers share is one weight: the first of them leads, and its pattern is the others' too.
 """
 
-import weakref
 from collections.abc import Callable, Container
 from functools import cache
 from typing import Any, TypeVar
@@ -25,7 +24,6 @@ from .patterns import Dense, Gated, Masked, Planned
 from .stored import StoredLayer
 from .zeros import (
     SHARDED,
-    Keeper,
     capturing,
     is_sharded,
     plain_python,
@@ -39,11 +37,8 @@ class SparseLayer(DecidedLayer, StoredLayer):
     Whatever class of PyTorch's or one's own reads `self.weight` in its forward can stand there.
     """
 
-    pattern: nn.Module
     # Whether formats can take the layer's products over; of others a plan keeps the weights alone (`state`).
     multiplies = False
-    # Whether modules other than sparse layers compute with the parameter.
-    shared = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -106,8 +101,9 @@ class SparseLayer(DecidedLayer, StoredLayer):
         ):  # whose graph takes parameters as they are, and all else as constants
             self._refuse_symbols(x)
             return self.seen_weight()
-        self.look()
-        return self.pattern(self.raw_weight)
+        pattern, raw = self.pattern, self.raw_weight
+        self._look(pattern, raw)
+        return pattern(raw)
 
     def _refuse_symbols(self, x: Any) -> None:
         """Errors: TypeError for torch.fx, which knows neither a plan's products nor what gates compute."""
@@ -119,50 +115,6 @@ class SparseLayer(DecidedLayer, StoredLayer):
                 f"torch.fx: expected plain layers or masks, got {type(pattern).__name__}; trace "
                 "sparsecore.densify_(copy.deepcopy(model)), or a copy under plan_(..., 'mask')"
             )
-
-    def _kept_by(self, pattern: Masked) -> bool:
-        """Whether the parameter is this layer's to keep at its mask; sees to it that it is kept."""
-        raw = self.raw_weight
-        if (
-            not isinstance(raw, nn.Parameter)
-            or raw.is_inference()
-            or raw.shape != pattern.mask.shape
-        ):
-            return False  # a functional call's, another tool's
-        if pattern.keeper is None:
-            pattern.keeper = Keeper(_still(self.leader or self, pattern), self._used_elsewhere)
-        return pattern.keeper.keep(raw, pattern.mask)
-
-    @property
-    def _used_elsewhere(self) -> bool:
-        return self.shared
-
-    def release(self) -> None:
-        """Tells that the layer has another parameter from now on, which is kept as the old one was."""
-        keeper = getattr(getattr(self, "pattern", None), "keeper", None)
-        if keeper is not None:
-            keeper.release()
-
-    def look(self) -> None:
-        """Sees to it that pruned places of the parameter are zero, under a decided mask."""
-        pattern = self.pattern
-        if isinstance(pattern, Masked) and pattern.decided and plain_python():
-            if not (self._kept_by(pattern) or pattern.checked) and parametrize.is_parametrized(
-                self
-            ):
-                self._check_parametrized(pattern)
-
-    def _check_parametrized(self, pattern: Masked) -> None:
-        """Errors: ValueError for a parametrisation that fills pruned places: `layer.weight` would not be what the
-        layer computes with.
-        """
-        raw = self.raw_weight.detach()
-        if raw.shape == pattern.mask.shape and raw.masked_fill(pattern.mask, 0).any():
-            raise ValueError(
-                "masked layer: expected a parametrisation that leaves pruned places zero (weight_norm, prune), got one "
-                "that fills them; remove it, or call sparsecore.densify_(model) first"
-            )
-        pattern.checked = True
 
     @property
     def leader(self) -> "SparseLayer | None":
@@ -178,10 +130,18 @@ class SparseLayer(DecidedLayer, StoredLayer):
             self._modules.pop("pattern", None)
             self.__dict__["_leader"] = leader  # no submodule: it has a name of its own
 
-    def __getattr__(self, name: str) -> Any:
-        if name == "pattern" and (leader := self.__dict__.get("_leader")) is not None:
-            return leader.pattern
-        return super().__getattr__(name)
+    @property
+    def pattern(self) -> nn.Module:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What the weight is seen through; a submodule, but found without nn.Module's search, in every forward."""
+        leader = self.__dict__.get("_leader")
+        try:
+            return (self if leader is None else leader)._modules["pattern"]  # pyright: ignore
+        except KeyError:
+            raise AttributeError("pattern") from None
+
+    @pattern.setter
+    def pattern(self, value: nn.Module) -> None:
+        self.__setattr__("pattern", value)  # which puts it where nn.Module keeps submodules
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "pattern" and (leader := self.__dict__.get("_leader")) is not None:
@@ -315,17 +275,6 @@ class SparseLayer(DecidedLayer, StoredLayer):
         super().__setstate__(state)
         if "pattern" in self._modules and self._parameters.get("weight") is not None:
             self.look()  # a copy's parameter has no hooks
-
-
-def _still(layer: SparseLayer, pattern: Masked) -> Callable[[], bool]:
-    """Whether the layer still has that pattern, asked by who must not keep them alive."""
-    layer_, pattern_ = weakref.ref(layer), weakref.ref(pattern)
-
-    def still() -> bool:
-        layer, pattern = layer_(), pattern_()
-        return layer is not None and layer.pattern is pattern
-
-    return still
 
 
 _UNSCRIPTED = (

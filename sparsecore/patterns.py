@@ -33,7 +33,6 @@ class Masked(nn.Module):
     that looks through a mask for a while leaves the parameter as it is.
     """
 
-    mask: Tensor
     choice: Any = None  # why a plan left it so
     decided: bool = False
     keeper: Keeper | None = None
@@ -45,6 +44,14 @@ class Masked(nn.Module):
             raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}; use `scores > 0`")
         self.register_buffer("mask", mask)
         self._bits = Bits()
+
+    @property
+    def mask(self) -> Tensor:
+        """bool, the weight's shape; a buffer, but found without nn.Module's search, in every forward."""
+        try:
+            return self._buffers["mask"]  # pyright: ignore
+        except KeyError:
+            raise AttributeError("mask") from None
 
     def forward(self, weight: Tensor) -> Tensor:
         if weight.shape != self.mask.shape:

@@ -62,6 +62,17 @@ class Keeper:
         self.parameter, self.version, self.place = 0, -1, 0
         self.mask: Tensor | None = None
 
+    def knows(self, parameter: Tensor, mask: Tensor) -> bool:
+        """Whether nothing has changed since it last saw to the places."""
+        return (
+            self.parameter == id(parameter)
+            and self.mask is mask
+            and self.version == parameter._version
+            and self.place == parameter.data_ptr()
+            and not self.always
+            and self._hooked(parameter)
+        )
+
     def keep(self, parameter: nn.Parameter, mask: Tensor) -> bool:
         """Puts the places back if the parameter, its values or its mask are others than those last seen.
 
@@ -69,18 +80,11 @@ class Keeper:
 
         Errors: ValueError for a parameter that another layer keeps at another mask.
         """
-        known = self.parameter == id(parameter) and self.mask is mask
-        if (
-            known
-            and not self.always
-            and self.version == parameter._version
-            and self.place == parameter.data_ptr()
-            and self._hooked(parameter)
-        ):
+        if self.knows(parameter, mask):
             return True
         if is_sharded(parameter) or (self.parameter not in (0, id(parameter)) and self._holds()):
             return False
-        if not known:
+        if self.parameter != id(parameter) or self.mask is not mask:
             require_one_mask(parameter, mask, self)
         self.watch(parameter)
         if capturing(parameter):
@@ -126,7 +130,7 @@ class Keeper:
     def __reduce__(self) -> tuple:
         return _nobody, ()
 
-    def _hooked(self, parameter: nn.Parameter) -> bool:
+    def _hooked(self, parameter: Tensor) -> bool:
         if not parameter.requires_grad:
             return True
         return self.handle is not None and self.handle.id in (parameter._backward_hooks or ())
