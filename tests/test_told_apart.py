@@ -1,0 +1,166 @@
+"""What tells losses apart: what they compute, in any process, and never where they lie."""
+
+import functools
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from helpers import randn, seeded
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsecore as sc
+from sparsecore.losses import Loss
+from sparsecore.told_apart import told_apart
+from sparsecore.training import Recipe, train
+
+ALPHA = 0.1
+
+
+def weighed(weight: Any) -> Callable[..., Tensor]:
+    return lambda o, t: weight * F.cross_entropy(o, t)
+
+
+class Scaled(nn.Module):
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self.scale, self.inner = scale, nn.CrossEntropyLoss()
+
+    def forward(self, o: Tensor, t: Tensor) -> Tensor:
+        return self.scale * self.inner(o, t)
+
+
+class Object:
+    def __init__(self, power: float, logger: Any = None) -> None:
+        self.power, self.logger = power, logger
+
+    def __call__(self, o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o, t) ** self.power
+
+    def method(self, o: Tensor, t: Tensor) -> Tensor:
+        return F.cross_entropy(o, t) * self.power
+
+
+def configured(alpha: float, step: int = 0) -> Callable[..., Tensor]:
+    config, logger = SimpleNamespace(alpha=alpha, step=step), SimpleNamespace(written=step)
+    return lambda o, t: (config.alpha + 0 * bool(logger)) * F.cross_entropy(o, t)
+
+
+def with_default(alpha: float) -> Callable[..., Tensor]:
+    def loss(o: Tensor, t: Tensor, a: float = alpha, *, b: float = 1.0) -> Tensor:
+        return a * b * F.cross_entropy(o, t)
+
+    return loss
+
+
+PAIRS: dict[str, Callable[[float], Any]] = {
+    "closure": weighed,
+    "tensor": lambda k: weighed(torch.tensor([1.0, k])),
+    "container": lambda k: weighed({"a": (1, [k])}),
+    "module in a closure": lambda k: weighed(nn.CrossEntropyLoss(label_smoothing=k / 9)),
+    "function in a closure": lambda k: weighed(weighed(k)),
+    "default": with_default,
+    "class weights": lambda k: nn.CrossEntropyLoss(weight=torch.tensor([1.0, k])),
+    "attribute": lambda k: nn.CrossEntropyLoss(label_smoothing=k / 9),
+    "own module": Scaled,
+    "partial": lambda k: functools.partial(F.cross_entropy, label_smoothing=k / 9),
+    "object": Object,
+    "method": lambda k: Object(k).method,
+    "configuration": configured,
+}
+
+
+@pytest.mark.parametrize("kind", PAIRS)
+def test_values_tell_and_addresses_do_not(kind: str) -> None:
+    make = PAIRS[kind]
+    assert told_apart(make(1.0)) == told_apart(make(1.0)) != told_apart(make(2.0))
+    assert Loss(make(1.0)).facts == Loss(make(1.0)).facts != Loss(make(2.0)).facts
+
+
+def test_code_tells() -> None:
+    fns: list[Callable[..., Any]] = [
+        lambda o, t: F.cross_entropy(o, t),
+        lambda o, t: F.nll_loss(o, t),
+        lambda o, t: -F.cross_entropy(o, t),
+        lambda o, t: 2 * F.cross_entropy(o, t),
+        lambda o, t: 3 * F.cross_entropy(o, t),
+        lambda o, t: (lambda u: 2 * u)(F.cross_entropy(o, t)),
+        lambda o, t: (lambda u: 3 * u)(F.cross_entropy(o, t)),
+        lambda o, t: ALPHA * F.cross_entropy(o, t),
+        F.cross_entropy,
+        F.nll_loss,
+    ]
+    assert len({told_apart(fn) for fn in fns}) == len(fns)
+
+
+def test_a_global_number_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn = lambda o, t: ALPHA * F.cross_entropy(o, t)  # noqa: E731
+    before = told_apart(fn)
+    monkeypatch.setattr(sys.modules[__name__], "ALPHA", 0.2)
+    assert told_apart(fn) != before
+
+
+def test_what_only_watches_does_not_tell() -> None:
+    assert told_apart(configured(1.0, step=1)) == told_apart(configured(1.0, step=2))
+    module = nn.CrossEntropyLoss()
+    before = told_apart(module)
+    module.eval().register_forward_hook(lambda *_: None)
+    assert told_apart(module) == before
+
+
+def test_names_and_the_default_are_told_as_ever() -> None:
+    assert Loss().facts == ()
+    assert Loss("mse").facts == ("loss", "mse", None)
+    assert Loss(class_axis=1).facts == ("loss", "cross-entropy", 1)
+    assert Loss("cross-entropy", label_smoothing=0.1).facts != Loss("cross-entropy").facts
+    assert Loss(scores=lambda o: o[0]).facts != Loss(scores=lambda o: o[1]).facts
+
+
+ELSEWHERE = """
+import functools, torch
+from torch.nn import functional as F
+names = {"a", "b", "c"}
+class Loss(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight, self.names = torch.ones(3), {"x", "y", "z"}
+    def forward(self, o, t):
+        return F.cross_entropy(o, t, self.weight) if "u" in {"u", "v", "w"} else o
+around = lambda names: lambda o, t: F.cross_entropy(o, t) + len(names)
+losses = [Loss(), around(names), functools.partial(F.cross_entropy, label_smoothing=0.1), Loss().forward]
+"""
+
+
+def test_another_process_tells_the_same() -> None:
+    """Its addresses and the order of its sets are others."""
+    here: dict[str, Any] = {"__name__": "elsewhere"}
+    exec(ELSEWHERE, here)
+    folder = Path(sc.__file__).parent
+    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport told_apart\n{ELSEWHERE}"
+    code += "print(*map(told_apart.told_apart, losses))"
+    run = [sys.executable, "-c", code]
+    told = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
+    assert told == [told_apart(loss) for loss in here["losses"]]
+
+
+def test_a_run_and_rounds_of_another_loss_are_refused(tmp_path: Path) -> None:
+    x, y = randn(16, 6), torch.arange(16) % 3
+    data, recipe = [(x, y)] * 2, Recipe(optimizer="adam", lr=0.05, batch=16, epochs=2)
+    net = lambda: sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 3))))  # noqa: E731
+    losses = [nn.CrossEntropyLoss(weight=torch.tensor([1.0, k, 1.0])) for k in (1.0, 9.0)]
+    path = tmp_path / "run"
+    train(net(), data, None, recipe, loss=losses[0], checkpoint=path)
+    train(
+        net(), data, None, recipe, loss=nn.CrossEntropyLoss(weight=torch.ones(3)), checkpoint=path
+    )
+    with pytest.raises(ValueError, match="belongs to another run"):
+        train(net(), data, None, recipe, loss=losses[1], checkpoint=path)
+    search = sc.Rewinding(recipe, 1, rate=0.5, rounds=tmp_path / "rounds")
+    search(net(), data, sparsity=0.5, loss=losses[0])
+    with pytest.raises(ValueError, match="belongs to another run"):
+        search(net(), data, sparsity=0.5, loss=losses[1])
