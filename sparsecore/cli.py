@@ -197,7 +197,8 @@ def train(
         replaced={"--checkpoint": checkpoint, "--save": save},
         data=datasets.folder_of(setup.data),
     )
-    check_cache(cache, {"the ticket": ticket, "--json": json_file, "--metrics": metrics})
+    others = {"--json": json_file, "--metrics": metrics, "--checkpoint": checkpoint, "--save": save}
+    check_cache(cache, {"the ticket": ticket, **others})
     check_metrics(metrics)
     if checkpoint is not None and checkpoint.exists():
         read_checkpoint(checkpoint)  # of this run or not, which training tells

@@ -15,7 +15,7 @@ import torch
 from rich.table import Table
 
 from . import safefile
-from .data import Dataset, corrupted
+from .data import Dataset, corrupted, require_in_memory
 from .experiment import (
     Setup,
     apply_sanity,
@@ -29,6 +29,7 @@ from .experiment import (
 from .fields import choose
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
+from .search.sparse_training import AbstractSparseTraining
 from .sparsities import check_sparsity
 from .telling import short_search
 from .tickets import Ticket, dense_state
@@ -83,9 +84,14 @@ _DIGESTS = {
 def check_method(setup: Setup, text: str) -> str:
     """A method of the setup, or METHOD+SANITY; ValueError with the valid names otherwise."""
     method, _, sanity = text.partition("+")
-    setup.search(method, seed=0)
+    search = setup.search(method, seed=0)
     if sanity:
         choose("sanity", sanity, CHECKS)
+    if sanity == "invert" and isinstance(search, AbstractSparseTraining):
+        raise ValueError(
+            f"{text}: expected a method that scores weights, whose ranking can be inverted, got one whose mask moves; "
+            "leave the control out"
+        )
     return text
 
 
@@ -250,6 +256,8 @@ class Comparison:
     def _check_searches(self, cells: Sequence[Cell], dataset: Dataset) -> None:
         """Errors: ValueError for a cell that could not be searched, before any is."""
         searched = {(cell.base, cell.sparsity) for cell in cells if cell.method != "dense"}
+        if any(cell.method.endswith("+corrupt") for cell in cells):
+            require_in_memory(dataset)
         if searched:
             model = new_model(self.setup, dataset, seed=0)
             for method, sparsity in sorted(searched):

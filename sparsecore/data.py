@@ -207,6 +207,16 @@ def limited(dataset: Dataset, samples: int | None) -> Dataset:
     return replace(dataset, train=Split(images, train.labels[chosen]))
 
 
+def require_in_memory(dataset: Dataset) -> Tensor:
+    """The training images, uint8 [N, C, H, W].  Errors: DataError for images that are read when asked for."""
+    images = dataset.train.images
+    if not isinstance(images, Tensor):
+        raise DataError(
+            f"{dataset.name}: expected images in memory to corrupt, got a folder too large"
+        )
+    return images
+
+
 def corrupted(dataset: Dataset, seed: int) -> Dataset:
     """The same data with nothing to learn: training labels shuffled, and each training image's pixels too.
 
@@ -214,11 +224,7 @@ def corrupted(dataset: Dataset, seed: int) -> Dataset:
 
     Errors: DataError for images that are read when asked for.
     """
-    images = dataset.train.images
-    if not isinstance(images, Tensor):
-        raise DataError(
-            f"{dataset.name}: expected images in memory to corrupt, got a folder too large"
-        )
+    images = require_in_memory(dataset)
     generator = torch.Generator().manual_seed(seed)
     count, channels, height, width = images.shape
     order = torch.rand(count, height * width, generator=generator).argsort(1)  # of the pixels

@@ -1,5 +1,6 @@
 """Models by name, each with its default training recipe."""
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -78,12 +79,13 @@ def build(
         except Exception as error:  # builders trust their arguments: whatever they trip over is one
             what = f"options that it takes, got {options}" if options else _images(shape)
             raise ValueError(f"{name}: expected {what}: {_reason(error)}") from None
-        _check_images(name, builder, shape, classes, options)
+        _check_images(name, model, builder, shape, classes, options)
     return model
 
 
 def _check_images(
     name: str,
+    model: nn.Module,
     builder: Callable[..., nn.Module],
     shape: tuple[int, int, int],
     classes: int,
@@ -92,7 +94,11 @@ def _check_images(
     """Images that a model cannot take are told before anything is trained: two pass through its shapes alone."""
     try:
         with torch.device("meta"):
-            builder(shape, classes, **options)(torch.empty(2, *shape))
+            try:
+                bare = builder(shape, classes, **options)
+            except NotImplementedError:  # it computes its sizes by tensors
+                bare = copy.deepcopy(model).to("meta")
+            bare(torch.empty(2, *shape))
     except NotImplementedError:  # an operation that knows no shapes
         return
     except Exception as error:

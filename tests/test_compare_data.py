@@ -11,7 +11,7 @@ from helpers import seeded
 from safetensors.torch import save_file
 
 import sparsecore as sc
-from sparsecore import experiment
+from sparsecore import data, experiment
 from sparsecore.compare import Comparison
 from sparsecore.experiment import Setup
 from sparsecore.recipe import Recipe
@@ -81,3 +81,26 @@ def test_sparsities_that_differ_in_the_seventh_digit_are_two(tmp_path: Path) -> 
     dataset = experiment.data_of(found.setup)
     found.run(dataset, ["magnitude"], [0.6543210, 0.6543211], [0], torch.device("cpu"))
     assert len(Comparison(out, found.setup).summary()["magnitude"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("method", "said"),
+    [
+        ("set+invert", "one whose mask moves"),
+        ("gradual+invert", "one whose mask moves"),
+        ("snip+corrupt", "expected images in memory to corrupt"),
+        ("cts", "0 < sparsity < 1"),
+    ],
+)
+def test_a_cell_that_cannot_be_is_told_before_all_others(
+    method: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = images(tmp_path / "pictures")
+    setup = Setup("lenet-300-100", f"folder:{root}", Recipe(batch=4), {"width": 0.05})
+    monkeypatch.setattr(data, "EAGER_BYTES", 0)  # read when asked for
+    found = Comparison(tmp_path / "runs", setup)
+    with pytest.raises(ValueError, match=said):
+        found.run(
+            experiment.data_of(setup), ["magnitude", method], [0.5, 0.0], [0], torch.device("cpu")
+        )
+    assert not found.rows
