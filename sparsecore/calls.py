@@ -187,7 +187,13 @@ def _at_the_inputs(said: str) -> bool:
         "missing",
         "positional",
     )
-    return any(word in said.lower() for word in words)
+    of_layout = (
+        "stride",
+        "contiguous",
+        "memory format",
+    )  # what the model does with its own tensors
+    said = said.lower()
+    return any(word in said for word in words) and not any(word in said for word in of_layout)
 
 
 def _of_dtypes(said: str, model: nn.Module, inputs: Any) -> str | None:
