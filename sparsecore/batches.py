@@ -132,6 +132,8 @@ def _has(t: Any, count: int) -> bool:
 
 def flaw_of(batch: Batch) -> str:
     """What makes a loss of the batch NaN or infinite, in words; empty if nothing is seen.  One host sync."""
+    if not size_of(batch):
+        return "it has no samples"
     inputs, target = parts_of(batch)
     for name, part in (("inputs", inputs), ("targets", target)):
         for t in tree_leaves(part):

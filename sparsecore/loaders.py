@@ -1,26 +1,19 @@
 """Batches as users have them, by epoch: a DataLoader, a list, a function that makes an iterator, a stream."""
 
 import copy
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
-from functools import partial
+from collections.abc import Iterable, Mapping
 from numbers import Integral
 from typing import Any
-from warnings import warn
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset
 
-from .batches import Batch, EpochBatches, kind_of, size_of
+from .batches import EpochBatches, kind_of
 from .calls import has_batchnorm
 from .data import Batches
-from .drawing import Drawing, global_sources, held_sources
-from .folders import DataWarning
+from .reading import NO_BATCHES, Adapter, Iterated, Made, Stream, ends_in_one, length_of
 
-_NONE = "expected at least one, got none; look at the data's size, the batch size and drop_last"
 _TAKEN = "a DataLoader, a list of batches, a function that makes an iterator, or an object with len() and epoch(i)"
 
 
@@ -59,15 +52,15 @@ def batches_of(
     if model is not None and has_batchnorm(model):
         found = _without_single(found)
     if not empty and not getattr(found, "endless", False) and len(found) < 1:
-        raise ValueError(f"{role}: {_NONE}")
+        raise ValueError(f"{role}: {NO_BATCHES}")
     return found
 
 
 def _adapted(batches: Any, steps: int | None, role: str, whole: bool) -> EpochBatches:
     if steps is not None and (not isinstance(steps, Integral) or steps < 1):
         raise ValueError(f"steps_per_epoch: expected a whole number of at least 1, got {steps!r}")
-    if isinstance(batches, _Adapter) or callable(getattr(batches, "epoch", None)):
-        if steps is not None and not (isinstance(batches, _Adapter) and len(batches) == steps):
+    if isinstance(batches, Adapter) or callable(getattr(batches, "epoch", None)):
+        if steps is not None and not (isinstance(batches, Adapter) and len(batches) == steps):
             raise ValueError(
                 f"steps_per_epoch: expected None for batches whose length is known, got {steps}; give data of that "
                 "length"
@@ -83,245 +76,23 @@ def _adapted(batches: Any, steps: int | None, role: str, whole: bool) -> EpochBa
     if isinstance(batches, tuple) and batches and all(isinstance(b, Tensor) for b in batches):
         raise _refused(batches, "put a single batch in a list: [(inputs, targets)]")
     if isinstance(batches, Iterable):
-        sized = _length(batches)
+        sized = length_of(batches)
         if steps is None and sized is not None:
-            return _Iterated(batches, sized, whole)
+            return Iterated(batches, sized, whole)
         if steps is None:
             raise ValueError(
                 f"{role}: expected {_TAKEN}, got {kind_of(batches)} without a length; "
                 + ("say steps_per_epoch=, or " if role == "batches" else "")
                 + "give a list, or a function that makes an iterator"
             )
-        return _Stream(batches, steps)
+        return Stream(batches, int(steps))
     if callable(batches):
-        return _Made(batches, steps, role, whole)  # type: ignore[arg-type]
+        return Made(batches, steps and int(steps), role, whole)  # type: ignore[arg-type]
     raise _refused(batches, "wrap a sparsecore data set in sc.Batches(data, 'train', 64)")
 
 
 def _refused(batches: Any, mend: str = "give one of these") -> ValueError:
     return ValueError(f"batches: expected {_TAKEN}, got {kind_of(batches)}; {mend}")
-
-
-def _length(batches: Any) -> int | None:
-    """None where it has none (a DataLoader of an IterableDataset says so when asked)."""
-    if not isinstance(batches, Sized):
-        return None
-    try:
-        return len(batches)
-    except TypeError:
-        return None
-
-
-class _Adapter(ABC):
-    """Batches by epoch of another kind of data.
-
-    passing: whether what has been read is gone.
-    endless: whether asking for the length would read.
-    """
-
-    passing = False
-    endless = False
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def epoch(self, index: int) -> Iterator[Batch]: ...
-
-
-class _Again(_Adapter):
-    """What can be read again and again, by an iterator of its own for each epoch.
-
-    whole: whether batches past the length are an error.
-    left_out: whether the last batch is not given.
-    """
-
-    told = False  # of batches past the length
-
-    def __init__(self, held: Any, whole: bool) -> None:
-        self.whole, self.left_out = whole, False
-        # As the user has seeded them by now.
-        self.sources = [*global_sources(str(torch.initial_seed())), *held_sources(held)]
-
-    def _drawing(self, index: int) -> Any:
-        return Drawing(self.sources, str(index))
-
-    def _given(
-        self, made: Iterable[Batch], index: int, length: int, drawing: Any
-    ) -> Iterator[Batch]:
-        """The first `length` batches, but the last where that is left out; whoever reads says that data ended."""
-        if type(made) in (list, tuple):  # which draw nothing
-            if len(made) > length:  # type: ignore[arg-type]
-                self._tell_longer(index, length)
-            yield from map(_tidy, made[: length - self.left_out])  # type: ignore[index]
-            return
-        iterator = drawing(lambda: iter(made))
-        following = partial(next, iterator, _Adapter)
-        for i in range(length - self.left_out):
-            batch = drawing(following)
-            if batch is _Adapter:
-                return
-            if i == length - self.left_out - 1:
-                # Before the last is given, since nobody asks for another after it.
-                rest = [drawing(following) is not _Adapter for _ in range(1 + self.left_out)]
-                if all(rest):
-                    self._tell_longer(index, length)
-            yield _tidy(batch)
-
-    def _tell_longer(self, index: int, length: int) -> None:
-        """Errors: ValueError where the rest would be missed."""
-        text = f"epoch {index + 1}: expected {length} batches, as {self._says}, got more"
-        if self.whole:
-            raise ValueError(f"{text}; {self._mend}")
-        if not self.told:
-            self.told = True
-            warn(f"{text}, which are left out; {self._mend}", DataWarning, stacklevel=2)
-
-    _says = "len(batches) says"
-    _mend = "mend the length (an IterableDataset in several workers gives all that it has, and a last batch, in each)"
-
-
-class _Iterated(_Again):
-    """What can be iterated again and again, and tells how long it is."""
-
-    def __init__(self, batches: Any, length: int, whole: bool) -> None:
-        super().__init__(batches, whole)
-        self.batches, self.length = _restarting(batches), length
-
-    def __len__(self) -> int:
-        return self.length - self.left_out
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        _tell_epoch(self.batches, index)
-        yield from self._given(self.batches, index, self.length, self._drawing(index))
-
-
-class _Made(_Again):
-    """A function that makes an iterator for every epoch."""
-
-    _says = "the first epoch had"
-    _mend = "make epochs of one length, or say steps_per_epoch="
-
-    def __init__(self, make: Callable[[], Any], steps: int | None, role: str, whole: bool) -> None:
-        super().__init__(make, whole)
-        self.make, self.steps, self.role = make, steps, role
-        self.last: Any = None  # the iterator made last, to see that it is not made twice
-        self.endless = steps is None
-        self.single_out = False  # whether a last batch of one is to be left out
-
-    def __len__(self) -> int:
-        if self.steps is None:
-            self.steps = self._counted()
-        return self.steps - self.left_out
-
-    def _counted(self) -> int:
-        """How long a first iterator is.  Errors: ValueError for an empty one."""
-        drawing = self._drawing(0)
-        made = drawing(self._new)
-        count, sizes = _length(made), list[int]()
-        if count is None:
-            iterator = drawing(lambda: iter(made))
-            while (batch := drawing(partial(next, iterator, _Adapter))) is not _Adapter:
-                sizes = [*sizes[:1], size_of(_tidy(batch))]
-                count = (count or 0) + 1
-        if not count:
-            raise ValueError(f"{self.role}: {_NONE}")
-        if self.single_out and count > 1:
-            self.left_out = sizes[-1] == 1 < sizes[0] if sizes else _ends_in_one(made)
-        return count
-
-    def _new(self) -> Iterable[Batch]:
-        made = self.make()
-        if not isinstance(made, Iterable) or isinstance(made, (str, Mapping, Tensor)):
-            raise ValueError(
-                f"{self.role}: expected a function that gives an iterator of batches, got {kind_of(made)} from it"
-            )
-        if made is self.last and isinstance(made, Iterator):
-            raise ValueError(
-                f"{self.role}: expected a function that makes a new iterator at every call, got the same one again"
-            )
-        self.last = made
-        return _restarting(made)
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        drawing = self._drawing(index)
-        made = drawing(self._new)
-        if self.endless:
-            yield from self._given(made, index, len(self) + self.left_out, drawing)
-            return
-        iterator = drawing(lambda: iter(made))
-        for _ in range(self.steps or 0):
-            batch = drawing(partial(next, iterator, _Adapter))
-            if batch is _Adapter:
-                return
-            yield _tidy(batch)
-
-
-class _Stream(_Adapter):
-    """Batches without an end, so many to an epoch."""
-
-    passing = True
-
-    def __init__(self, batches: Iterable[Batch], steps: int) -> None:
-        self.batches, self.steps = batches, steps
-        self.iterator: Iterator[Batch] | None = None
-        self.drawing = Drawing(global_sources(str(torch.initial_seed())), "stream")
-        self.held: list[Batch] = []  # the first of an epoch, as long as no other has been asked for
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def epoch(self, index: int) -> Iterator[Batch]:
-        for i in range(self.steps):
-            batch = self.held.pop() if self.held else self._following()
-            if batch is _Adapter:
-                return
-            if i == 0:
-                self.held.append(batch)
-            yield batch
-            if i == 0:  # an epoch that is begun and left has read nothing
-                self.held.clear()
-
-    def _following(self) -> Any:
-        """The next batch, from the beginning again where there is one."""
-        for again in (False, True):
-            if self.iterator is None or again:
-                self.iterator = self.drawing(lambda: iter(self.batches))
-            iterator: Any = self.iterator
-            batch = self.drawing(partial(next, iterator, _Adapter))
-            if batch is not _Adapter:
-                return _tidy(batch)
-            if self.iterator is self.batches:
-                break
-        return _Adapter
-
-
-def _restarting(batches: Any) -> Any:
-    """The same with workers that start anew in every epoch: those that live on draw on from where they are."""
-    if isinstance(batches, DataLoader) and batches.persistent_workers:
-        batches = copy.copy(batches)
-        vars(batches).update(
-            persistent_workers=False, _iterator=None
-        )  # past the loader's own guard
-    return batches
-
-
-def _tell_epoch(batches: Any, index: int) -> None:
-    """Tells the epoch to samplers that ask for it."""
-    samplers = [getattr(batches, name, None) for name in ("sampler", "batch_sampler")]
-    samplers += [getattr(s, "sampler", None) for s in samplers]
-    for part in (batches, *samplers):
-        if callable(tell := getattr(part, "set_epoch", None)):
-            tell(index)
-
-
-def _tidy(batch: Any) -> Batch:
-    """A batch in the containers that torch knows, arrays as tensors.  Errors: ValueError for one without tensors."""
-    if isinstance(batch, Mapping) and type(batch) is not dict:
-        batch = dict(batch)
-    batch = tree_map(lambda t: torch.as_tensor(t) if isinstance(t, np.ndarray) else t, batch)
-    size_of(batch)
-    return batch
 
 
 def _without_single(batches: EpochBatches) -> EpochBatches:
@@ -332,30 +103,11 @@ def _without_single(batches: EpochBatches) -> EpochBatches:
             batches = copy.copy(batches)
             batches.drop_last = True
         return batches
-    if isinstance(batches, _Iterated) and batches.length > 1 and _ends_in_one(batches.batches):
+    if isinstance(batches, Iterated) and batches.length > 1 and ends_in_one(batches.batches):
         batches = copy.copy(batches)
         batches.left_out = True
-    if isinstance(batches, _Made) and batches.steps is None:
-        batches = copy.copy(batches)
-        batches.single_out = True
+    if isinstance(batches, Stream) or (isinstance(batches, Made) and batches.endless):
+        if not batches.single_out:
+            batches = copy.copy(batches)
+            batches.single_out = True
     return batches
-
-
-def _ends_in_one(batches: Any) -> bool:
-    """Whether that is known of the last batch, and not of the first."""
-    if isinstance(batches, (list, tuple)):
-        return size_of(_tidy(batches[-1])) == 1 < size_of(_tidy(batches[0]))
-    if not isinstance(batches, DataLoader):
-        return False
-    data, by = batches.dataset, batches.batch_sampler
-    if isinstance(data, IterableDataset):
-        if batches.drop_last or batches.num_workers > 1:  # of which each has a last one
-            return False
-        samples, size = _length(data), batches.batch_size
-    elif isinstance(by, (list, tuple)):
-        return len(by[-1]) == 1 < len(by[0])
-    elif isinstance(by, BatchSampler) and type(by).__iter__ is BatchSampler.__iter__:
-        samples, size = (None if by.drop_last else _length(by.sampler)), by.batch_size
-    else:
-        return False
-    return samples is not None and size is not None and size > 1 and samples % size == 1

@@ -87,6 +87,21 @@ def of_a_torch_generator() -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
     return shuffling(lambda n: torch.randperm(n, generator=own))
 
 
+def given(batches: Any) -> Callable[[], Any]:
+    return lambda: batches
+
+
+class Scaling:
+    """A collate that augments whole batches."""
+
+    def __init__(self) -> None:
+        self.own = random.Random(1)
+
+    def __call__(self, rows: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+        x, y = (torch.stack(part) for part in zip(*rows, strict=True))
+        return x * self.own.random(), y
+
+
 def loader(data: Dataset, **options: Any) -> DataLoader:
     return DataLoader(data, 8, **{"shuffle": True, **options})
 
@@ -113,17 +128,11 @@ KINDS: dict[str, Callable[[], Any]] = {
     "a batch sampler's": lambda: batch_sampler(
         RandomSampler(range(24), generator=generator(3))  # type: ignore[arg-type]
     ),
-    "a collate's": lambda: loader(
-        Augmented(lambda: 0.0),
-        collate_fn=lambda rows, own=random.Random(1): (
-            torch.stack([x * own.random() for x, _ in rows]),
-            torch.stack([y for _, y in rows]),
-        ),
-    ),
+    "a collate's": lambda: loader(Augmented(lambda: 0.0), collate_fn=Scaling()),
     "a function by torch": lambda: shuffling(torch.randperm),
     "a function by numpy": lambda: shuffling(np.random.permutation),
     "a function by its closure": of_a_torch_generator,
-    "a function of a loader": lambda: lambda given=loader(Augmented(random.random)): given,
+    "a function of a loader": lambda: given(loader(Augmented(random.random))),
 }
 
 

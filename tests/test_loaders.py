@@ -207,6 +207,36 @@ def test_batchnorm_on_single_samples_is_told() -> None:
         trained(Batches(small(4), "train", 1), flat(normed()))
     with pytest.raises(ValueError, match="drop_last=True"):
         trained(lambda: iter([*LIST, (X[:1], Y[:1])]), normed(), steps_per_epoch=6)
+    with pytest.raises(ValueError, match="drop_last=True"):
+        trained(
+            (LIST[0] if i % 4 == 0 else (X[:1], Y[:1]) for i in range(9)),
+            normed(),
+            steps_per_epoch=2,
+        )
+
+
+def test_a_stream_goes_past_a_batch_of_one_under_batchnorm() -> None:
+    """It has no end to know of: data that begins again, and one batch that is smaller."""
+    again = DataLoader(Counted(17), 8)
+
+    def sizes(model: nn.Module) -> list[int]:
+        batches = batches_of(again, model, 3)
+        return [len(y) for i in range(2) for _, y in batches.epoch(i)]
+
+    assert sizes(mlp()) == [8, 8, 1] * 2 and sizes(normed()) == [8] * 6
+    assert trained(again, normed(), steps_per_epoch=3)
+    stream = iter([*LIST, (X[:1], Y[:1]), *LIST])
+    assert sum(len(y) for _, y in batches_of(stream, normed(), 10).epoch(0)) == 80
+
+
+class Counted(IterableDataset):
+    """So many samples, which it does not tell."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return zip(X[: self.count], Y[: self.count], strict=True)
 
 
 class Sized(IterableDataset):
@@ -313,7 +343,7 @@ def test_functions_that_make_fewer() -> None:
     with pytest.raises(ValueError, match="test_batches: expected at least one, got none"):
         train(mlp(), LIST, lambda: iter(()), SGD, engine="eager")
     lengths = iter([3, 3, 2])
-    with pytest.raises(ValueError, match="expected 3 batches.*ended after 2"):
+    with pytest.raises(ValueError, match=r"expected 3 batches.*ended after 2"):
         trained(lambda: iter(LIST[: next(lengths)]))
 
 
@@ -338,7 +368,7 @@ def test_no_search_takes_a_function_without_batches(search: Any) -> None:
 @pytest.mark.parametrize("kind", ["stream", "endless"])
 def test_what_test_data_lacks_is_what_holds_for_it(kind: str) -> None:
     with pytest.raises(
-        ValueError, match="test_batches: expected a DataLoader.*give a list"
+        ValueError, match=r"test_batches: expected a DataLoader.*give a list"
     ) as found:
         train(mlp(), LIST, KINDS[kind](), SGD)
     assert "steps_per_epoch" not in str(found.value)
