@@ -109,7 +109,7 @@ def forward(model: nn.Module, inputs: Any, call: Callable[..., Any] | None = Non
     try:
         return model(*args, **named) if call is None else call(model, *args, **named)
     except (ValueError, TypeError, AttributeError, RuntimeError, IndexError) as error:
-        told = _explained(error, model, inputs, args) if of_the_users(error) else None
+        told = _explained(error, model, inputs, args, named) if of_the_users(error) else None
         if told is None:
             raise
         raise ValueError(told) from error
@@ -139,16 +139,21 @@ def first_line(error: Exception) -> str:
 
 
 def _explained(
-    error: Exception, model: nn.Module, inputs: Any, args: tuple[Any, ...]
+    error: Exception,
+    model: nn.Module,
+    inputs: Any,
+    args: tuple[Any, ...],
+    named: Mapping[str, Any],
 ) -> str | None:
     """What the user can do about an error of a forward, where that is certain."""
+    given = (args, dict(named))
     said, name = str(error), type(model).__name__
     if isinstance(error, ValueError) and "more than 1 value per channel" in said:
         return (
             f"BatchNorm: expected more than one sample in every batch that it trains on, got a batch of "
             f"{size_of(inputs)}; leave such a last batch out (drop_last=True), or raise the batch size"
         )
-    if isinstance(error, RuntimeError) and (told := _of_dtypes(said, model, inputs)):
+    if isinstance(error, RuntimeError) and (told := _of_dtypes(said, model, given)):
         return told
     if not isinstance(error, (TypeError, AttributeError, RuntimeError, IndexError)):
         return None
@@ -177,23 +182,12 @@ def _explained(
 
 def _at_the_inputs(said: str) -> bool:
     """Whether an error of PyTorch's speaks of arguments, sizes or indices."""
-    words = (
-        "must be tensor",
-        "shape",
-        "size",
-        "channel",
-        "dimension",
-        "index out of range",
-        "missing",
-        "positional",
-    )
-    of_layout = (
-        "stride",
-        "contiguous",
-        "memory format",
-    )  # what the model does with its own tensors
+    words = "must be tensor|shape|size|channel|dimension|index out of range|missing|positional"
+    of_layout = "stride|contiguous|memory format"  # what the model does with its own tensors
     said = said.lower()
-    return any(word in said for word in words) and not any(word in said for word in of_layout)
+    return any(w in said for w in words.split("|")) and not any(
+        w in said for w in of_layout.split("|")
+    )
 
 
 def _of_dtypes(said: str, model: nn.Module, inputs: Any) -> str | None:
@@ -206,18 +200,18 @@ def _of_dtypes(said: str, model: nn.Module, inputs: Any) -> str | None:
         wanted = "int64, as an embedding takes its tokens"
     else:
         weight = next((p for p in model.parameters() if p.is_floating_point()), None)
-        other = [] if weight is None else [t for t in given if t.dtype != weight.dtype]
+        if weight is None:
+            return None
+        other = [t for t in given if t.dtype != weight.dtype]
+        floats = [t for t in other if t.is_floating_point() or t.is_complex()]
         if torch.is_autocast_enabled():  # which converts floats by itself
-            other = [t for t in other if not t.is_floating_point()]
-        # Floats first: integers may be tokens, and a mask is bool.
-        other.sort(
-            key=lambda t: (not t.is_floating_point(), t.dtype != torch.uint8, t.dtype == torch.bool)
-        )
-        wanted = (
-            ""
-            if weight is None
-            else f"{str(weight.dtype).removeprefix('torch.')}, as the weights are"
-        )
+            floats = []
+        # For an embedding integers may be tokens, and bool is a mask beside other inputs.
+        tokens = any(isinstance(m, (nn.Embedding, nn.EmbeddingBag)) for m in model.modules())
+        masks = [t for t in other if t.dtype == torch.bool and len(given) > 1]
+        numbers = [t for t in other if not any(t is mask for mask in masks)]
+        other = floats or ([] if tokens else numbers)
+        wanted = f"{str(weight.dtype).removeprefix('torch.')}, as the weights are"
     if not other:
         return None
     return f"batches: expected inputs of {wanted}, got {kind_of(other[0])}; convert them"

@@ -91,14 +91,106 @@ def test_frozen_layers_that_a_ticket_prunes() -> None:
     assert not told(lambda: replace(ticket).apply_(model))  # a network for evaluation
 
 
-@pytest.mark.parametrize(
-    "search", [sc.OneShot(snip), sc.ConcreteSearch(epochs=2)], ids=["snip", "cts"]
-)
-def test_layers_that_the_forward_never_calls(search: Search) -> None:
+ADAM = sc.Recipe(optimizer="adam", lr=1e-2)
+SEARCHES: dict[str, Search] = {
+    "snip": sc.OneShot(snip),
+    "grasp": sc.OneShot(sc.scores.grasp),
+    "synflow": sc.Iterative(rounds=2),
+    "iterative-snip": sc.Iterative(snip, rounds=2),
+    "cts": sc.ConcreteSearch(epochs=2),
+    "joint": sc.JointSearch(epochs=2),
+    "strong": sc.StrongSearch(epochs=2),
+    "continuous": sc.ContinuousSparsification(epochs=2),
+    "edge-popup": sc.EdgePopup(epochs=1),
+    "edge-popup without momentum": sc.EdgePopup(epochs=1, momentum=0),
+    "rewinding": sc.Rewinding(ADAM, 1, rate=0.5),
+    "learning rate": sc.Rewinding(sc.Recipe(lr=0.01), 1, rate=0.5, rewind="learning-rate"),
+    "set": sc.SET(ADAM, 2),
+    "rigl": sc.RigL(ADAM, 2, interval=2),
+    "gradual": sc.GradualMagnitude(ADAM, 2, updates=3),
+    "gradual, rewound": sc.GradualMagnitude(ADAM, 2, updates=3, rewind=True),
+}
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_layers_that_the_forward_never_calls(name: str) -> None:
     model = sc.sparsify_(seeded(Unused))
-    found = told(lambda: search(model, Blobs(), sparsity=0.5))
-    assert any(t.startswith("layer 'spare' took no part in the search") for t in found)
-    assert not any("'used' took" in t or "'head' took" in t for t in found)
+    found = told(lambda: SEARCHES[name](model, Blobs(), sparsity=0.5))
+    assert len([t for t in found if t.startswith("layer 'spare' took no part in the search")]) == 1
+    assert not any("'used'" in t or "'head'" in t for t in found if "took no part" in t)
+
+
+class Sometimes(Unused):
+    """A layer that is left out of every second forward, and one whose weights are alike."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.used(x).relu()
+        self.calls += 1
+        return self.head(self.spare(h) if self.calls % 2 else h)
+
+
+@pytest.mark.parametrize("name", ["iterative-snip", "rewinding", "rigl", "edge-popup"])
+def test_layers_that_are_called_at_all_take_part(name: str) -> None:
+    model = sc.sparsify_(seeded(Sometimes))
+    with torch.no_grad():
+        model.head.weight.fill_(0.1)
+    found = told(lambda: SEARCHES[name](model, Blobs(), sparsity=0.5))
+    assert not any("took no part" in t for t in found)
+
+
+class HeldElsewhere(nn.Module):
+    """Calls its layers from a list, as they were before `sparsify_`."""
+
+    def __init__(self, through: bool = False) -> None:
+        super().__init__()
+        self.a, self.b, self.through = nn.Linear(12, 8), nn.Linear(8, 4), through
+        self.layers = [self.a, self.b]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = (self.a, self.b) if self.through else self.layers
+        return b(a(x).relu())
+
+
+@pytest.mark.parametrize("name", SEARCHES)
+def test_forwards_around_the_sparse_layers_are_refused(name: str) -> None:
+    model = sc.sparsify_(seeded(HeldElsewhere))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(SearchError, match=r"in place of a, b.*nn\.ModuleList"):
+        SEARCHES[name](model, Blobs(), sparsity=0.5)
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in before.items())
+    assert not any(m._forward_pre_hooks for m in (*model.modules(), *model.layers))
+
+
+def test_a_list_that_the_forward_does_not_use_is_no_matter() -> None:
+    model = sc.sparsify_(seeded(lambda: HeldElsewhere(through=True)))
+    assert sc.OneShot(snip)(model, iter(Blobs().epoch(0)), sparsity=0.5, steps_per_epoch=4)
+
+
+def ended(natural: float, asked: float) -> str | None:
+    """What is told of a ticket whose gates ended so."""
+    mask = torch.zeros(1000, dtype=torch.bool)
+    mask[: round(1000 * (1 - asked))] = True
+    ticket = Ticket({"a": mask}, {"a.weight": torch.zeros(1000)}, {"natural_sparsity": natural})
+    return telling.short_search(ticket)
+
+
+@pytest.mark.parametrize(
+    ("natural", "asked"),
+    [(0.01, 0.5), (0.999, 0.5), (0.8, 0.5), (0.7, 0.9), (0.96, 0.9), (0.1, 0.4), (1.0, 0.9)],
+)
+def test_gates_that_ended_far_from_the_sparsity_are_told_of(natural: float, asked: float) -> None:
+    text = ended(natural, asked)
+    assert text is not None
+    assert ("cuts what they still used" in text) == (natural < asked)
+
+
+@pytest.mark.parametrize(
+    ("natural", "asked"), [(0.5, 0.5), (0.4, 0.5), (0.7, 0.5), (0.85, 0.9), (0.94, 0.9), (0.3, 0.5)]
+)
+def test_gates_that_ended_near_it_are_not(natural: float, asked: float) -> None:
+    assert ended(natural, asked) is None
 
 
 def test_gates_that_ended_far_from_the_sparsity() -> None:

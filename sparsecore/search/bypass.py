@@ -40,7 +40,11 @@ def _modules_in(value: Any, depth: int = 3) -> Iterator[nn.Module]:
 def require_through(model: nn.Module, dense: dict[nn.Module, str], batch: Any, loss: Loss) -> None:
     """Errors: SearchError where a forward on the batch calls a layer that was left behind."""
     called: list[str] = []
-    note = lambda module, args: called.append(dense[module])  # noqa: E731
+
+    def note(module: nn.Module, args: Any) -> None:
+        if module in dense:  # a sparse layer has its hooks from the dense one
+            called.append(dense[module])
+
     hooks = [layer.register_forward_pre_hook(note) for layer in dense]
     device = next(model.parameters()).device
     batch = on(device, batch)
