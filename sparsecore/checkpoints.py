@@ -1,9 +1,11 @@
 """Checkpoints of running work: optimiser state as named tensors plus JSON, never pickle."""
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -99,8 +101,8 @@ def unpack_optimizer(
 def fingerprint(
     model: nn.Module, batches: EpochBatches, *facts: Any, loss: Loss | None = None
 ) -> str:
-    """Tells runs apart: the facts (those of `data.Batches` too), the loss by its name, the first batch, and the values
-    a run starts from (masks included).
+    """Tells runs apart: the facts (those of `data.Batches` too), the loss by what it computes, the first batch, all
+    data that lies in memory, and the values a run starts from (masks included).  Compare by `same_run`.
 
     Errors: ValueError for no batch.
     """
@@ -116,7 +118,32 @@ def fingerprint(
         digest.update(key.encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest.hexdigest() + _of_contents(getattr(batches, "contents", None))
+
+
+def same_run(saved: Any, run: str) -> bool:
+    """Whether a file's fingerprint is that of this run; older files do not tell of data beyond the first batch."""
+    return saved in (run, re.sub("-[0-9a-f]{16}", "", run))
+
+
+def _of_contents(contents: Any) -> str:
+    """Told of data that lies in memory, as the end of a fingerprint: integers, and sums of floats over their places,
+    to a precision in which threads do not tell.
+    """
+    if contents is None:
+        return ""
+    told: list[Any] = []
+    for t in tree_leaves(contents):
+        if not isinstance(t, (Tensor, np.ndarray)):
+            continue
+        t = torch.as_tensor(t).detach().cpu().contiguous().reshape(-1)
+        if t.is_floating_point():
+            places = torch.linspace(1, 2, len(t), dtype=torch.float64)
+            sums = (t.abs() * places).sum(), ((t > 0) * places).sum()
+            told += [f"{value:.6g}" for value in sums]
+        else:
+            told.append(hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest())
+    return "-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 
 def _told(batch: Any) -> list[Any]:

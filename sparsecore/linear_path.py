@@ -193,7 +193,7 @@ def _measured(path: Path, run: str) -> list[tuple[float, float, float]]:
     if not path.exists():
         return []
     _, meta = checkpoints.read(path)
-    if meta["run"] != run:
+    if not checkpoints.same_run(meta["run"], run):
         raise ValueError(
             f"{path} belongs to another path: expected one between these states on this data, with as "
             "many points; remove it or name another"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from .batches import Batch, kind_of, size_of
 from .drawing import Drawing, global_sources, held_sources
@@ -110,6 +110,18 @@ class Iterated(_Again):
 
     def __len__(self) -> int:
         return self.length - self.left_out
+
+    @property
+    def contents(self) -> Any:
+        """All data that lies in memory, whatever order it is read in; None where it does not."""
+        data = self.batches.dataset if isinstance(self.batches, DataLoader) else self.batches
+        return (
+            data.tensors
+            if type(data) is TensorDataset
+            else data
+            if type(data) in (list, tuple)
+            else None
+        )
 
     def epoch(self, index: int) -> Iterator[Batch]:
         _tell_epoch(self.batches, index)

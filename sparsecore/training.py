@@ -176,7 +176,7 @@ def train(
 def _read(path: Path, fingerprint: str) -> Saved:
     """This run's checkpoint.  Errors: checkpoints.OtherRunError for another run's."""
     tensors, meta = checkpoints.read(path)
-    if meta["run"] != fingerprint:
+    if not checkpoints.same_run(meta["run"], fingerprint):
         raise checkpoints.OtherRunError(
             f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
             f"{fingerprint[:12]}): remove it or name another checkpoint; one of a plan that dropped dead "

@@ -76,7 +76,7 @@ def _resume(search: Epochs, path: Path | None, run: str) -> tuple[list[Record], 
 def read_own(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """A search's own checkpoint.  Errors: SearchError for another's, safefile.FileError."""
     tensors, meta = checkpoints.read(path)
-    if meta.get("run") != run:
+    if not checkpoints.same_run(meta.get("run"), run):
         raise SearchError(
             f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
             f"data and start weights, got {str(meta.get('run'))[:12]}; remove it or name another"

@@ -296,7 +296,7 @@ class _Files:
             found = Round.load(path)
         except RoundError as error:
             raise SearchError(str(error)) from None
-        if found.run != asked.run:
+        if not checkpoints.same_run(found.run, asked.run):
             raise SearchError(
                 f"{path} belongs to another run: expected the fingerprint {asked.run[:12]} of this "
                 f"search, its data and start weights, got {found.run[:12]}; name another folder"
