@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 from .batches import (
@@ -280,21 +281,35 @@ def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
     hooks = [m.register_forward_hook(_ones_for) for m in embeddings]
 
     def ones(t: Any) -> Any:
+        if isinstance(t, PackedSequence):
+            return t._replace(data=ones(t.data))
         if isinstance(t, Tensor) and (t.is_floating_point() or not embeddings):
             return torch.ones_like(t, dtype=torch.float64)
         return t
 
+    def output_of(given: Any, target: Mapping[str, Any]) -> Any:
+        kind = Several if isinstance(given, Several) else lambda x: x
+        first = tuple(given) if kind is Several else given
+        # A nest that is one argument may be a sample each: it stays whole, which the scores' scale makes up for.
+        args = arguments(net, given)[0]
+        if not (len(args) == 1 and isinstance(args[0], (tuple, list))):
+            first, target = of_samples((first, target), slice(0, 1))
+        first = kind(tree_map(ones, first, is_leaf=lambda t: isinstance(t, PackedSequence)))
+        return forward(net, dict(first) | dict(target) if target else first)
+
     key = target_key(inputs) if isinstance(inputs, Mapping) else None
-    if key is not None:
-        inputs = {k: v for k, v in inputs.items() if k != key}
-    kind = Several if isinstance(inputs, Several) else lambda x: x
-    first = tuple(inputs) if kind is Several else inputs
-    # A nest that is one argument may be a sample each: it stays whole, which the scores' scale makes up for.
-    args = arguments(net, inputs)[0]
-    if not (len(args) == 1 and isinstance(args[0], (tuple, list))):
-        first = of_samples(first, slice(0, 1))
+    without = inputs if key is None else {k: v for k, v in inputs.items() if k != key}
     try:
-        output = forward(net, kind(tree_map(ones, first)))
+        output = output_of(without, {})
+    except (ValueError, TypeError) as error:
+        if key is None:
+            raise
+        try:  # some make a decoder's inputs of it
+            output = output_of(without, {key: inputs[key]})
+        except (ValueError, TypeError, RuntimeError):
+            raise error from None
+        if isinstance(output, Tensor) and not output.ndim:  # a loss by itself
+            raise
     finally:
         for hook in hooks:
             hook.remove()
@@ -302,9 +317,9 @@ def _flow(net: nn.Module, inputs: Any, loss: Loss) -> Tensor:
         return loss.scores(output).sum()
     try:
         return scores_in(output).sum()
-    except ValueError:  # a nest: all that it gives
+    except ValueError:  # a nest: all that it gives, but a loss
         found = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-        return torch.stack([t.sum() for t in found]).sum()
+        return torch.stack([t.sum() for t in [t for t in found if t.ndim] or found]).sum()
 
 
 def _first(batches: Iterable[Batch]) -> Batch:
