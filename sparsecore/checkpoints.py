@@ -142,7 +142,7 @@ def _of_contents(contents: Any) -> str:
             sums = (t.abs() * places).sum(), ((t > 0) * places).sum()
             told += [f"{value:.6g}" for value in sums]
         else:
-            told.append(hashlib.sha256(t.view(torch.uint8).numpy()).hexdigest())
+            told.append(hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest())
     return "-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

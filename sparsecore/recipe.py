@@ -18,7 +18,8 @@ class Recipe:
 
     Args:
         schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run).
-        accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding.
+        accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding, where the loss is a
+            mean over samples or labels, and not one that compares the samples of a batch.
         amp: `bf16` or `fp16` (GPU only) autocast; None trains in float32.
         ema: decay of an average of the weights that is evaluated in their place; None: off.
         augment: whether the data set's customary augmentation is used.
