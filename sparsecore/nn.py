@@ -189,6 +189,19 @@ def _is_hugging_face(cls: type) -> bool:
     return (cls.__module__, cls.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
+def by_output(layer: nn.Module, weight: Tensor) -> Tensor:
+    """A tensor of the layer's weight's shape with the entries of an output together: [outputs, ...].
+
+    Outputs are features or channels, of an embedding the features of its rows.
+    """
+    if isinstance(layer, (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)):
+        # [k, n / groups, ...], the inputs of a group one after the other.
+        return weight.unflatten(0, (layer.groups, -1)).transpose(1, 2).flatten(0, 1)
+    if isinstance(layer, nn.Embedding) or any(map(_is_hugging_face, type(layer).__mro__)):
+        return weight.transpose(0, 1)
+    return weight
+
+
 def _made(sparse: type[SparseLayer], cls: type[nn.Module]) -> type[SparseLayer]:
     def reduce(self: SparseLayer, protocol: Any) -> tuple:
         return _new, (cls,), self.__dict__  # a class that is made has no name to find it by

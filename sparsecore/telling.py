@@ -1,8 +1,8 @@
 """What nobody would see of a ticket: layers that keep nothing, cannot learn or took no part.  Told as warnings.
 
 Whoever differentiates in a search notes which layers a gradient came to (`note_gradients`), which costs nothing.  A
-search tells of its ticket when it ends, `Ticket.apply_` of a ticket once, however often it is applied.  What is
-applied within a search is the search's own affair.
+search tells of its ticket when it ends, `Ticket.apply_` of what is not told yet, once, however often a ticket is
+applied.  What is applied within a search is the search's own affair.
 """
 
 import weakref
@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 from warnings import warn
 
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvTransposeNd
 
 from .convert import sparse_layers
+from .layer import SparseLayer
 from .loss_functions import own_parameters
 from .losses import Loss
+from .nn import by_output
 
 if TYPE_CHECKING:
     from .tickets import Ticket
@@ -50,7 +51,25 @@ class Noted:
 
 
 _within: ContextVar[Noted | None] = ContextVar("within a search", default=None)
-_applied: dict[int, weakref.ref["Ticket"]] = {}  # tickets that `apply_` told of, by id
+_known: dict[int, "_Told"] = {}  # what has been told of tickets, by id
+
+
+@dataclass
+class _Told:
+    """What has been told of a ticket."""
+
+    ticket: weakref.ref["Ticket"]
+    texts: set[str] = field(default_factory=set)
+    applied: bool = False
+
+    @classmethod
+    def of(cls, ticket: "Ticket") -> "_Told":
+        key = id(ticket)
+        known = _known.get(key)
+        if known is None or known.ticket() is not ticket:
+            gone = lambda _: _known.pop(key, None)  # noqa: E731
+            known = _known[key] = cls(weakref.ref(ticket, gone))
+        return known
 
 
 @contextmanager
@@ -102,21 +121,22 @@ def tell_found(
     unreached: layers that no gradient came to in the search.
     """
     idle = of_scores(ticket, unreached)
+    told = _Told.of(ticket).texts
     for text in (*of_masks(ticket.masks, model), *of_training(ticket, model), *idle):
+        told.add(text)
         warn(text, SparsityWarning, stacklevel=stacklevel)
     if (text := short_search(ticket)) is not None:
         warn(text, ShortSearchWarning, stacklevel=stacklevel)
 
 
 def tell_applied(ticket: "Ticket", model: nn.Module, *, stacklevel: int = 3) -> None:
-    """Warns of what a ticket does to `model`, the first time that this ticket is applied."""
-    key = id(ticket)
-    known = _applied.get(key)
-    if _within.get() is not None or (known is not None and known() is ticket):
+    """Warns of what a ticket does to `model` and its search has not told, the first time that it is applied."""
+    if _within.get() is not None or (known := _Told.of(ticket)).applied:
         return
-    _applied[key] = weakref.ref(ticket, lambda gone: _applied.pop(key, None))
+    known.applied = True
     for text in [*of_masks(ticket.masks, model), *of_training(ticket, model)]:
-        warn(text, SparsityWarning, stacklevel=stacklevel)
+        if text not in known.texts:
+            warn(text, SparsityWarning, stacklevel=stacklevel)
 
 
 def of_masks(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> Iterator[str]:
@@ -134,12 +154,14 @@ def of_masks(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> Ite
             f"sparsify_(model, '!{empty[0]}')"
         )
     dead = {}
-    layers = {} if model is None else sparse_layers(model)
+    layers = {} if model is None else _by_mask(model)
     for name, mask in masks.items():
-        alive = _by_unit(mask, layers.get(name)).flatten(1).any(1)
-        rows = int((~alive).sum())
-        if rows and name not in empty:
-            dead[name] = f"{rows} of {len(alive)} of {name!r}"
+        if name in empty:
+            continue
+        for place, layer in layers.get(name, [(name, None)]):
+            alive = (mask if layer is None else by_output(layer, mask)).flatten(1).any(1)
+            if not alive.all():
+                dead[place] = f"{int((~alive).sum())} of {len(alive)} of {place!r}"
     if dead:
         yield (
             f"units cut off: {_some(list(dead.values()))} keep no weight and give their bias alone, whatever "
@@ -147,18 +169,13 @@ def of_masks(masks: Mapping[str, Tensor], model: nn.Module | None = None) -> Ite
         )
 
 
-def _by_unit(mask: Tensor, layer: nn.Module | None) -> Tensor:
-    """The mask with an output unit's weights together: [outputs, ...]."""
-    if isinstance(
-        layer, _ConvTransposeNd
-    ):  # [k, n / groups, ...], inputs of a group one after the other
-        parts = mask.unflatten(0, (layer.groups, -1)).transpose(1, 2)
-        return parts.flatten(0, 1)
-    if isinstance(layer, nn.Embedding) or hasattr(
-        layer, "nf"
-    ):  # [tokens, features], and Hugging Face's [k, n]
-        return mask.transpose(0, 1)
-    return mask
+def _by_mask(model: nn.Module) -> dict[str, list[tuple[str, nn.Module]]]:
+    """The layers that compute under each mask, by name: one, and those that share its weight."""
+    found = {layer: [(name, layer)] for name, layer in sparse_layers(model).items()}
+    for name, module in model.named_modules():
+        if isinstance(module, SparseLayer) and module.leader in found:
+            found[module.leader].append((name, module))
+    return {layers[0][0]: list(layers) for layers in found.values()}
 
 
 def of_training(ticket: "Ticket", model: nn.Module) -> Iterator[str]:

@@ -80,7 +80,7 @@ def test_labels_that_a_forward_needs() -> None:
     for gives in ("dict", "tuple"):
         values = found(seeded(lambda g=gives: Judging(gives=g)), {"x": x, "labels": LABELS})
         assert torch.allclose(values["out"], alone)
-    with pytest.raises(ValueError, match="expected inputs that .*Judging.forward takes"):
+    with pytest.raises(ValueError, match=r"expected inputs that .*Judging.forward takes"):
         found(seeded(lambda: Judging(gives="loss")), {"x": x, "labels": LABELS})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Blobs, mlp, seeded
+from helpers import Blobs, generator, mlp, seeded
 from torch import nn
 
 import sparsecore as sc
@@ -43,16 +43,54 @@ class Unused(nn.Module):
         return self.head(self.used(x).relu())
 
 
-def test_an_empty_layer_is_told_by_the_search_and_by_the_first_application() -> None:
+ADAM = sc.Recipe(optimizer="adam", lr=1e-2)
+SEARCHES: dict[str, Search] = {
+    "snip": sc.OneShot(snip),
+    "grasp": sc.OneShot(sc.scores.grasp),
+    "synflow": sc.Iterative(rounds=2),
+    "iterative-snip": sc.Iterative(snip, rounds=2),
+    "cts": sc.ConcreteSearch(epochs=2),
+    "joint": sc.JointSearch(epochs=2),
+    "strong": sc.StrongSearch(epochs=2),
+    "continuous": sc.ContinuousSparsification(epochs=2),
+    "edge-popup": sc.EdgePopup(epochs=1),
+    "edge-popup without momentum": sc.EdgePopup(epochs=1, momentum=0),
+    "rewinding": sc.Rewinding(ADAM, 1, rate=0.5),
+    "learning rate": sc.Rewinding(sc.Recipe(lr=0.01), 1, rate=0.5, rewind="learning-rate"),
+    "set": sc.SET(ADAM, 2),
+    "rigl": sc.RigL(ADAM, 2, interval=2),
+    "gradual": sc.GradualMagnitude(ADAM, 2, updates=3),
+    "gradual, rewound": sc.GradualMagnitude(ADAM, 2, updates=3, rewind=True),
+}
+
+
+def test_an_empty_layer_is_told_by_the_search_or_else_by_the_first_application(
+    tmp_path: Path,
+) -> None:
     model = uneven()
     search = lambda: sc.OneShot(magnitude)(model, Blobs(), sparsity=0.5)  # noqa: E731
     (text,) = (t for t in told(search) if "keeps nothing" in t)
     assert text.startswith("layer '2' keeps nothing: the output is the bias alone")
     ticket = search()
-    assert any("layer '2' keeps nothing" in t for t in told(lambda: ticket.apply_(model)))
     assert not told(lambda: ticket.apply_(model))
     # Another ticket is another event, though it be equal.
-    assert told(lambda: replace(ticket).apply_(sc.sparsify_(mlp())))
+    ticket.save(tmp_path / "ticket")
+    for other in (replace(ticket), Ticket.load(tmp_path / "ticket")):
+        assert any("layer '2' keeps nothing" in t for t in told(lambda t=other: t.apply_(model)))
+        assert not told(lambda t=other: t.apply_(model))
+    ticket, frozen = search(), sc.sparsify_(mlp())
+    frozen[0].raw_weight.requires_grad_(False)
+    (text,) = told(lambda: ticket.apply_(frozen))  # which its search could not know
+    assert "'0' is frozen" in text
+
+
+@pytest.mark.parametrize("name", ["joint", "rewinding", "edge-popup", "gradual", "snip"])
+def test_what_a_search_has_told_is_not_told_again(name: str) -> None:
+    search = SEARCHES[name]
+    tickets = []
+    model = uneven()
+    assert told(lambda: tickets.append(search(model, Blobs(), sparsity=0.95)))
+    assert not told(lambda: tickets[0].apply_(model))
 
 
 def test_where_the_warning_points() -> None:
@@ -76,11 +114,83 @@ def test_units_cut_off() -> None:
     assert text.startswith("units cut off: 2 of 24 of '0' keep no weight")
 
 
+class Conv1D(nn.Module):
+    """Hugging Face's, which is known by its name: a linear layer with its weight as [inputs, outputs]."""
+
+    __module__ = "transformers.pytorch_utils"
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(nx, nf)),
+            nn.Parameter(torch.zeros(nf)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.addmm(self.bias, x, self.weight)
+
+
+class OfAKind(nn.ConvTranspose2d):
+    """A subclass of a user's."""
+
+
+IMAGE, SERIES, VOLUME = (torch.randn(1, 4, *[3] * d, generator=generator(d)) for d in (2, 1, 3))
+OUTPUTS = {
+    "linear": (lambda: nn.Linear(4, 6), IMAGE),
+    "conv": (lambda: nn.Conv2d(4, 6, 3), IMAGE),
+    "grouped conv": (lambda: nn.Conv2d(4, 6, 3, groups=2), IMAGE),
+    "transposed 1d": (lambda: nn.ConvTranspose1d(4, 6, 3), SERIES),
+    "transposed 2d": (lambda: nn.ConvTranspose2d(4, 6, 3), IMAGE),
+    "transposed 3d": (lambda: nn.ConvTranspose3d(4, 6, 2), VOLUME),
+    "grouped transposed": (lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), IMAGE),
+    "depthwise transposed": (lambda: nn.ConvTranspose2d(4, 4, 3, groups=4), IMAGE),
+    "subclass": (lambda: OfAKind(4, 6, 3, groups=2), IMAGE),
+    "conv1d of hugging face": (lambda: Conv1D(6, 4), torch.ones(2, 4)),
+    "embedding": (lambda: nn.Embedding(4, 6), torch.arange(4)),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_a_unit_cut_off_is_one_that_gives_its_bias_alone(name: str) -> None:
+    """Whatever a slice of the mask is called: what is told is what the layer computes."""
+    build, x = OUTPUTS[name]
+    if name == "linear":
+        x = x.movedim(1, -1)
+    model = sc.sparsify_(nn.Sequential(seeded(build)), ["0"])
+    shape, start = sc.sparse_layers(model)["0"].weight_shape, dense_state(model)
+    axis = -1 if name in ("linear", "conv1d of hugging face", "embedding") else 1
+    for dimension in (0, 1):
+        for index in range(shape[dimension]):
+            mask = torch.ones(shape, dtype=torch.bool)
+            mask.select(dimension, index)[:] = False
+            if not mask.any():
+                continue
+            found = told(lambda m=mask: Ticket({"0": m}, start).apply_(model))
+            with torch.no_grad():
+                units = model(x).movedim(axis, 0).flatten(1)
+            bias = getattr(model[0], "bias", torch.zeros(len(units)))
+            dead = int((units == bias[:, None]).all(1).sum())
+            expected = [f"units cut off: {dead} of {len(units)} of '0' keep no weight"] * bool(dead)
+            assert [text[: text.index(" and give")] for text in found] == expected
+
+
+def test_units_of_a_weight_that_is_shared_are_those_of_each_layer() -> None:
+    model = seeded(lambda: nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 5)))
+    model[1].weight = model[0].weight
+    sc.sparsify_(model)
+    (name,) = sc.sparse_layers(model)
+    mask = torch.ones(5, 3, dtype=torch.bool)
+    mask[2] = False
+    (text,) = told(lambda: Ticket({name: mask}, dense_state(model)).apply_(model))
+    assert text.startswith("units cut off: 1 of 5 of '1' keep no weight")
+
+
 def test_frozen_layers_that_a_ticket_prunes() -> None:
     model = sc.sparsify_(mlp())
     model[0].raw_weight.requires_grad_(False)
     ticket = sc.OneShot(random)(model, Blobs(), sparsity=0.3)
-    (text,) = told(lambda: ticket.apply_(model))
+    (text,) = told(lambda: replace(ticket).apply_(model))
     assert text.startswith("layer '0' is frozen (requires_grad=False) and pruned")
     assert any(
         "'0' is frozen" in t for t in told(lambda: sc.OneShot(random)(model, Blobs(), sparsity=0.3))
@@ -89,27 +199,6 @@ def test_frozen_layers_that_a_ticket_prunes() -> None:
     assert not told(lambda: finished.apply_(model))  # is not to be trained
     model.requires_grad_(False)
     assert not told(lambda: replace(ticket).apply_(model))  # a network for evaluation
-
-
-ADAM = sc.Recipe(optimizer="adam", lr=1e-2)
-SEARCHES: dict[str, Search] = {
-    "snip": sc.OneShot(snip),
-    "grasp": sc.OneShot(sc.scores.grasp),
-    "synflow": sc.Iterative(rounds=2),
-    "iterative-snip": sc.Iterative(snip, rounds=2),
-    "cts": sc.ConcreteSearch(epochs=2),
-    "joint": sc.JointSearch(epochs=2),
-    "strong": sc.StrongSearch(epochs=2),
-    "continuous": sc.ContinuousSparsification(epochs=2),
-    "edge-popup": sc.EdgePopup(epochs=1),
-    "edge-popup without momentum": sc.EdgePopup(epochs=1, momentum=0),
-    "rewinding": sc.Rewinding(ADAM, 1, rate=0.5),
-    "learning rate": sc.Rewinding(sc.Recipe(lr=0.01), 1, rate=0.5, rewind="learning-rate"),
-    "set": sc.SET(ADAM, 2),
-    "rigl": sc.RigL(ADAM, 2, interval=2),
-    "gradual": sc.GradualMagnitude(ADAM, 2, updates=3),
-    "gradual, rewound": sc.GradualMagnitude(ADAM, 2, updates=3, rewind=True),
-}
 
 
 @pytest.mark.parametrize("name", SEARCHES)
