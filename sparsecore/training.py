@@ -29,6 +29,7 @@ from .recipe import require_trainable
 from .telling import tell_loss
 from .training_run import AfterStep, History, Run, Saved, parts_between
 from .training_run import Step as Step
+from .watching import number_in
 
 
 class TrainingError(ValueError):
@@ -76,7 +77,7 @@ def train(
             takes none with a penalty, unless it has `capturable = True`.
         after_step: called after every step; what it changes has to be in the model's or optimiser's state,
             so that a run that was killed goes on with it.
-        watch: asked after every epoch; what it says stands in the records as "watched".
+        watch: asked after every epoch; the number that it gives stands in the records as "watched".
         facts: what tells this run from others beside the recipe, the data and the weights, by its repr: a
             checkpoint cannot see what `penalty` and `after_step` do.
         metrics: one JSON line per epoch is appended here.
@@ -152,7 +153,7 @@ def train(
                 if run.evaluation is not None:
                     record |= run.measured()
                 if watch is not None:
-                    record["watched"] = float(watch(run.evaluated))
+                    record["watched"] = number_in(watch(run.evaluated))
                 record["seconds"] = perf_counter() - start
                 history.epochs.append(record)
                 if metrics is not None:

@@ -55,8 +55,8 @@ class Search(Protocol):
             sparsity: fraction removed.
             checkpoint: a long search writes here as it goes, goes on from there when it was killed, to the
                 same ticket, and removes it at the end.
-            watch: measures the network as the search progresses; what it says is noted in the
-                ticket's provenance and changes nothing.
+            watch: measures the network as the search progresses, in one number, which is noted in the ticket's
+                provenance and changes nothing.
             loss: of the task, as `losses.Loss` takes it.
             steps_per_epoch: of batches without a length.
 

@@ -245,7 +245,7 @@ class Rewinding:
             raise SearchError(f"round {asked.index}: {error}") from error
         note_training(network, history.unreached)
         trained = dense_state(network)
-        accuracy = None if watch is None else float(watch(network))
+        accuracy = None if watch is None else watch(network)
         done = replace(
             asked,
             trained=trained,

@@ -8,7 +8,6 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
-from ..batches import kind_of
 from ..coverage import coverage
 from ..loaders import batches_of
 from ..loss_functions import untouched
@@ -16,6 +15,7 @@ from ..losses import loss_of
 from ..ranks import ranks
 from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
+from ..watching import number_in
 from .bypass import left_behind, require_through
 from .protocol import SearchError, Watch
 
@@ -35,7 +35,7 @@ def telling(search: Method) -> Method:
         _require_one_rank()
         loss = loss_of(kwargs.get("loss"))
         if dense := left_behind(model):
-            batches = batches_of(batches, None, kwargs.get("steps_per_epoch"), empty=True)
+            batches = batches_of(batches, model, kwargs.get("steps_per_epoch"), empty=True)
             for batch in islice(batches.epoch(0), 1):
                 require_through(model, dense, batch, loss)
         if kwargs.get("watch") is not None:
@@ -58,13 +58,11 @@ def telling(search: Method) -> Method:
 
 def _watched(watch: Watch, model: nn.Module) -> float:
     """What `watch` says, as a number that a ticket can keep.  Errors: SearchError for what is none."""
-    found: Any = watch(model)
+    said = watch(model)
     try:
-        return float(found)
-    except (TypeError, ValueError, RuntimeError):
-        raise SearchError(
-            f"watch: expected a function of the model that gives a number, got {kind_of(found)} from it"
-        ) from None
+        return number_in(said)
+    except ValueError as error:
+        raise SearchError(str(error)) from None
 
 
 def _require_one_rank() -> None:
