@@ -87,7 +87,7 @@ class Two(nn.Module):
 
 def test_the_input_that_is_wrong_is_named() -> None:
     model, tokens, mask = seeded(Two), torch.arange(8), Y > 0
-    batch = {"x": rand(8, 6, dtype=torch.float64), "tokens": tokens, "mask": mask}
+    batch = {"tokens": tokens, "mask": mask, "x": rand(8, 6, dtype=torch.float64)}
     with pytest.raises(ValueError, match=r"got float64 \[8, 6\]"):
         forward(model, batch)
     batch["x"] = batch["x"].float()
