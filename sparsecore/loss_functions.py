@@ -2,14 +2,14 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from .batches import kind_of
 from .calls import first_line, of_the_users
@@ -26,16 +26,10 @@ _TARGET = {
 }  # fmt: skip
 _CLASSIFIERS = (nn.CrossEntropyLoss, nn.NLLLoss, nn.MultiMarginLoss)
 _CLASSIFYING = (F.cross_entropy, F.nll_loss, F.multi_margin_loss)
-# Whose target would be broadcast against the output, and give a number that means nothing.
-_ELEMENTWISE = (F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss)
-_ELEMENTWISE_MODULES = (nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss)
-_COMPARING = (*_ELEMENTWISE, F.poisson_nll_loss, F.gaussian_nll_loss, F.kl_div)
-_ARITHMETIC = {"sub", "rsub", "mul", "rmul", "div", "truediv", "rtruediv"}
-_RANGES = {  # of targets, beyond which a loss has no least value or leaves samples out
-    F.binary_cross_entropy_with_logits: (0.0, 1.0),
-    F.soft_margin_loss: (-1.0, 1.0),
-    F.hinge_embedding_loss: (-1.0, 1.0),
-}
+
+
+class LossError(ValueError):
+    """What is refused here, in words that are the user's already."""
 
 
 def plain(fn: Any) -> Any:
@@ -43,7 +37,7 @@ def plain(fn: Any) -> Any:
     while True:
         if isinstance(fn, functools.partial):
             fn = fn.func
-        elif (inner := _uncompiled(fn)) is not None:
+        elif (inner := uncompiled(fn)) is not None:
             fn = inner
         else:
             return fn
@@ -55,11 +49,12 @@ def setting(fn: Any, name: str) -> Any:
         if name in fn.keywords:
             return fn.keywords[name]
         fn = fn.func
-    inner = _uncompiled(fn)
+    inner = uncompiled(fn)
     return getattr(fn if inner is None else inner, name, None)
 
 
-def _uncompiled(fn: Any) -> Any:
+def uncompiled(fn: Any) -> Any:
+    """What `torch.compile` was given; None for what it did not make."""
     return getattr(fn, "_torchdynamo_orig_callable", None) or getattr(fn, "_orig_mod", None)
 
 
@@ -229,106 +224,26 @@ def own_parameters(loss: Any, model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in named if p.requires_grad and id(p) not in known}
 
 
-class LossError(ValueError):
-    """What is refused here, in words that are the user's already."""
+def mean_of(value: Any, sources: Iterable[Any], name: str) -> Tensor:
+    """What a loss gave as a tensor of one number, 0-dim; a metric of another library's may be a number.
 
+    Args:
+        sources: what gradients should come to, where they are asked for.
 
-def refuse_accidents(fn: Any, output: Any, target: Any) -> None:
-    """What losses of PyTorch's compute without a word although it means nothing, by shapes alone."""
-    if not isinstance(output, Tensor) or not isinstance(target, Tensor):
-        return
-    inner = plain(fn)
-    if inner in _ELEMENTWISE or isinstance(inner, _ELEMENTWISE_MODULES):
-        if output.shape != target.shape:
-            raise _broadcast(output, target)
-    if inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss):
-        _refuse_one_class(output)
-
-
-def _refuse_one_class(output: Tensor) -> None:
-    if output.ndim > 1 and output.shape[1] == 1:
-        raise LossError(
-            f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
-            "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
-        )
-
-
-def _broadcast(output: Tensor, target: Tensor) -> ValueError:
-    return LossError(
-        f"loss: expected targets of the output's shape {list(output.shape)}, got {kind_of(target)}, which "
-        "would be broadcast; reshape the targets, or squeeze the output in a function of (output, target)"
-    )
-
-
-def check_range(target: Tensor, low: float, high: float, name: str) -> None:
-    """Errors: ValueError for targets beyond what a loss is made for.  A host sync."""
-    if target.dtype == torch.bool or not target.numel():
-        return
-    between = low == -1.0  # only the ends are targets there
-    slack = 1e-3  # of half precision
-    outside = (target < low - slack) | (target > high + slack)
-    wrong = (target != low) & (target != high) if between else outside
-    if bool(wrong.any()):
-        least, most = target.min().item(), target.max().item()
-        expected = "targets of -1 and 1" if between else "targets from 0 to 1"
-        raise LossError(
-            f"loss {name}: expected {expected}, got {least:g} to {most:g}, for which it is no loss; convert them: "
-            + ("2 * target - 1" if between else "(target + 1) / 2 of -1 and 1")
-        )
-
-
-def watched(fn: Callable[..., Any], output: Any, target: Any) -> Any:
-    """What a function of (output, target) gives, watched for accidents inside it: for the first call, not for each.
-
-    Errors: ValueError for targets that are broadcast against the output, or are no targets of the loss in it.
+    Errors: ValueError for anything else, or a number that no gradient passes through.
     """
-    if (
-        _uncompiled(fn) is not None
-        or not isinstance(output, Tensor)
-        or not isinstance(target, Tensor)
-    ):
-        return fn(output, target)
-    with _Watching(output, target):
-        return fn(output, target)
-
-
-class _Watching(TorchFunctionMode):
-    """Looks at what PyTorch's losses, and plain arithmetic of the output and the target themselves, are called with."""
-
-    def __init__(self, output: Tensor, target: Tensor) -> None:
-        super().__init__()
-        self.both = output, target
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        first = [*args, *(kwargs[n] for n in ("input", "target") if n in kwargs)][:2]
-        if len(first) == 2 and all(isinstance(t, Tensor) for t in first):
-            a, b = first
-            if func in _COMPARING or self._themselves(func, a, b):
-                _refuse_outer(a, b)
-            if func is F.cross_entropy:
-                _refuse_one_class(a)
-            if func in _RANGES:
-                check_range(b, *_RANGES[func], func.__name__)
-        return func(*args, **kwargs)
-
-    def _themselves(self, func: Any, a: Tensor, b: Tensor) -> bool:
-        output, target = self.both
-        arithmetic = getattr(func, "__name__", "").strip("_") in _ARITHMETIC
-        return arithmetic and ((a is output and b is target) or (a is target and b is output))
-
-
-def _refuse_outer(a: Tensor, b: Tensor) -> None:
-    """Broadcasting that makes more of both: every output against every target."""
-    try:
-        shape = torch.broadcast_shapes(a.shape, b.shape)
-    except RuntimeError:
-        return
-    if shape.numel() > max(a.numel(), b.numel()):
-        raise _broadcast(a, b)
+    array = isinstance(value, np.ndarray) and value.ndim == 0
+    if (array or isinstance(value, (int, float, np.number))) and not torch.is_grad_enabled():
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        mend = "; take its mean()" if isinstance(value, Tensor) else ""
+        raise ValueError(
+            f"{name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}{mend}"
+        )
+    if torch.is_grad_enabled() and not value.requires_grad:
+        if any(isinstance(t, Tensor) and t.requires_grad for t in sources):
+            raise ValueError(
+                f"{name}: expected a number that gradients pass through, got one without (of argmax, comparisons, "
+                "detach or item); train by another loss, and give this one as metric="
+            )
+    return value if value.ndim == 0 else value.squeeze()

@@ -4,18 +4,17 @@ Everything that trains, searches, scores or evaluates takes `loss=` and makes on
 knows how a batch becomes a number, where an output has its class scores, and on which axis.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from . import loss_functions
+from . import accidents, loss_functions
 from .accuracy import labelled
 from .batches import TARGETS, Batch, kind_of, parts_of, size_of
 from .calls import first_line, forward, of_the_users
@@ -150,8 +149,7 @@ class Loss:
         """
         if not self.takes_model:
             return self.of(forward(model, parts_of(batch)[0], call), batch)
-        value = self._mean(self._told(model, batch))
-        return self._differentiable(value, model.parameters())
+        return self._mean(self._told(model, batch), model.parameters())
 
     def of(self, output: Any, batch: Batch) -> Tensor:
         """The mean loss of an output for the batch.  Errors: as a call; ValueError for one of (model, batch)."""
@@ -169,15 +167,14 @@ class Loss:
                 )
             if self._first_time():  # which of the labels its mean is over
                 self.__dict__["_shifts"] = shifts_labels(output, target, own)
-            return self._differentiable(self._mean(own), tree_leaves(output))
+            return self._mean(own, tree_leaves(output))
         if target is None:
             raise ValueError(
                 f"loss: expected batches with a target, (inputs, targets) or a dict with one of {', '.join(TARGETS)}, "
                 f"got {kind_of(batch)}; or give loss= as a function of (model, batch)"
             )
         if callable(self.fn):
-            value = self._mean(self._told(output, target))
-            return self._differentiable(value, tree_leaves(output))
+            return self._mean(self._told(output, target), tree_leaves(output))
         if self.is_cross_entropy:
             return self._cross_entropy(output, target)
         return self._elementwise(output, target)
@@ -359,7 +356,7 @@ class Loss:
                 "; reshape the targets, or give loss= as a function of (output, target)"
             )
         if self.fn == "bce" and self._first_time():
-            loss_functions.check_range(target, 0.0, 1.0, self.name)
+            accidents.check_range(target, 0.0, 1.0, self.name)
         target = target.to(values.dtype)
         if self.fn == "mse":
             return F.mse_loss(values, target)
@@ -371,40 +368,19 @@ class Loss:
         with loss_functions.explained(fn, f"{self.role} {self.name}", first, second):
             if self.takes_model:
                 return fn(first, second)
-            loss_functions.refuse_accidents(fn, first, second)
+            accidents.refuse_accidents(fn, first, second)
             if self._first_time():
-                return loss_functions.watched(fn, first, second)
+                return accidents.watched(fn, first, second)
             return fn(first, second)
+
+    def _mean(self, value: Any, sources: Iterable[Any]) -> Tensor:
+        return loss_functions.mean_of(value, sources, f"{self.role} {self.name}")
 
     def _first_time(self) -> bool:
         """Whether nothing has been looked at: what takes a sync, or a call for each operation, is done once."""
         known = "_looked" in self.__dict__
         self.__dict__["_looked"] = True
         return not known
-
-    def _differentiable(self, value: Tensor, sources: Any) -> Tensor:
-        """The value, unless gradients should pass through and do not.  Errors: ValueError."""
-        if torch.is_grad_enabled() and not value.requires_grad:
-            if any(isinstance(t, Tensor) and t.requires_grad for t in sources):
-                raise ValueError(
-                    f"{self.role} {self.name}: expected a number that gradients pass through, got one without (of "
-                    "argmax, comparisons, detach or item); train by another loss, and give this one as metric="
-                )
-        return value
-
-    def _mean(self, value: Any) -> Tensor:
-        number = isinstance(value, (int, float, np.number)) or (
-            isinstance(value, np.ndarray) and value.ndim == 0
-        )
-        if number and not torch.is_grad_enabled():  # a metric of another library's
-            return torch.tensor(float(value), dtype=torch.float64)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            mend = "; take its mean()" if isinstance(value, Tensor) else ""
-            raise ValueError(
-                f"{self.role} {self.name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}"
-                + mend
-            )
-        return value if value.ndim == 0 else value.squeeze()
 
 
 LossLike = Loss | str | Callable[..., Any] | None  # as users give it
