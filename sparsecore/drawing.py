@@ -173,7 +173,7 @@ def _around(function: types.FunctionType) -> list[Any]:
     if _of_library(function):  # a decorator of theirs holds what is the user's
         named = []
     else:
-        named = [function.__globals__.get(name) for name in function.__code__.co_names]
+        named = [function.__globals__.get(name) for name in _names(function.__code__)]
     cells = []
     for cell in function.__closure__ or ():
         try:
@@ -181,6 +181,14 @@ def _around(function: types.FunctionType) -> list[Any]:
         except ValueError:  # empty as yet
             continue
     return [*cells, function.__defaults__, function.__kwdefaults__, *named]
+
+
+def _names(code: types.CodeType) -> Iterator[str]:
+    """What code names, in functions within it too."""
+    yield from code.co_names
+    for inner in code.co_consts:
+        if isinstance(inner, types.CodeType):
+            yield from _names(inner)
 
 
 def _of_library(value: Any) -> bool:

@@ -106,7 +106,7 @@ class Iterated(_Again):
 
     def __init__(self, batches: Any, length: int, whole: bool) -> None:
         super().__init__(batches, whole)
-        self.batches, self.length = _restarting(batches), length
+        self.batches, self.length = _repeatable(batches), length
 
     def __len__(self) -> int:
         return self.length - self.left_out
@@ -173,7 +173,7 @@ class Made(_Again):
                 f"{self.role}: expected a function that makes a new iterator at every call, got the same one again"
             )
         self.last = made
-        return _restarting(made)
+        return _repeatable(made)
 
     def epoch(self, index: int) -> Iterator[Batch]:
         drawing = self._drawing(index)
@@ -234,12 +234,15 @@ class Stream(Adapter):
         return Adapter
 
 
-def _restarting(batches: Any) -> Any:
-    """The same with workers that start anew in every epoch: those that live on draw on from where they are."""
-    if isinstance(batches, DataLoader) and batches.persistent_workers:
-        batches = copy.copy(batches)
-        # Past the loader's own guard.
-        vars(batches).update(persistent_workers=False, _iterator=None)
+def _repeatable(batches: Any) -> Any:
+    """The same with workers that start anew in every epoch, since those that live on draw on from where they are, and
+    whose batches come in order.
+    """
+    if isinstance(batches, DataLoader) and batches.num_workers:
+        kept = {"persistent_workers": False, "in_order": True, "_iterator": None}
+        if any(getattr(batches, name, value) != value for name, value in kept.items()):
+            batches = copy.copy(batches)
+            vars(batches).update(kept)  # past the loader's own guard
     return batches
 
 

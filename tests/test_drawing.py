@@ -1,6 +1,7 @@
 """What data draws follows from the epoch's number, whoever's generator it is, and leaves all as they were."""
 
 import random
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +12,15 @@ import pytest
 import torch
 from helpers import equal, generator, mlp, randn
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    Subset,
+)
 
 import sparsecore as sc
 from sparsecore.drawing import held_sources
@@ -69,6 +78,10 @@ def module_level() -> float:
     return AT_MODULE_LEVEL.random()
 
 
+def within_an_expression() -> float:
+    return sum(AT_MODULE_LEVEL.random() for _ in range(2))
+
+
 def drawn_by_torch() -> float:
     return float(torch.rand(()))
 
@@ -124,6 +137,10 @@ KINDS: dict[str, Callable[[], Any]] = {
     "a data set's python": lambda: loader(Own(random.Random(3))),
     "in slots": lambda: loader(Own(Slotted())),
     "at module level": lambda: loader(Augmented(module_level)),
+    "within an expression": lambda: loader(Augmented(within_an_expression)),
+    "a subset of joined sets": lambda: loader(
+        Subset(ConcatDataset([Own(np.random.default_rng(3)), Own(random.Random(2))]), range(40))
+    ),
     "an iterable data set's": lambda: DataLoader(Stored(), 8),
     "a batch sampler's": lambda: batch_sampler(
         RandomSampler(range(24), generator=generator(3))  # type: ignore[arg-type]
@@ -203,6 +220,20 @@ def test_workers_that_live_on_are_left_to_their_loader() -> None:
         own = iter(given)
     list(batches_of(given).epoch(0))
     assert given.persistent_workers and given._iterator is own
+
+
+class Slow(Augmented):
+    """Whose first samples take longest."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        time.sleep(0.2 * (index < 8))
+        return X[index], Y[index]
+
+
+def test_workers_batches_come_in_order() -> None:
+    given = DataLoader(Slow(random.random), 8, num_workers=2, in_order=False)
+    assert torch.equal(torch.cat([x for x, _ in batches_of(given).epoch(0)]), X)
+    assert not given.in_order
 
 
 def test_what_draws_nothing_of_its_own_holds_no_generator() -> None:
