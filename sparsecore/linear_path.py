@@ -25,7 +25,10 @@ from .progress import QUIET, Progress
 STABLE = 2.0  # percent: Frankle et al. call a smaller instability stable
 State = Mapping[str, Tensor]
 Of = Literal["error", "loss"]  # what a barrier is measured in
-NO_CLASSES = "expected labels whose errors can be counted, got an output without classes; measure it by of='loss'"
+NO_CLASSES = (
+    "expected labels whose errors can be counted, got an output without classes for sure; measure it by of='loss', or "
+    "say loss=sc.Loss(function, class_axis=1) if the highest output is the prediction"
+)
 
 
 @dataclass(frozen=True)

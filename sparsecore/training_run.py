@@ -65,8 +65,15 @@ class History:
 
     @property
     def accuracy(self) -> float:
-        """Test accuracy after the last epoch, percent."""
-        return self.epochs[-1]["accuracy"]  # a KeyError where there was nothing to test on
+        """Test accuracy after the last epoch, percent.  Errors: ValueError where none was measured."""
+        last = self.epochs[-1] if self.epochs else {}
+        if "accuracy" not in last:
+            got = next((name for name in ("test_loss", "metric") if name in last), "no test data")
+            raise ValueError(
+                f"accuracy: expected test data and a loss of class scores, got records of {got}; give test_batches, "
+                "and metric='accuracy' where the highest output is the prediction"
+            )
+        return last["accuracy"]
 
     @property
     def seconds(self) -> float:

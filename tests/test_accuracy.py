@@ -61,6 +61,8 @@ def test_other_functions_have_none_unless_it_is_asked_for(loss: Any) -> None:
     record = train(net(), data, data, ADAM, loss=loss).epochs[-1]
     assert "accuracy" not in record and record["test_loss"] > 0
     assert evaluate(model, data, "accuracy", loss) == pytest.approx(percent(model))
+    with pytest.raises(ValueError, match="metric='accuracy'"):
+        _ = train(net(), data, data, ADAM, loss=loss).accuracy
     record = train(net(), data, data, ADAM, loss=loss, metric="accuracy").epochs[-1]
     assert record["accuracy"] == pytest.approx(percent(model))
 
