@@ -220,3 +220,9 @@ def _of_dtypes(said: str, model: nn.Module, inputs: Any) -> str | None:
 def has_batchnorm(model: nn.Module) -> bool:
     """Whether a training step computes statistics over its batch."""
     return any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+def normalises_by_batch(model: nn.Module) -> bool:
+    """Whether BatchNorm computes statistics over its batch in evaluation mode too."""
+    norms = (module for module in model.modules() if isinstance(module, _BatchNorm))
+    return any(module.running_mean is None for module in norms)

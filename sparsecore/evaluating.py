@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from .calls import normalises_by_batch
 from .engine import Evaluation
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
@@ -38,7 +39,8 @@ def evaluate(
     """Accuracy in percent, or another metric, in evaluation mode; every module's mode is put back.
 
     Args:
-        batches: as `loaders.batches_of` takes them.
+        batches: as `loaders.batches_of` takes them.  Where BatchNorm takes the statistics of its batch even so (in a
+            search's `watch`), a last batch of one sample is left out.
         metric: the mean over samples of what this is for a batch: a loss by name, a function of (output, target) or of
             (model, batch), or a `losses.Loss`.  A function may give a Python number, a mean over the batch too.
             "accuracy": of the highest output along the class axis, per pixel or token where labels are.  None: that,
@@ -48,7 +50,8 @@ def evaluate(
     Errors: ValueError where there are no classes for sure and no metric, or labels beyond them; DataEnded for fewer
     batches than their length says.
     """
-    found = batches_of(batches, None, steps_per_epoch)
+    # One sample has no statistics of its own.
+    found = batches_of(batches, model if normalises_by_batch(model) else None, steps_per_epoch)
     by = loss_of(loss)
     asked = metric_of(metric, by)
     measured = Evaluation(model, found, by=by, metric=asked).measure()

@@ -1,5 +1,6 @@
 """`watch` may give its number in any kind, and what is none is told when it is first asked."""
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import Blobs, accuracy, mlp
+from helpers import Blobs, accuracy, mlp, normed
 from torch import nn
 
 import sparsecore as sc
 from sparsecore.search import Search, SearchError
-from sparsecore.training import Recipe, train
+from sparsecore.training import Recipe, evaluate, train
 
 ADAM = Recipe(optimizer="adam", lr=1e-2)
 SEARCHES: dict[str, Search] = {
@@ -100,6 +101,29 @@ def test_what_is_no_number_is_told_in_a_line(kind: str) -> None:
         with pytest.raises(SearchError, match=line):
             search(sc.sparsify_(mlp()), Blobs(), sparsity=0.5, watch=watch)
         assert len(asked) == 1, name
+
+
+@pytest.mark.filterwarnings("ignore::sparsecore.SparsityWarning")
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_last_batch_of_one_in_what_is_watched(name: str) -> None:
+    """Some searches are watched on BatchNorm's statistics of the batch, which one sample has none of."""
+    blobs, model = Blobs(), sc.sparsify_(normed())
+    tests = [(blobs.x[:16], blobs.y[:16]), (blobs.x[16:17], blobs.y[16:17])]
+    seen = []
+
+    def watch(net: nn.Module) -> float:
+        seen.append(evaluate(net, tests))
+        return seen[-1]
+
+    SEARCHES[name](model, blobs, sparsity=0.5, watch=watch)
+    assert seen and all(0 <= value <= 100 for value in seen)
+    assert evaluate(model, tests) == pytest.approx(100 * accuracy_of(model, blobs, 17))
+
+
+def accuracy_of(model: nn.Module, blobs: Blobs, count: int) -> float:
+    with torch.no_grad():
+        found = copy.deepcopy(model).eval()(blobs.x[:count]).argmax(1)
+    return float((found == blobs.y[:count]).float().mean())
 
 
 def test_an_error_of_the_user_s_own_stays_what_it_is() -> None:
