@@ -21,9 +21,7 @@ from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
     SANITIES,
-    Setup,
     apply_sanity,
-    check_epochs,
     check_found,
     data_of,
     find_ticket,
@@ -33,7 +31,6 @@ from .experiment import (
     setup_of,
     tell_other_data,
     train_on,
-    unused_options,
     with_data,
 )
 from .fields import choose
@@ -60,6 +57,7 @@ from .plans import check_plan
 from .progress import Progress
 from .recipes import recipe_for
 from .search import Rewinding
+from .setups import Setup, check_epochs, unused_options
 from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state

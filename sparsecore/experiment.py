@@ -4,10 +4,9 @@
 `train_on` trains what was found.  Everything a ticket's training needs is in its provenance.
 """
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from time import perf_counter
@@ -17,15 +16,16 @@ import torch
 from torch import nn
 
 from . import checkpoints
-from .convert import Filter, dense_layers, is_prunable, sparsify_
+from .convert import dense_layers, sparsify_
 from .data import Batches, Dataset, DataWarning, folder_of, limited, load
 from .fields import choose
-from .forecheck import MOST_EPOCHS, check_search
-from .methods import DTYPES, search_for, split
+from .forecheck import check_search
+from .methods import split
 from .progress import QUIET, Progress
 from .recipe import Recipe
-from .recipes import build, check_options, recipe_for
-from .search import Rewinding, Search
+from .recipes import build
+from .search import Rewinding
+from .setups import Setup as Setup
 from .sparsities import check_sparsity
 from .start_weights import TRAINED, read_state, start_from_, start_trained_
 from .tickets import Ticket, TicketError
@@ -36,96 +36,6 @@ SANITIES = (
     "reinit",
     "invert",
 )  # controls made of a ticket; "corrupt" is a search of its own
-_OF_SEARCHES = (
-    "search_epochs", "search_lr", "gain_lr", "tau", "search_dtype", "channels_last", "objective", "control",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setup:
-    """One model on one data set and how tickets are searched and trained in it.
-
-    Args:
-        rewind_epochs: of dense training before the search, fractions too; tickets start there.
-        train_epochs: of training after the rewind point.
-        search_epochs, search_lr, gain_lr, tau, objective, control: of searches by gates; None: the method's.
-        train_samples: how many of the training data are used, for reduced runs; None: all.
-        sparse_layers: globs on layer names, of which those that begin with "!" exclude (`convert.sparsify_`);
-            None: all that `convert.is_prunable` takes.
-        weights: where training begins, a file's state_dict or DEFAULT, torchvision's trained weights; None: freshly
-            initialised.
-        drop_last: whether a last, smaller batch of training is left out.
-        image_size: side of a folder's images, in pixels; None: the median of theirs.
-
-    Errors: ValueError, listing valid names and ranges.
-    """
-
-    model: str
-    data: str
-    recipe: Recipe
-    model_options: dict[str, Any] = field(default_factory=dict)
-    rewind_epochs: float = 2
-    train_epochs: float = 12
-    search_epochs: int | None = None
-    search_batch: int = 512
-    search_lr: float | None = None
-    gain_lr: float | None = None
-    tau: float | None = None
-    search_dtype: str = "fp32"
-    channels_last: bool | None = None
-    objective: str | None = None
-    control: str | None = None
-    granularity: str = "weight"
-    train_samples: int | None = None
-    sparse_layers: str | tuple[str, ...] | None = None
-    weights: str | None = None
-    drop_last: bool = False
-    image_size: int | None = None
-
-    def __post_init__(self) -> None:
-        recipe_for(self.model)  # an unknown model is told at once
-        check_options(self.model, self.model_options)
-        choose("search dtype", self.search_dtype, DTYPES)
-        check_epochs("rewind epochs", self.rewind_epochs)
-        check_epochs("train epochs", self.train_epochs)
-        if not 1 <= self.search_batch < 2**31:
-            raise ValueError(f"search batch: expected 1 to 2**31 - 1, got {self.search_batch}")
-        for name in ("search_lr", "gain_lr", "tau"):
-            if not math.isfinite(getattr(self, name) or 0):
-                raise ValueError(
-                    f"{name.replace('_', ' ')}: expected a finite number, got {getattr(self, name)}"
-                )
-        self.search("cts", seed=0)  # refuses its bad names and numbers
-
-    @property
-    def filter(self) -> Filter:
-        return self.sparse_layers or is_prunable
-
-    @property
-    def total_epochs(self) -> float:
-        """What the schedule of a whole training spans."""
-        return self.rewind_epochs + self.train_epochs
-
-    @property
-    def weights_file(self) -> Path | None:
-        """The file that `weights` names, if it does."""
-        return None if self.weights in (None, TRAINED) else Path(self.weights or "")
-
-    def search(self, method: str, seed: int) -> Search:
-        """The search behind a method's name, such as `cts` or `ltr:rate=0.3`."""
-        return search_for(self, method, seed)
-
-    def start_of(self, method: str) -> "Setup":
-        """This setup with the method's own rewind point; the schedule's end stays where it is."""
-        if not split(method)[0].from_init or not self.rewind_epochs:
-            return self
-        return replace(self, rewind_epochs=0, train_epochs=self.total_epochs)
-
-
-def check_epochs(what: str, epochs: float) -> None:
-    """Errors: ValueError for less than 0 or more than a million epochs."""
-    if not 0 <= epochs <= MOST_EPOCHS:  # true for NaN too
-        raise ValueError(f"{what}: expected at least 0 and at most {MOST_EPOCHS:,}, got {epochs}")
 
 
 def tell_other_data(ticket: Ticket, setup: Setup, dataset: Dataset) -> None:
@@ -237,9 +147,12 @@ def rewind_point(
     """The model after `rewind_epochs` of dense training: where searches look and tickets start."""
     model = start_model(setup, dataset, seed).to(device)
     if setup.rewind_epochs:
+        training, test = batches_of_setup(setup, dataset, setup.recipe, seed, device)
+        _tell_no_steps("rewind epochs", 0, setup.rewind_epochs, len(training))
         train(
             model,
-            *batches_of_setup(setup, dataset, setup.recipe, seed, device),
+            training,
+            test,
             setup.recipe,
             stop_epoch=setup.rewind_epochs,
             total_epochs=setup.total_epochs,
@@ -251,20 +164,21 @@ def rewind_point(
     return model
 
 
-def unused_options(setup: Setup, method: str) -> list[str]:
-    """Fields of the setup that were set for searches, and that the method's has no use for."""
-    known = {f.name: f.default for f in fields(setup) if f.name in _OF_SEARCHES}
-    given = [name for name, default in known.items() if getattr(setup, name) != default]
-    search = setup.search(method, 0)
-    return [n for n in given if replace(setup, **{n: known[n]}).search(method, 0) == search]
-
-
 def check_found(
     setup: Setup, model: nn.Module, dataset: Dataset, method: str, sparsity: float
 ) -> None:
     """Errors: what `find_ticket` would have after the rewind point was trained, whatever the model's weights."""
     some = dataset.train.images[torch.arange(min(2, len(dataset.train)))].float() / 255
     check_search(setup.start_of(method).search(method, 0), model, sparsity, some)
+
+
+def _tell_no_steps(what: str, start: float, end: float, length: int) -> None:
+    """Warns where a fraction of an epoch is less than half a batch: nothing is trained then."""
+    if round(end * length) <= round(start * length):
+        warnings.warn(
+            f"{what}: {end - start:g} of an epoch of {length} batches is no step, so nothing is trained",
+            stacklevel=3,
+        )
 
 
 def find_ticket(
@@ -359,6 +273,7 @@ def train_on(
         accuracy = evaluate(model, test_batches)
         record = {"epoch": end, "accuracy": accuracy, "seconds": perf_counter() - start}
         return History([record])
+    _tell_no_steps("epochs", setup.rewind_epochs, end, len(train_batches))
     return train(
         model,
         train_batches,

@@ -10,8 +10,8 @@ from command_line import DIGITS, images
 
 from sparsecore import experiment
 from sparsecore.cli import main
-from sparsecore.experiment import Setup, unused_options
 from sparsecore.recipes import recipe_for
+from sparsecore.setups import Setup, unused_options
 
 OUT = ["--out", "t"]
 
@@ -109,3 +109,17 @@ def test_the_printed_command_names_where_the_data_lies(
     command = [*DIGITS, "--method", "magnitude", "--rewind-epochs", "0", "--data-dir", "some where"]
     assert main(command) == 0
     assert "next    sparsecore train t --data-dir 'some where'" in capsys.readouterr().out
+
+
+def test_a_fraction_of_an_epoch_that_is_no_step_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    few = ["--method", "magnitude", "--train-samples", "100", "--recipe", "batch=50"]
+    for rewind, told in (("0.2", True), ("0.5", False)):
+        assert main([*DIGITS, *few, "--rewind-epochs", rewind]) == 0
+        said = f"rewind epochs: {rewind} of an epoch of 2 batches is no step"
+        assert (said in capsys.readouterr().err) is told
+    for epochs, told in (("0.5", False), ("0.1", True)):
+        assert main(["train", "t", "--engine", "eager", "--epochs", epochs]) == 0
+        assert (f"epochs: {epochs} of an epoch of 2" in capsys.readouterr().err) is told
