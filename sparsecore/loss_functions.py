@@ -55,7 +55,9 @@ def setting(fn: Any, name: str) -> Any:
 
 def uncompiled(fn: Any) -> Any:
     """What `torch.compile` was given; None for what it did not make."""
-    return getattr(fn, "_torchdynamo_orig_callable", None) or getattr(fn, "_orig_mod", None)
+    if isinstance(fn, nn.Module):
+        return fn._modules.get("_orig_mod")
+    return getattr(fn, "_torchdynamo_orig_callable", None)
 
 
 def is_classifier(fn: Any) -> bool:

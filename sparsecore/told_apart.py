@@ -48,9 +48,8 @@ class _Telling:
             del self.within[id(value)]
 
     def _of(self, value: Any, names: frozenset[str] | None) -> Any:
-        inner = getattr(value, "_torchdynamo_orig_callable", None) or getattr(
-            value, "_orig_mod", None
-        )
+        compiled = value._modules.get("_orig_mod") if isinstance(value, nn.Module) else None
+        inner = compiled or getattr(value, "_torchdynamo_orig_callable", None)
         if inner is not None:  # compiled: computes the same
             return self.of(inner, names)
         if isinstance(value, Tensor):

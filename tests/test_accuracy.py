@@ -39,6 +39,7 @@ CLASSIFIERS: list[Any] = [
     None, "cross-entropy", F.cross_entropy, nn.CrossEntropyLoss(), nn.NLLLoss(), nn.MultiMarginLoss(), F.nll_loss,
     F.multi_margin_loss, Focal(), functools.partial(F.cross_entropy, label_smoothing=0.1),
     Loss(lambda output, y: F.cross_entropy(output, y), class_axis=1),
+    torch.compile(nn.CrossEntropyLoss(), backend="eager"),
 ]  # fmt: skip
 OTHERS: list[Any] = [
     ordinal, lambda output, y: F.cross_entropy(output, y), functools.partial(ordinal), Loss(ordinal),

@@ -72,6 +72,8 @@ PAIRS: dict[str, Callable[[float], Any]] = {
     "object": Object,
     "method": lambda k: Object(k).method,
     "configuration": configured,
+    "compiled": lambda k: torch.compile(weighed(k), backend="eager"),
+    "compiled module": lambda k: torch.compile(Scaled(k), backend="eager"),
 }
 
 
