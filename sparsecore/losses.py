@@ -133,7 +133,7 @@ class Loss:
         """The same with a recipe's label smoothing.  Errors: ValueError for a loss that has none."""
         return replace(self, label_smoothing=label_smoothing) if label_smoothing else self
 
-    @property
+    @cached_property
     def unsmoothed(self) -> "Loss":
         """The same without label smoothing: what is measured."""
         return replace(self, label_smoothing=0.0) if self.label_smoothing else self
