@@ -57,6 +57,8 @@ class _Again(Adapter):
     """
 
     told = False  # of batches past the length
+    _says = "len(batches) says"
+    _mend = "mend the length (an IterableDataset in several workers gives all that it has, and a last batch, in each)"
 
     def __init__(self, held: Any, whole: bool) -> None:
         self.whole, self.left_out = whole, False
@@ -97,9 +99,6 @@ class _Again(Adapter):
             self.told = True
             warn(f"{text}, which are left out; {self._mend}", DataWarning, stacklevel=2)
 
-    _says = "len(batches) says"
-    _mend = "mend the length (an IterableDataset in several workers gives all that it has, and a last batch, in each)"
-
 
 class Iterated(_Again):
     """What can be iterated again and again, and tells how long it is."""
@@ -115,13 +114,9 @@ class Iterated(_Again):
     def contents(self) -> Any:
         """All data that lies in memory, whatever order it is read in; None where it does not."""
         data = self.batches.dataset if isinstance(self.batches, DataLoader) else self.batches
-        return (
-            data.tensors
-            if type(data) is TensorDataset
-            else data
-            if type(data) in (list, tuple)
-            else None
-        )
+        if type(data) is TensorDataset:
+            return data.tensors
+        return data if type(data) in (list, tuple) else None
 
     def epoch(self, index: int) -> Iterator[Batch]:
         _tell_epoch(self.batches, index)
