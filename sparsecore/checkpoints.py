@@ -162,8 +162,8 @@ def check_resumable(path: Path | None, batches: EpochBatches) -> None:
     if path is not None and getattr(batches, "passing", False):
         raise ValueError(
             "checkpoint: expected data that can be read again (a DataLoader, a list, a function that makes an "
-            "iterator, an object with epoch(i)), got a stream, which steps_per_epoch= makes of other data too; leave the "
-            "checkpoint out"
+            "iterator, an object with epoch(i)), got a stream, which steps_per_epoch= makes of other data too; "
+            "leave the checkpoint out"
         )
 
 
