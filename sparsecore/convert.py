@@ -128,6 +128,12 @@ def _refuse_others(wanted: Mapping[nn.Module, Mapping[str, nn.Module]]) -> None:
                     "that first (Ticket.from_prune keeps the masks of prune), or leave the layer out with filter_fn="
                     f"'!{name}'"
                 )
+            if "forward" in vars(module):
+                raise ValueError(
+                    f"sparsify_: expected {name or 'the layer'} to have its class's forward, got one that another tool "
+                    "has put before it (accelerate's hooks: remove_hook_from_submodules; or sparsify_ before they are "
+                    f"added), or leave the layer out with filter_fn='!{name}'"
+                )
             if isinstance(weight, nn.parameter.UninitializedParameter):
                 raise ValueError(
                     f"sparsify_: expected {name or 'the layer'} to know its shape, got a lazy layer; run the model "

@@ -6,12 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations
 from typing_extensions import Self
 
 from . import kernels
 from .patterns import Formats, Masked, Planned
-from .zeros import Keeper, plain_python, require_one_mask, zero_outside_
+from .zeros import Keeper, is_sharded, plain_python, require_one_mask, zero_outside_
+
+_LEAVE_ZEROS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)  # they scale
 
 
 class DecidedLayer(nn.Module):
@@ -25,6 +27,7 @@ class DecidedLayer(nn.Module):
     weight_shape: Any
     _channels_last: Any
     leader: Any
+    _parametrizations: Any
     _require_parameter: Any
 
     # Whether modules other than sparse layers compute with the parameter.
@@ -56,9 +59,10 @@ class DecidedLayer(nn.Module):
     def _decide(self, pattern: Masked) -> None:
         """This mask from now on: of the weight, of its gradient, of whoever reads and steps them."""
         raw = self.raw_weight
-        self.release()
         pattern.decided = True
         self.pattern = pattern.train(self.training)
+        if is_sharded(raw):
+            return  # each forward masks what ranks put together
         if raw.grad is not None and raw.grad.layout == torch.strided:
             zero_outside_(raw.grad, pattern.mask)
         if not self._kept_by(pattern):
@@ -113,6 +117,7 @@ class DecidedLayer(nn.Module):
                 f"{type(old).__name__} and {tuple(mask.shape)}"
             )
         self._require_parameter("remask_")
+        self.require_one_mask(mask)
         before, weight = old.mask, self.effective_weight.detach()
         if grown is not None:
             weight = torch.where(before, weight, grown.to(weight))
@@ -175,12 +180,6 @@ class DecidedLayer(nn.Module):
     def _used_elsewhere(self) -> bool:
         return self.shared
 
-    def release(self) -> None:
-        """Tells that the layer has another parameter from now on, which is kept as the old one was."""
-        keeper = getattr(getattr(self, "pattern", None), "keeper", None)
-        if keeper is not None:
-            keeper.release()
-
     def look(self) -> None:
         """Sees to it that pruned places of the parameter are zero, under a decided mask."""
         self._look(self.pattern, self.raw_weight)
@@ -190,29 +189,31 @@ class DecidedLayer(nn.Module):
             return
         if (keeper := pattern.keeper) is not None and keeper.knows(raw, pattern.mask):
             return  # in nearly every forward
-        kept = self._kept_by(pattern)
-        if not (kept or pattern.checked) and parametrize.is_parametrized(self):
+        if not self._kept_by(pattern) and self._parametrizations():
             self._check_parametrized(pattern)
 
     def _check_parametrized(self, pattern: Masked) -> None:
         """Errors: ValueError for a parametrisation that fills pruned places: `layer.weight` would not be what the
-        layer computes with.
+        layer computes with.  A host sync, but for those that are known to leave zeros.
         """
+        if all(type(by) in _LEAVE_ZEROS for by in self._parametrizations()):
+            return
         raw = self.raw_weight.detach()
         if raw.shape == pattern.mask.shape and raw.masked_fill(pattern.mask, 0).any():
             raise ValueError(
                 "masked layer: expected a parametrisation that leaves pruned places zero (weight_norm, prune), got one "
                 "that fills them; remove it, or call sparsecore.densify_(model) first"
             )
-        pattern.checked = True
 
 
-def _still(layer: DecidedLayer, pattern: Masked) -> Callable[[], bool]:
-    """Whether the layer still has that pattern, asked by who must not keep them alive."""
+def _still(layer: DecidedLayer, pattern: Masked) -> Callable[..., bool]:
+    """Whether the layer still has that pattern (and that parameter), asked by who must not keep them alive."""
     layer_, pattern_ = weakref.ref(layer), weakref.ref(pattern)
 
-    def still() -> bool:
+    def still(parameter: Tensor | None = None) -> bool:
         layer, pattern = layer_(), pattern_()
-        return layer is not None and layer.pattern is pattern
+        if layer is None or layer.pattern is not pattern:
+            return False
+        return parameter is None or layer.raw_weight is parameter
 
     return still

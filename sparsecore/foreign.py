@@ -10,6 +10,7 @@ from torch.nn.utils import prune
 from .convert import dense_layers, is_prunable, sparse_layers
 from .layer import weight_key
 from .tied import holders
+from .zeros import SHARDED, is_sharded
 
 Found = tuple[dict[str, Tensor], dict[str, Tensor]]  # masks by layer, plain weights by key
 
@@ -115,7 +116,11 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
         if any(is_prunable(name, layer) for name, layer in group.items()):
             name, layer = next(iter(group.items()))
             found[name] = layer._parameters["weight"].detach()  # pyright: ignore
-    found |= {n: layer.effective_weight.detach() for n, layer in sparse_layers(model).items()}
+    for name, layer in sparse_layers(model).items():
+        sharded = is_sharded(layer.raw_weight)
+        found[name] = layer.raw_weight if sharded else layer.effective_weight.detach()
+    if any(map(is_sharded, found.values())):
+        raise ValueError(f"from_zeros: {SHARDED}")
     masked = {name: weight for name, weight in found.items() if (weight == 0).any()}
     for name, weight in masked.items():
         if not weight.isfinite().all():

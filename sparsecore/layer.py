@@ -8,7 +8,7 @@ key `weight` in the state_dict and in `named_parameters()`.
 A weight that several layers share is one weight: the first of them leads, and its pattern is the others' too.
 """
 
-from collections.abc import Callable, Container
+from collections.abc import Container, Sequence
 from functools import cache
 from typing import Any, TypeVar
 
@@ -167,15 +167,6 @@ class SparseLayer(DecidedLayer, StoredLayer):
                     f"{tuple(param.shape)}; call sparsecore.plan_(model, 'mask') first"
                 )
         super().register_parameter(name, param)
-        if name == "weight":
-            self.release()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = self._parameters.get("weight")
-        super()._apply(fn, recurse)
-        if before is not self._parameters.get("weight"):
-            self.release()
-        return self
 
     @property
     def weight_shape(self) -> torch.Size:
@@ -217,6 +208,12 @@ class SparseLayer(DecidedLayer, StoredLayer):
         if pattern is not None:
             self.look()
 
+    def _parametrizations(self) -> Sequence[nn.Module]:
+        """What `torch.nn.utils.parametrize` computes the weight by."""
+        if not parametrize.is_parametrized(self, "weight"):
+            return ()
+        return self.parametrizations["weight"]  # pyright: ignore
+
     def _require_parameter(self, what: str) -> None:
         """Errors: ValueError for a weight that is another tool's, or in shards."""
         if self._parameters.get("weight") is None or parametrize.is_parametrized(self):
@@ -247,6 +244,8 @@ class SparseLayer(DecidedLayer, StoredLayer):
         """
         self._require_parameter("to_dense")
         dense = as_class(plain_type(type(self)), self)
+        if isinstance(self.pattern, Masked):
+            self.pattern.keeper = None  # whoever still holds this layer
         dense._modules.pop("pattern", None)
         dense.__dict__.pop("_leader", None)
         dense._parameters["weight"] = self._baked()

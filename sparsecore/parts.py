@@ -3,16 +3,15 @@
 The parameters stay the whole's, under its keys; a part is a layer with a pattern.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from typing_extensions import Self
 
 from .nn import SparseLinear
-from .patterns import Dense, Planned
+from .patterns import Dense, Masked, Planned
 from .stored import understood
 
 
@@ -42,6 +41,11 @@ class Part(SparseLinear):
     @property
     def weight(self) -> Tensor:  # pyright: ignore[reportIncompatibleVariableOverride]
         return self.seen_weight()
+
+    def _parametrizations(self) -> Sequence[nn.Module]:
+        if not parametrize.is_parametrized(self.whole, self.key):
+            return ()
+        return self.whole.parametrizations[self.key]
 
     def _require_parameter(self, what: str) -> None:
         if self.whole._parameters.get(self.key) is None:
@@ -107,20 +111,6 @@ class Whole(nn.Module):
         if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:
             super()._load_from_state_dict(state, prefix, *rest)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        before = dict(self._parameters)
-        super()._apply(fn, recurse)
-        for part in parts(self):
-            if before[part.key] is not self._parameters[part.key]:
-                part.release()
-        return self
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        super().register_parameter(name, param)
-        for part in parts(self):
-            if part.key == name:
-                part.release()
-
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for part in parts(self):  # a copy's parameters have no hooks
@@ -146,5 +136,7 @@ def loaded(
 def baked(whole: nn.Module, plain: nn.Module) -> None:
     """Puts what its parts compute with into a plain module of the same parameters, without the parts."""
     for part in parts(whole):
+        if isinstance(part.pattern, Masked):
+            part.pattern.keeper = None  # whoever still holds this layer
         del plain._modules[part.name]
         plain._parameters[part.key] = part._baked()

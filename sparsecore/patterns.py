@@ -36,7 +36,6 @@ class Masked(nn.Module):
     choice: Any = None  # why a plan left it so
     decided: bool = False
     keeper: Keeper | None = None
-    checked: bool = False  # whether a parametrisation on top was looked at
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
@@ -68,11 +67,8 @@ class Masked(nn.Module):
     def extra_repr(self) -> str:
         return f"sparsity={1 - self.mask.float().mean().item():.4f}"
 
-    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, *rest) -> None:
-        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
-        # A dense checkpoint has no mask: keep ours, so that dense weights load into a sparse model.
-        if prefix + "mask" in missing:
-            missing.remove(prefix + "mask")
+    def _load_from_state_dict(self, state_dict, prefix, *rest) -> None:
+        pass  # the layer reads the mask, or keeps its own where a file is dense
 
 
 class Planned(nn.Module):
@@ -153,7 +149,12 @@ class Planned(nn.Module):
         return self._laid_out(flat.scatter(0, self.index.long(), values).view(self.layer.shape))
 
     def multiply(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """What the layer computes."""
+        """What the layer computes.  Errors: ValueError for a weight that another tool has put in the vector's place."""
+        if values.ndim != 1:
+            raise ValueError(
+                f"planned layer: expected the vector of its kept weights, got a parameter {tuple(values.shape)}; "
+                "tools that put a state_dict's weights into parameters (offloading) want plan_(model, 'mask')"
+            )
         return kernels.sparse_layer(x, values, bias, self.plan(x))
 
     def plan(self, x: Tensor) -> kernels.Plan:

@@ -360,6 +360,7 @@ def remask_(
             raise ValueError(
                 f"remask_: expected a layer {name} with a mask of shape {tuple(mask.shape)}, got {found}"
             )
+        layer.require_one_mask(mask)
     for name, mask in masks.items():
         layer = layers[name]
         old, size = layer.pattern, layer.raw_weight.shape

@@ -5,14 +5,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .computed import ComputedWeight
+from .computed import StateWeight
 from .patterns import Masked, Planned
 from .zeros import SHARDED, is_sharded
-
-_COPY = (
-    "clone it to change it, or plan_(model, 'mask') for tools that write through state_dict (averages): its weights "
-    "are the parameters themselves"
-)
 
 
 class StoredLayer(nn.Module):
@@ -20,7 +15,6 @@ class StoredLayer(nn.Module):
 
     # What the other half has.
     pattern: nn.Module
-    leader: Any
     seen_weight: Any
     effective_weight: Any
     raw_weight: Any
@@ -28,6 +22,7 @@ class StoredLayer(nn.Module):
     _masked: Any
     _decide: Any
     remask_: Any
+    require_one_mask: Any
 
     def _weight_at(self, prefix: str) -> str:
         """The weight's key in a state_dict where this layer's keys have a prefix."""
@@ -41,22 +36,16 @@ class StoredLayer(nn.Module):
         elif isinstance(self.pattern, Planned) and is_sharded(self.raw_weight):
             raise ValueError(f"state_dict of a plan: {SHARDED} (plan_(model, 'mask'))")
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.leader is not None and isinstance(self.pattern, Masked):
-            # A module that holds this layer alone has a mask in its file too.
-            destination[prefix + "pattern.mask"] = self.pattern.mask
         # As under a mask, so that a file does not depend on plans.
         if isinstance(self.pattern, Planned):
-            # Made for whoever asks: an average that writes there (timm's ModelEma) would move nothing.
-            destination[self._weight_at(prefix)] = ComputedWeight.of(
-                self.effective_weight.detach(), "a plan, for this state_dict", _COPY
-            )
+            destination[self._weight_at(prefix)] = StateWeight.of(self.effective_weight.detach())
             destination[prefix + "pattern.mask"] = self.pattern.mask
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         # Topology travels: a checkpoint's mask becomes this layer's; a dense checkpoint keeps ours.
         state_dict = understood(state_dict, prefix, self._weight_at(prefix))
         mask = state_dict.get(prefix + "pattern.mask")
-        if errors := self._mismatches(state_dict, prefix):
+        if errors := self._mismatches(state_dict, prefix) + self._masked_elsewhere(mask):
             rest[-1].extend(errors)
             return
         if isinstance(self.pattern, Planned):
@@ -66,10 +55,17 @@ class StoredLayer(nn.Module):
             pattern.decided = True
             self.pattern = pattern
         super()._load_from_state_dict(state_dict, prefix, *rest)
-        if self.leader is not None and prefix + "pattern.mask" in rest[3]:
-            rest[3].remove(prefix + "pattern.mask")  # no submodule of its own expects it
         if isinstance(self.pattern, Masked):
             self._decide(self.pattern)
+
+    def _masked_elsewhere(self, mask: Any) -> list[str]:
+        """The error of a mask that another layer of this weight does not have."""
+        try:
+            if mask is not None:
+                self.require_one_mask(mask)
+        except ValueError as error:
+            return [str(error)]
+        return []
 
     def _mismatches(self, state_dict: dict[str, Any], prefix: str) -> list[str]:
         """Errors for a mask of other values, and as torch words them for a weight or mask of another shape."""

@@ -20,17 +20,11 @@ from .layer import SparseLayer
 from .loss_functions import own_parameters
 from .losses import Loss
 from .nn import by_output
+from .warned import ShortSearchWarning as ShortSearchWarning
+from .warned import SparsityWarning as SparsityWarning
 
 if TYPE_CHECKING:
     from .tickets import Ticket
-
-
-class SparsityWarning(UserWarning):
-    """A ticket that works otherwise than its user may think; the message says what to do about it."""
-
-
-class ShortSearchWarning(SparsityWarning):
-    """A search whose gates ended far from the sparsity asked for."""
 
 
 @dataclass

@@ -4,7 +4,8 @@ What a masked layer computes does not depend on that: it applies its mask in eve
 parameter by itself: files, tied embeddings, adapters, averages, code that reads `layer.weight`.  So a decided mask
 keeps its parameter:
 
-- its gradient is zero there, through whichever module it comes (a hook on the parameter);
+- its gradient is zero there, through whichever module it comes (a hook on the parameter), and again before a step if
+  it was changed since (noise, centralisation);
 - after the step of any optimiser of PyTorch's kind the places are zero again, and so is what the optimiser held for
   them: momentum from before the mask, updates that mix entries (Muon).  Optimisers that compute entry by entry
   leave zeros alone, so they are looked after only when their state or the mask is another one;
@@ -15,13 +16,19 @@ keeps its parameter:
 A call with other parameters (`torch.func.functional_call`) leaves these alone.
 """
 
+import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.nn.utils import stateless
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 # Entry by entry: no gradient, no state and a weight of 0 give a weight of 0.
 _ENTRYWISE = {
@@ -47,20 +54,16 @@ class Keeper:
         always: whether every forward puts places back, since others compute with the parameter as it is.
     """
 
-    def __init__(self, still: Callable[[], bool], always: bool = False) -> None:
+    def __init__(self, still: Callable[..., bool], always: bool = False) -> None:
         self.still, self.always = still, always
-        self.release()
-        self.trusted: tuple[Any, ...] = ()
-        self.passed: tuple[Any, int] = (None, 0)
-
-    def release(self) -> None:
-        """Keeps the next parameter that it sees: the layer has been given another one."""
-        if (handle := getattr(self, "handle", None)) is not None:
-            handle.remove()
-        self.handle: Any = None
+        self.handles: list[Any] = []  # of hooks on the parameter
         # The parameter, its version and place in memory, and the mask, when it was last seen.
         self.parameter, self.version, self.place = 0, -1, 0
         self.mask: Tensor | None = None
+        self.peers: Iterable[Keeper] = ()  # who keep the same parameter for other layers
+        self.accumulated = _NOTHING  # the state of a gradient that has its zeros
+        self.trusted: tuple[Any, ...] = ()
+        self.passed: tuple[Any, int] = (None, 0)
 
     def knows(self, parameter: Tensor, mask: Tensor) -> bool:
         """Whether nothing has changed since it last saw to the places."""
@@ -82,7 +85,7 @@ class Keeper:
         """
         if self.knows(parameter, mask):
             return True
-        if is_sharded(parameter) or (self.parameter not in (0, id(parameter)) and self._holds()):
+        if is_sharded(parameter) or (self.parameter != id(parameter) and _stands_in()):
             return False
         if self.parameter != id(parameter) or self.mask is not mask:
             require_one_mask(parameter, mask, self)
@@ -99,15 +102,11 @@ class Keeper:
         self.parameter, self.mask = id(parameter), mask
         self.version, self.place = parameter._version, parameter.data_ptr()
 
-    def _holds(self) -> bool:
-        """Whether the parameter it keeps is still there, as far as can be told."""
-        if self.handle is None:
-            return True  # frozen: until the layer says that it has another
-        hooks = self.handle.hooks_dict_ref()
-        return hooks is not None and self.handle.id in hooks
-
     def watch(self, parameter: nn.Parameter) -> None:
         """Sees to the parameter's gradient and to its steps."""
+        other = _keepers.get(id(parameter))
+        if other is not None and other is not self:
+            self.peers = weakref.WeakSet({other, *other.peers} - {self})
         _keepers[id(parameter)] = self
         if parameter.requires_grad and not self._hooked(parameter):
             me = weakref.ref(self)
@@ -116,13 +115,25 @@ class Keeper:
                 keeper = me()
                 return None if keeper is None else keeper.masked(grad)
 
+            def after(parameter: Tensor) -> None:
+                if (keeper := me()) is not None and parameter.grad is not None:
+                    alone = len(parameter._backward_hooks or ()) == 1
+                    keeper.accumulated = _state_of(parameter.grad) if alone else _NOTHING
+
             hook.__torch_unserializable__ = True  # copies and files get a hook of their own
-            if self.handle is not None:
-                self.handle.remove()
-            self.handle = parameter.register_hook(hook)
+            self._unhook()
+            self.handles = [
+                parameter.register_hook(hook),
+                parameter.register_post_accumulate_grad_hook(after),
+            ]
+
+    def _unhook(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
 
     def __del__(self) -> None:
-        self.release()
+        self._unhook()
 
     def __deepcopy__(self, memo: dict) -> None:
         return None
@@ -133,7 +144,7 @@ class Keeper:
     def _hooked(self, parameter: Tensor) -> bool:
         if not parameter.requires_grad:
             return True
-        return self.handle is not None and self.handle.id in (parameter._backward_hooks or ())
+        return bool(self.handles) and self.handles[0].id in (parameter._backward_hooks or ())
 
     def put_back(self, parameter: nn.Parameter, mask: Tensor) -> None:
         """Zeros where the mask says so, past autograd: a graph that is alive saw zeros there as well."""
@@ -158,6 +169,15 @@ class Keeper:
         """Tells of a gradient that has its zeros."""
         self.passed = (weakref.ref(grad), grad._version)
 
+    def before_step(self, parameter: nn.Parameter) -> None:
+        """Zeros in a gradient that was changed since the backward: noise, hooks of others, centralisation."""
+        grad, mask = parameter.grad, self.mask
+        if grad is None or mask is None or _state_of(grad) == self.accumulated or not self.still():
+            return
+        if grad.layout == torch.strided and grad.shape == mask.shape and not is_sharded(grad):
+            zero_outside_(grad, mask)
+            self.accumulated = _state_of(grad)
+
     def stepped(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
         """After a step: puts the places back where the optimiser may have moved them."""
         mask = self.mask
@@ -180,21 +200,27 @@ class Keeper:
 
 def require_one_mask(parameter: nn.Parameter, mask: Tensor, mine: Keeper | None) -> None:
     """Errors: ValueError for a parameter that another layer, of whatever model, keeps at another mask."""
-    other = _keepers.get(id(parameter))
-    if (
-        other is None
-        or other is mine
-        or other.mask is None
-        or other.parameter != id(parameter)
-        or other.handle is None  # nor can an id tell a frozen one from one that is gone
-        or not (other._holds() and other._hooked(parameter) and other.still())
-    ):
-        return
-    if other.mask.shape != mask.shape or not torch.equal(other.mask, mask.to(other.mask.device)):
-        raise ValueError(
-            "expected one mask for one weight, got another one in a second layer that shares it; apply one ticket to "
-            "a model that holds both, or give each layer a weight of its own"
-        )
+    latest = _keepers.get(id(parameter))
+    for other in () if latest is None else (latest, *latest.peers):
+        if other is mine or other.mask is None or not other.still(parameter):
+            continue
+        if other.mask.shape != mask.shape or not torch.equal(
+            other.mask, mask.to(other.mask.device)
+        ):
+            raise ValueError(
+                "expected one mask for one weight, got another one in a second layer that shares it; apply one ticket "
+                "to a model that holds both, or give each layer a weight of its own"
+            )
+
+
+_NOTHING = (-1, 0)
+
+
+def _state_of(grad: Tensor) -> tuple[int, int]:
+    """What changes with a gradient: its version, and where it lies; of a sparse or sharded one nothing is known."""
+    if grad.layout != torch.strided or is_sharded(grad):
+        return _NOTHING
+    return grad._version, grad.data_ptr()
 
 
 def _nobody() -> None:
@@ -207,17 +233,56 @@ def zero_outside_(values: Tensor, mask: Tensor) -> None:
         values.masked_fill_(mask.to(values.device).logical_not(), 0)
 
 
-def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def _kept(optimizer: torch.optim.Optimizer) -> Iterator[tuple["Keeper", nn.Parameter]]:
     if not _keepers or torch.compiler.is_compiling():
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             keeper = _keepers.get(id(parameter))
             if keeper is not None and keeper.parameter == id(parameter):
-                keeper.stepped(parameter, optimizer)
+                yield keeper, parameter
 
 
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for keeper, parameter in _kept(optimizer):
+        keeper.before_step(parameter)
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    for keeper, parameter in _kept(optimizer):
+        keeper.stepped(parameter, optimizer)
+
+
+register_optimizer_step_pre_hook(_before_step)
 register_optimizer_step_post_hook(_after_step)
+
+
+@contextmanager
+def scaling(parameters: Iterable[Tensor]) -> Iterator[None]:
+    """Around what multiplies gradients and so leaves their zeros: clipping, a scaler's."""
+    same = [
+        (keeper, grad)
+        for p in parameters
+        if (grad := p.grad) is not None
+        and (keeper := _keepers.get(id(p))) is not None
+        and keeper.accumulated == _state_of(grad)
+    ]
+    yield
+    for keeper, grad in same:
+        keeper.accumulated = _state_of(grad)
+
+
+_FUNCTIONAL_CALL = stateless._functional_call.__code__
+
+
+def _stands_in() -> bool:
+    """Whether modules compute with other parameters for one call (`torch.func.functional_call`)."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _FUNCTIONAL_CALL:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def is_sharded(tensor: Tensor) -> bool:

@@ -165,22 +165,3 @@ def test_synflow_has_nothing_to_say_of_an_embedding_by_itself() -> None:
     with pytest.raises(ValueError, match="got the embedding 'emb'"):
         sc.scores.synflow(net, DATA, 0)
     assert set(sc.scores.synflow(model(), DATA, 0)) == {"emb", "mid"}
-
-
-@pytest.mark.parametrize("into", ["tied", "apart"])
-def test_a_file_of_the_second_holder_alone_has_its_mask(into: str) -> None:
-    net = model()
-    for layer in sc.sparse_layers(net).values():
-        layer.set_mask_(rand(*layer.weight_shape) < 0.5)
-    state = net.head.state_dict()
-    head = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(8, 12, bias=False))))
-    head[0].load_state_dict(state)
-    assert torch.equal(head[0].pattern.mask, net.emb.pattern.mask)
-    apart = sc.sparsify_(seeded(lambda: LanguageModel(tied=False)), ["emb", "mid", "head"])
-    other = model() if into == "tied" else apart
-    other.load_state_dict(net.state_dict())
-    torch.testing.assert_close(other(IDS), net(IDS))
-    old = {k: v for k, v in net.state_dict().items() if k != "head.pattern.mask"}
-    again = model()
-    again.load_state_dict(old)  # as files once were
-    torch.testing.assert_close(again(IDS), net(IDS))

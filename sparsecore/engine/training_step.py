@@ -13,6 +13,7 @@ from typing_extensions import Self
 from ..batches import Batch, cut, size_of
 from ..loss_functions import LossError
 from ..losses import LossLike, loss_of
+from ..zeros import scaling
 from .engine import (
     AbstractStep,
     EngineError,
@@ -91,8 +92,10 @@ class TrainingStep(AbstractStep):
         if self.penalty is not None:
             self.scaler.scale(self.penalty(self.model)).backward()
         if self.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_(self._moved(), self.clip_norm)
+            moved = self._moved()
+            with scaling(moved):
+                self.scaler.unscale_(self.optimizer)
+                nn.utils.clip_grad_norm_(moved, self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self._average()
