@@ -127,6 +127,7 @@ class SparseMultiheadAttention(Whole, nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
+        self.refuse_symbols(query)
         if query.is_nested or key.is_nested or value.is_nested:
             # PyTorch's fused operator takes those, with the weights as they are seen, or says why not.
             return self._plainly()(

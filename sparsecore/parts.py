@@ -99,13 +99,13 @@ def parts(whole: nn.Module) -> Iterator[Part]:
 class Whole(nn.Module):
     """A module with parts: how files, copies and tracers see it."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(x, torch.fx.Proxy) for x in (*args, *kwargs.values())):
+    def refuse_symbols(self, x: Any) -> None:
+        """Errors: TypeError for torch.fx where it looks inside."""
+        if isinstance(x, torch.fx.Proxy):
             raise TypeError(
                 f"torch.fx: expected plain layers, got {type(self).__name__}, which computes by Python; trace "
                 "sparsecore.densify_(copy.deepcopy(model))"
             )
-        return super().__call__(*args, **kwargs)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         if (state := loaded(self, state_dict, prefix, rest[-1])) is not None:

@@ -49,6 +49,7 @@ class _Network(SparseRecurrent, nn.RNNBase):
     """PyTorch's forward takes all weights from one list."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_symbols(args[0] if args else None)
         for part in parts(self):
             part.look()
         weights = {part.key: part.effective_weight for part in parts(self)}
@@ -97,6 +98,10 @@ class SparseRNN(_Network, nn.RNN):
 
 class _Cell(SparseRecurrent, nn.RNNCellBase):
     """PyTorch's forward reads both weights by name."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.refuse_symbols(args[0] if args else None)
+        return super().forward(*args, **kwargs)
 
     weight_ih = seen("weight_ih", "ih")  # pyright: ignore[reportAssignmentType]
     weight_hh = seen("weight_hh", "hh")  # pyright: ignore[reportAssignmentType]
