@@ -70,10 +70,10 @@ def test_other_functions_have_none_unless_it_is_asked_for(loss: Any) -> None:
 
 def test_an_accuracy_that_is_none_is_refused_before_anything_trains() -> None:
     model, y = net(), randn(24, 4)
-    before = model[0].weight.detach().clone()
+    before = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(ValueError, match="metric accuracy: expected a loss with classes, got mse"):
         train(model, [(X, y)], [(X, y)], ADAM, loss="mse", metric="accuracy")
-    assert torch.equal(before, model[0].weight)
+    assert all(map(torch.equal, before, model.parameters()))
     with pytest.raises(ValueError, match=r"metric accuracy: expected targets.*got float32"):
         evaluate(model, [(X, y)], "accuracy", F.l1_loss)
 
@@ -148,7 +148,8 @@ def test_parts_of_a_batch_add_up_to_it(loss: Any, y: Tensor) -> None:
         recipe = Recipe(lr=1.0, momentum=0, batch=24, epochs=1, accumulate=accumulate)
         history = train(models[-1], [(X, y)], None, recipe, loss=loss, engine="eager")
         means.append(history.epochs[-1]["loss"])
-    torch.testing.assert_close(models[0][0].weight, models[1][0].weight)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b)
     assert means[0] == pytest.approx(means[1], rel=1e-6)
     assert means[0] == pytest.approx(Loss(loss)(net(), (X, y)).item(), rel=1e-6)
 
