@@ -31,7 +31,8 @@ def batches_of(
     - A DataLoader or another sized iterable is iterated anew in every epoch, and a function without arguments makes
       each epoch's iterator; without `steps_per_epoch` a first one is counted.  What they draw while batches are made
       follows from the epoch's number, and leaves generators as they were: a run that was killed goes on with the same
-      data.  Torch's, Python's and numpy's own (in workers too) follow from `torch.manual_seed`, and so does the order;
+      data (Python's and numpy's own if an epoch's first batch draws from them).  Torch's, Python's and numpy's own (in
+      workers too) follow from `torch.manual_seed`, and so does the order;
       a generator that a loader, sampler, data set or function holds follows from its own seed or state.  Workers start
       anew in every epoch, as those that live on (`persistent_workers`) draw on.  A sampler's `set_epoch` is called.
     - A stream (an iterator, or an iterable without a length) needs `steps_per_epoch`, and goes on from epoch to epoch;
