@@ -61,7 +61,11 @@ class Recipe:
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
             ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),
-            ("clip_norm", self.clip_norm is None or 0 < self.clip_norm < math.inf, "null or positive"),
+            (
+                "clip_norm",
+                self.clip_norm is None or 0 < self.clip_norm < math.inf,
+                "null or positive",
+            ),
         )
         for name, good, expected in checks:
             if not good:
@@ -92,7 +96,11 @@ def require_trainable(model: nn.Module) -> None:
     """Errors: ValueError for a model without parameters that require gradients."""
     if not any(p.requires_grad for p in model.parameters()):
         count = sum(1 for _ in model.parameters())
-        got = f"{count} that are frozen; call requires_grad_(True) on what shall train" if count else "none"
+        got = (
+            f"{count} that are frozen; call requires_grad_(True) on what shall train"
+            if count
+            else "none"
+        )
         raise ValueError(f"model: expected parameters that require gradients, got {got}")
 
 
