@@ -42,7 +42,6 @@ _ENTRYWISE = {
 # Keepers by the id of their parameter; what nobody holds any more goes by itself.
 _keepers: "weakref.WeakValueDictionary[int, Keeper]" = weakref.WeakValueDictionary()
 
-
 SHARDED = "expected whole weights, got shards (fully_shard); do this before the model is sharded"
 
 
@@ -287,7 +286,7 @@ def _stands_in() -> bool:
 
 def is_sharded(tensor: Tensor) -> bool:
     """Whether ranks hold a part each (`fully_shard`): what is computed with is put together when it is needed."""
-    return hasattr(tensor, "placements")
+    return type(tensor) not in (Tensor, nn.Parameter) and hasattr(tensor, "placements")
 
 
 def capturing(tensor: Tensor) -> bool:

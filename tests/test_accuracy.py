@@ -47,14 +47,14 @@ OTHERS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("loss", CLASSIFIERS, ids=str)
+@pytest.mark.parametrize("loss", CLASSIFIERS)
 def test_accuracy_under_losses_of_class_scores(loss: Any) -> None:
     model = net()
     assert evaluate(model, [(X, LABELS)], loss=loss) == pytest.approx(percent(model))
     assert "accuracy" in train(model, [(X, LABELS)], [(X, LABELS)], ADAM, loss=loss).epochs[-1]
 
 
-@pytest.mark.parametrize("loss", OTHERS[:-1], ids=str)
+@pytest.mark.parametrize("loss", OTHERS[:-1])
 def test_other_functions_have_none_unless_it_is_asked_for(loss: Any) -> None:
     model, data = net(), [(X, LABELS)]
     with pytest.raises(ValueError, match=r"metric='accuracy'.*class_axis.*metric="):
@@ -86,7 +86,6 @@ def test_an_accuracy_that_is_none_is_refused_before_anything_trains() -> None:
         functools.partial(nn.CrossEntropyLoss(), ignore_index=255),
         nn.NLLLoss(ignore_index=255),
     ],
-    ids=str,
 )
 def test_a_losss_own_label_is_left_out(loss: Any) -> None:
     if isinstance(loss, functools.partial) and isinstance(loss.func, nn.Module):
