@@ -56,7 +56,7 @@ def setting(fn: Any, name: str) -> Any:
 def uncompiled(fn: Any) -> Any:
     """What `torch.compile` was given; None for what it did not make."""
     if isinstance(fn, nn.Module):
-        return fn._modules.get("_orig_mod")
+        return dict(fn.named_children()).get("_orig_mod")
     return getattr(fn, "_torchdynamo_orig_callable", None)
 
 

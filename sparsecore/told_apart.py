@@ -48,7 +48,8 @@ class _Telling:
             del self.within[id(value)]
 
     def _of(self, value: Any, names: frozenset[str] | None) -> Any:
-        compiled = value._modules.get("_orig_mod") if isinstance(value, nn.Module) else None
+        children = value.named_children() if isinstance(value, nn.Module) else ()
+        compiled = dict(children).get("_orig_mod")
         inner = compiled or getattr(value, "_torchdynamo_orig_callable", None)
         if inner is not None:  # compiled: computes the same
             return self.of(inner, names)

@@ -50,6 +50,6 @@ def test_statistics_that_cannot_be_measured() -> None:
     recompute_statistics_(mlp(), Blobs(), limit=0)  # nothing to measure
     untracked = nn.Sequential(nn.BatchNorm1d(12, track_running_stats=False))
     recompute_statistics_(untracked, Blobs(), limit=0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="shapes cannot be multiplied"):
         recompute_statistics_(model, Fixed(torch.zeros(4, 3), torch.zeros(4)))
     assert model.training and model[2].momentum == 0.1  # put back after an error too

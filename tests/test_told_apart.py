@@ -166,3 +166,16 @@ def test_a_run_and_rounds_of_another_loss_are_refused(tmp_path: Path) -> None:
     search(net(), data, sparsity=0.5, loss=losses[0])
     with pytest.raises(ValueError, match="belongs to another run"):
         search(net(), data, sparsity=0.5, loss=losses[1])
+
+
+class Scripted(nn.Module):
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output, target)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit")
+@pytest.mark.parametrize("make", [torch.jit.script, torch.compile])
+def test_losses_that_were_scripted_or_compiled_are_told_too(make: Callable) -> None:
+    first, again = (told_apart(make(Scripted())) for _ in range(2))
+    assert first == again != told_apart(nn.MSELoss())
+    assert sc.Loss(make(Scripted())).facts
