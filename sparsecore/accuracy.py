@@ -47,12 +47,3 @@ def labelled(
     if own and loss.fn is None and not asked and axis % scores.ndim != 1:
         return None  # which token a label belongs to is the model's affair
     return loss.aligned(scores.movedim(axis, 1), target.long())
-
-
-def foreign(loss: "Loss", output: Any, batch: Batch, asked: bool = False) -> Tensor | int:
-    """How many labels that count are none of the model's classes; arguments and errors: as of `labelled`."""
-    found = labelled(loss, output, batch, asked)
-    if found is None:
-        return 0
-    scores, labels = found
-    return ((labels != loss.ignored) & ((labels < 0) | (labels >= scores.shape[1]))).sum()

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 _DEEPEST, _MOST, _LONGEST = 8, 5000, 100  # levels, objects, items of a container that are looked at
 _KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
@@ -40,8 +41,7 @@ class Source(NamedTuple):
 
 def global_sources(seed: str) -> list[Source]:
     """Those of the process, which a data set without workers augments by: torch's, Python's, and numpy's."""
-    found = map(_source, (torch.default_generator, *_of_process()))
-    return [source._replace(seed=seed) for source in found]
+    return [_source(generator, seed) for generator in (torch.default_generator, *_of_process())]
 
 
 def held_sources(value: Any) -> list[Source]:
@@ -50,7 +50,7 @@ def held_sources(value: Any) -> list[Source]:
 
     One that is made while data is read is not seen.
     """
-    known = {source.key for source in global_sources("")}
+    known = {source.key for source in global_sources("known")}
     found: dict[int, Source] = {}
     for generator in _generators(value):
         source = _source(generator)
@@ -115,34 +115,37 @@ def _of_process() -> tuple[Any, Any]:
     return random.random.__self__, np.random.random.__self__  # type: ignore[attr-defined]
 
 
-def _source(generator: Any) -> Source:
+def _source(generator: Any, seed: str | None = None) -> Source:
+    """seed: None: what it was seeded with, or its state."""
     if isinstance(generator, torch.Generator):
         device = generator.device
 
         def of_torch(seed: int) -> Tensor:
             return torch.Generator(device).manual_seed(seed).get_state()
 
-        seed = str(generator.initial_seed())
-        return Source(id(generator), generator.get_state, generator.set_state, of_torch, seed)
+        own = str(generator.initial_seed()) if seed is None else seed
+        return Source(id(generator), generator.get_state, generator.set_state, of_torch, own)
     if isinstance(generator, random.Random):
         read = generator.getstate
-        fresh = lambda seed: random.Random(seed).getstate()  # noqa: E731
-        return Source(id(generator), read, generator.setstate, fresh, _told(read()))
+        fresh = lambda n: random.Random(n).getstate()  # noqa: E731
+        return Source(id(generator), read, generator.setstate, fresh, seed or _told(read()))
     if isinstance(generator, np.random.RandomState):
         read = functools.partial(generator.get_state, legacy=False)
-        fresh = lambda seed: getattr(np.random, read()["bit_generator"])(seed).state  # noqa: E731
-        return Source(id(generator), read, generator.set_state, fresh, _told(read()))
+        fresh = lambda n: getattr(np.random, read()["bit_generator"])(n).state  # noqa: E731
+        return Source(id(generator), read, generator.set_state, fresh, seed or _told(read()))
     bits = generator.bit_generator
     read, write = (
         functools.partial(getattr, bits, "state"),
         functools.partial(setattr, bits, "state"),
     )
-    return Source(id(bits), read, write, lambda seed: type(bits)(seed).state, _told(read()))
+    return Source(id(bits), read, write, lambda n: type(bits)(n).state, seed or _told(read()))
 
 
 def _told(state: Any) -> str:
-    with np.printoptions(threshold=10_000):
-        return hashlib.sha256(repr(state).encode()).hexdigest()
+    found = hashlib.sha256()
+    for leaf in tree_leaves(state):
+        found.update(leaf.tobytes() if isinstance(leaf, np.ndarray) else repr(leaf).encode())
+    return found.hexdigest()
 
 
 def _generators(value: Any) -> Iterator[Any]:

@@ -231,8 +231,11 @@ class Loss:
         axis = self.axis_of(self.tensor_in(output), target, own_loss(output) is not None)
         return scores, labels.movedim(axis, 1) if labels.ndim == scores.ndim > 2 else labels
 
-    def hits(self, output: Any, batch: Batch, asked: bool = False) -> tuple[Tensor, Tensor] | None:
-        """Where the highest score is the label's, and where that counts, both bool [B, ...]; NaN is no highest score.
+    def hits(
+        self, output: Any, batch: Batch, asked: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Where the highest score is the label's, where that counts, and where labels are none of the model's classes,
+        bool [B, ...]; NaN is no highest score.
 
         None where there are no classes for sure.
 
@@ -246,7 +249,11 @@ class Loss:
             return None
         scores, labels = found
         right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
-        return right, labels != self.ignored
+        counts, outside = labels != self.ignored, (labels < 0) | (labels >= scores.shape[1])
+        if callable(self.fn) and not loss_functions.is_classifier(self.fn):
+            # A function of the user's leaves out what it likes, by what means it likes.
+            return right, counts & ~outside, torch.zeros_like(outside)
+        return right, counts, counts & outside
 
     def counted(self, batch: Batch) -> Tensor | int:
         """How much of a batch its mean is over: labels that are not left out, by class weights, or samples."""

@@ -63,7 +63,10 @@ class _Again(Adapter):
     def __init__(self, held: Any, whole: bool) -> None:
         self.whole, self.left_out = whole, False
         # As the user has seeded them by now.
-        self.sources = [*global_sources(str(torch.initial_seed())), *held_sources(held)]
+        drawing = type(held) not in (list, tuple)  # which are data by themselves
+        self.sources = (
+            [*global_sources(str(torch.initial_seed())), *held_sources(held)] if drawing else []
+        )
 
     def _drawing(self, index: int) -> Any:
         return Drawing(self.sources, str(index))

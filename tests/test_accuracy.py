@@ -202,3 +202,12 @@ def test_axes_that_nothing_tells_are_refused() -> None:
         Loss("cross-entropy", class_axis=7).of(randn(4, 6), (X, LABELS[:4]))
     with pytest.raises(ValueError, match=r"class_axis="):
         Loss("cross-entropy", class_axis=1).of(randn(4, 6, 9), (X, torch.ones(4, 6).long()))
+
+
+def test_a_function_may_leave_labels_out_by_itself() -> None:
+    """What it copes with counts where it is a class, and is no error."""
+    model, y = net(), LABELS.clone()
+    y[::3] = 255
+    own = Loss(lambda o, t: F.cross_entropy(o, t, ignore_index=255) + 0, class_axis=1)
+    by_name = nn.CrossEntropyLoss(ignore_index=255)
+    assert evaluate(model, [(X, y)], loss=own) == evaluate(model, [(X, y)], loss=by_name)

@@ -64,8 +64,8 @@ def test_pixels_have_their_classes_on_axis_1() -> None:
     scores, y = randn(5, 3, 4, 2), (torch.arange(40) % 3).view(5, 4, 2)
     y[0] = -100
     assert torch.equal(Loss().of(scores, (X, y)), F.cross_entropy(scores, y))
-    hits, counts = Loss().hits(scores, (X, y))
-    assert int(counts.sum()) == 32 and torch.equal(hits, scores.argmax(1) == y)
+    hits, counts, others = Loss().hits(scores, (X, y))
+    assert int(counts.sum()) == 32 and torch.equal(hits, scores.argmax(1) == y) and not others.any()
 
 
 @pytest.mark.parametrize(

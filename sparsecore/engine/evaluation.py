@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import capture
-from ..accuracy import foreign
 from ..batches import Batch, EpochBatches, parts_of, size_of
 from ..calls import fits, forward
 from ..loss_functions import plain
@@ -63,6 +62,7 @@ class Evaluation(AbstractStep):
         tensors = chain(model.parameters(), model.buffers())
         self.device = next((t.device for t in tensors), torch.device("cpu"))
         self.total = torch.zeros(5, dtype=torch.float64, device=self.device)
+        self.sums = self.total.unbind()  # its places
         self.channels_last = channels_last
         if not capture.possible_on(self.device):
             engine = "eager"
@@ -127,10 +127,10 @@ class Evaluation(AbstractStep):
             if found is None:
                 self.classes = False
             else:
-                hits, counts = found
-                self.total[_HITS].add_((hits & counts).sum())
-                self.total[_COUNTED].add_(counts.sum())
-                self.total[_FOREIGN].add_(foreign(judge, output, batch, self.asked))
+                hits, counts, others = found
+                self.sums[_HITS].add_((hits & counts).sum())
+                self.sums[_COUNTED].add_(counts.sum())
+                self.sums[_FOREIGN].add_(others.sum())
         if self.loss or not self.classes:
             if judge.takes_model:
                 self._add(judge(self.model, batch).double() * size_of(batch), size_of(batch))
@@ -138,8 +138,8 @@ class Evaluation(AbstractStep):
                 self._add(judge.summed(output, batch), judge.counted(batch))
 
     def _add(self, value: Tensor, count: Tensor | int) -> None:
-        self.total[_VALUE].add_(value)
-        self.total[_OF].add_(count)
+        self.sums[_VALUE].add_(value)
+        self.sums[_OF].add_(count)
 
     def changes(self) -> list[Tensor]:
         return [self.total]
