@@ -115,9 +115,10 @@ class Keeper:
                 return None if keeper is None else keeper.masked(grad)
 
             def after(parameter: Tensor) -> None:
-                if (keeper := me()) is not None and parameter.grad is not None:
-                    alone = len(parameter._backward_hooks or ()) == 1
-                    keeper.accumulated = _state_of(parameter.grad) if alone else _NOTHING
+                keeper, grad = me(), parameter.grad
+                if keeper is not None and grad is not None:
+                    alone = len(parameter._backward_hooks) == 1  # pyright: ignore
+                    keeper.accumulated = _state_of(grad) if alone else _NOTHING
 
             hook.__torch_unserializable__ = True  # copies and files get a hook of their own
             self._unhook()
@@ -180,21 +181,19 @@ class Keeper:
     def stepped(self, parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> None:
         """After a step: puts the places back where the optimiser may have moved them."""
         mask = self.mask
-        if mask is None or not self.still() or mask.shape != parameter.shape:
+        if mask is None or not self.still():
             return
-        held = [
-            value
-            for value in optimizer.state.get(parameter, {}).values()
-            if isinstance(value, Tensor) and value.shape == parameter.shape and not value.is_sparse
-        ]
-        seen = (id(optimizer), id(mask), id(parameter), *map(id, held))
-        entrywise = type(optimizer) in _ENTRYWISE
-        if not entrywise or seen != self.trusted:
+        held = optimizer.state.get(parameter, {}).values()
+        seen = (id(optimizer), id(mask), *map(id, held))
+        if seen == self.trusted:
+            self.version = parameter._version
+        elif mask.shape == parameter.shape:
+            entrywise = type(optimizer) in _ENTRYWISE
             for value in held if entrywise else ():
-                zero_outside_(value, mask)
+                if isinstance(value, Tensor) and value.shape == mask.shape and not value.is_sparse:
+                    zero_outside_(value, mask)
             self.put_back(parameter, mask)
-            self.trusted = seen
-        self.version = parameter._version
+            self.trusted = seen if entrywise else ()
 
 
 def require_one_mask(parameter: nn.Parameter, mask: Tensor, mine: Keeper | None) -> None:
@@ -217,9 +216,9 @@ _NOTHING = (-1, 0)
 
 def _state_of(grad: Tensor) -> tuple[int, int]:
     """What changes with a gradient: its version, and where it lies; of a sparse or sharded one nothing is known."""
-    if grad.layout != torch.strided or is_sharded(grad):
-        return _NOTHING
-    return grad._version, grad.data_ptr()
+    if type(grad) is Tensor and grad.layout is torch.strided:
+        return grad._version, grad.data_ptr()
+    return _NOTHING
 
 
 def _nobody() -> None:
