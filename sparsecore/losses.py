@@ -92,9 +92,11 @@ class Loss:
             return self.fn
         return getattr(self.fn, "__qualname__", type(self.fn).__name__)
 
-    @property
+    @cached_property
     def facts(self) -> tuple[Any, ...]:
-        """What tells it from other losses in a fingerprint; nothing for the default one."""
+        """What tells it from other losses in a fingerprint; nothing for the default one.  As it was when it was first
+        asked: a loss may count what it is called for.
+        """
         own: tuple[Any, ...] = () if self.scores is None else (told_apart(self.scores),)
         own += (self.label_smoothing,) if self.label_smoothing else ()
         own += (told_apart(self.fn),) if callable(self.fn) else ()

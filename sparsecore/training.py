@@ -128,6 +128,8 @@ def train(
     run.launch(engine if parts else "eager", saved, math.floor(reached), (done + left) * repeats)
     progress.tell("engine", run.engine.told)
     try:
+        if parts and run.evaluation is not None and test_batches is not None:
+            run.evaluation.try_first(test_batches)
         with progress.task("train", total=done + left) as advance:
             advance(done)
             for part in parts:

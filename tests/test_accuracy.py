@@ -211,3 +211,31 @@ def test_a_function_may_leave_labels_out_by_itself() -> None:
     own = Loss(lambda o, t: F.cross_entropy(o, t, ignore_index=255) + 0, class_axis=1)
     by_name = nn.CrossEntropyLoss(ignore_index=255)
     assert evaluate(model, [(X, y)], loss=own) == evaluate(model, [(X, y)], loss=by_name)
+
+
+def test_test_data_that_do_not_fit_are_refused_before_anything_moves() -> None:
+    """As soft targets in training and labels in the test data."""
+    model, soft = net(), F.one_hot(LABELS, 4).float()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recipe, state = Recipe(epochs=1, lr=0.1), torch.get_rng_state()
+    loss = Loss(lambda output, target: -(target * output.log_softmax(1)).sum(1).mean())
+    with pytest.raises(ValueError, match="say metric='accuracy'"):
+        train(model, [(X, soft)], [(X, LABELS)], recipe, loss=loss)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), state)
+    found = train(model, [(X, soft)], [(X, LABELS)], recipe, loss=loss, metric="accuracy")
+    assert "accuracy" in found.epochs[-1]
+
+
+def test_a_loss_that_counts_its_calls_is_one_loss() -> None:
+    class Counting(nn.Module):
+        calls = 0
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            self.calls += 1
+            return F.cross_entropy(output, target)
+
+    loss = Loss(Counting())
+    facts = loss.facts
+    evaluate(net(), [(X, LABELS)], metric=loss)
+    assert loss.fn.calls and loss.facts == facts  # type: ignore

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import capture
-from ..batches import Batch, EpochBatches, parts_of, size_of
+from ..batches import Batch, EpochBatches, on, parts_of, size_of
 from ..calls import fits, forward
 from ..loss_functions import plain
 from ..losses import Loss
@@ -92,6 +92,28 @@ class Evaluation(AbstractStep):
             )
         nan = float("nan")
         return Measured(100 * (hits / labels) if labels else nan, value / count if count else nan)
+
+    def try_first(self, batches: EpochBatches) -> None:
+        """The first batch, without a trace: what does not fit is refused before anything is trained.
+
+        Errors: ValueError, which names metric= where none was asked for.
+        """
+        batch = next(iter(batches.epoch(0)), None)
+        if batch is None:
+            return
+        classes = self.classes
+        try:
+            with self.undone():
+                self(on(self.device, batch))
+        except ValueError as error:
+            if self.metric is not None or self.asked:
+                raise
+            raise ValueError(
+                f"{error} (the test data is measured by the loss: say metric='accuracy', or metric= a function of "
+                "(output, target), where it is of another kind)"
+            ) from error
+        finally:
+            self.classes = classes
 
     @contextmanager
     def _evaluating(self) -> Iterator[None]:
