@@ -60,10 +60,10 @@ def check_range(target: Tensor, low: float, high: float, name: str) -> None:
     wrong = (target != low) & (target != high) if between else outside
     if bool(wrong.any()):
         least, most = target.min().item(), target.max().item()
-        expected = "targets of -1 and 1" if between else "targets from 0 to 1"
+        expected = "targets of -1 and 1 alone" if between else "targets from 0 to 1"
         raise LossError(
             f"loss {name}: expected {expected}, got {least:g} to {most:g}, for which it is no loss; convert them: "
-            + ("2 * target - 1" if between else "(target + 1) / 2 of -1 and 1")
+            + ("2 * target - 1 of 0 and 1" if between else "(target + 1) / 2 of -1 and 1")
         )
 
 

@@ -75,6 +75,11 @@ class Loss:
             raise ValueError(
                 f"{self.role}: expected one of {', '.join(known)}, or a function, got {kind_of(self.fn)}"
             )
+        if self.scores is not None and not callable(self.scores):
+            raise ValueError(
+                f"{self.role}: expected scores= as a function of the model's output, got {kind_of(self.scores)}; "
+                "scores=lambda output: output.logits, for one"
+            )
         if callable(self.fn):
             loss_functions.check_function(self.fn, self.role, self.name)
         if self.label_smoothing and not self.is_cross_entropy:

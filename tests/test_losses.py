@@ -252,3 +252,8 @@ def test_parts_of_a_batch_weigh_by_their_labels() -> None:
         train(model, [(X, y)], None, recipe, engine="eager")
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_scores_are_a_function() -> None:
+    with pytest.raises(ValueError, match="scores= as a function of the model's output, got a str"):
+        Loss("cross-entropy", scores="logits")  # pyright: ignore
