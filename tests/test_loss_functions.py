@@ -161,7 +161,7 @@ def test_signs_are_no_targets_of_bce_nor_zeros_of_margins() -> None:
         assert "from 0 to 1, got -1 to 1" in refused(loss, sign, outputs=1)
         with pytest.raises(ValueError, match="from 0 to 1"):
             evaluate(net(1), [(X, sign)], loss)
-    assert "-1 and 1, got 0 to 1" in refused(nn.SoftMarginLoss(), (sign + 1) / 2, outputs=1)
+    assert "-1 and 1 alone, got 0 to 1" in refused(nn.SoftMarginLoss(), (sign + 1) / 2, outputs=1)
     for y in ((sign + 1) / 2, sign > 0):
         Loss("bce").of(randn(16, 1), (X, y))
 
