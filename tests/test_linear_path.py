@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -116,3 +117,11 @@ def test_what_statistics_are_measured_on_may_be_a_loader() -> None:
         model, model.state_dict(), model.state_dict(), data, points=2, train_batches=data
     )
     assert path.losses[0] == path.losses[1]
+
+
+def test_a_path_of_another_loss_is_another_path(tmp_path) -> None:
+    measure = partial(path_errors, mlp(), *ends(), loader(), points=3, checkpoint=tmp_path / "path")
+    path = measure(loss="mse")
+    assert measure(loss="mse").losses == path.losses
+    with pytest.raises(ValueError, match="another path"):
+        measure(loss=F.l1_loss)
