@@ -69,7 +69,7 @@ class Round:
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         order = {"shapes": shapes, "layers": list(self.masks)}
         try:
-            safefile.write(Path(path), tensors, meta | order, kind="round")
+            safefile.write(Path(path), tensors, safefile.finite(meta) | order, kind="round")
         except (TypeError, ValueError) as error:
             raise RoundError(str(error)) from None
 

@@ -5,6 +5,7 @@ A file carries a SHA-256 digest of everything in it, so any damage is found befo
 
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -106,3 +107,12 @@ def _what_is(path: Path) -> str:
     return (
         "a folder" if path.is_dir() else "nothing there" if not path.exists() else "no plain file"
     )
+
+
+def finite(value: Any) -> Any:
+    """Facts with None for numbers that are none, as a `watch` may say, since JSON has no others."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {k: finite(v) for k, v in value.items()}
+    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value

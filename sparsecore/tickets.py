@@ -229,7 +229,11 @@ class Ticket:
         tensors |= {f"weight/{key}": value for key, value in self.weights.items()}
         tensors |= {f"score/{name}": score for name, score in (self.scores or {}).items()}
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
-        meta = {"shapes": shapes, "layers": list(self.masks), "provenance": self.meta}
+        meta = {
+            "shapes": shapes,
+            "layers": list(self.masks),
+            "provenance": safefile.finite(self.meta),
+        }
         try:
             safefile.write(Path(path), tensors, meta, kind="ticket")
         except (TypeError, ValueError) as error:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoints
+from . import checkpoints, safefile
 from .batches import first_flaw
 from .engine import (
     Way,
@@ -160,7 +160,7 @@ def train(
                 history.epochs.append(record)
                 if metrics is not None:
                     with metrics.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                        file.write(json.dumps(safefile.finite(record)) + "\n")
                 if part.end in snapshots:
                     history.snapshots[part.end] = run.snapshot()
                 if checkpoint is not None:

@@ -1,6 +1,10 @@
 """Accuracy is printed where it is certain what it is, of the labels that count, and means are over those too."""
 
+import dataclasses
 import functools
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -239,3 +243,19 @@ def test_a_loss_that_counts_its_calls_is_one_loss() -> None:
     facts = loss.facts
     evaluate(net(), [(X, LABELS)], metric=loss)
     assert loss.fn.calls and loss.facts == facts  # type: ignore
+
+
+def test_what_is_no_number_loses_no_run(tmp_path: Path) -> None:
+    """A metric or a watched number may be NaN: JSON has none, and the run goes on and is kept."""
+    data, recipe = [(X, LABELS)] * 4, Recipe(epochs=2, lr=0.1)
+    options: Any = {"metric": lambda o, t: o.sum() * torch.nan, "checkpoint": tmp_path / "run"}
+    train(net(), data, data, recipe, stop_epoch=1, total_epochs=2, **options)
+    found = train(net(), data, data, recipe, metrics=tmp_path / "lines", **options)
+    assert [math.isnan(e["metric"]) for e in found.epochs] == [True, True]
+    assert json.loads((tmp_path / "lines").read_text().splitlines()[-1])["metric"] is None
+    for search in (sc.JointSearch(epochs=2), sc.Rewinding(recipe, 1), sc.SET(recipe, 2)):
+        folder = {"rounds": tmp_path / "rounds"} if isinstance(search, sc.Rewinding) else {}
+        search = dataclasses.replace(search, **folder)
+        ticket = search(net(), data, sparsity=0.5, watch=lambda m: torch.inf)
+        ticket.save(tmp_path / "ticket")
+        assert sc.Ticket.load(tmp_path / "ticket").hash == ticket.hash
