@@ -32,11 +32,12 @@ def refuse_accidents(fn: Any, output: Any, target: Any) -> None:
         if output.shape != target.shape:
             raise _broadcast(output, target)
     if inner is F.cross_entropy or isinstance(inner, nn.CrossEntropyLoss):
-        _refuse_one_class(output)
+        refuse_one_class(output)
 
 
-def _refuse_one_class(output: Tensor) -> None:
-    if output.ndim > 1 and output.shape[1] == 1:
+def refuse_one_class(output: Tensor, axis: int = 1) -> None:
+    """Errors: ValueError for a single class, or none."""
+    if output.ndim > 1 and output.shape[axis] < 2:
         raise LossError(
             f"loss: expected at least 2 classes, got {kind_of(output)}, whose cross-entropy is 0 whatever the "
             "model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
@@ -103,7 +104,7 @@ class _Watching(TorchFunctionMode):
             if func in _COMPARING or self._themselves(func, a, b):
                 _refuse_outer(a, b)
             if func is F.cross_entropy:
-                _refuse_one_class(a)
+                refuse_one_class(a)
             if func in _RANGES:
                 check_range(b, *_RANGES[func], func.__name__)
         return func(*args, **kwargs)

@@ -1,18 +1,38 @@
 """What accuracy is of: class scores and the labels that belong to them, where it is certain which they are."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .batches import Batch, kind_of, parts_of
+from .loss_functions import is_classifier
+from .losses import Loss
 from .outputs import is_labels, own_loss
 
-if TYPE_CHECKING:
-    from .losses import Loss
+
+def hits(
+    loss: Loss, output: Any, batch: Batch, asked: bool = False
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """Where the highest score is the label's, where that counts, and where labels are none of the model's classes, bool
+    [B, ...]; NaN is no highest score.  None where there are no classes for sure.
+
+    asked, errors: as of `labelled`.
+    """
+    found = labelled(loss, output, batch, asked)
+    if found is None:
+        return None
+    scores, labels = found
+    right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
+    counts, outside = labels != loss.ignored, (labels < 0) | (labels >= scores.shape[1])
+    if callable(loss.fn) and not is_classifier(loss.fn):
+        # A function of the user's leaves out what it likes, by what means it likes.
+        return right, counts & ~outside, torch.zeros_like(outside)
+    return right, counts, counts & outside
 
 
 def labelled(
-    loss: "Loss", output: Any, batch: Batch, asked: bool = False
+    loss: Loss, output: Any, batch: Batch, asked: bool = False
 ) -> tuple[Tensor, Tensor] | None:
     """Class scores [B, C, ...] and their labels, int64 [B, ...]; None where there are no classes for sure.
 

@@ -1,7 +1,6 @@
 """Checkpoints of running work: optimiser state as named tensors plus JSON, never pickle."""
 
 import hashlib
-import math
 import re
 from pathlib import Path
 from typing import Any
@@ -175,7 +174,8 @@ def seconds(path: Path | None) -> float:
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
     """One checkpoint, atomically.  Errors: safefile.FileError."""
-    safefile.write(path, tensors, _named(meta), kind="checkpoint")
+    meta = safefile.finite(meta, lambda number: {"float": str(number)})
+    safefile.write(path, tensors, meta, kind="checkpoint")
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -191,17 +191,8 @@ _NO_NUMBERS = (
 )  # a metric or a watched number may be one, of which JSON has none
 
 
-def _named(value: Any) -> Any:
-    """Floats that JSON has not, by name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    if isinstance(value, dict):
-        return {k: _named(v) for k, v in value.items()}
-    return [_named(v) for v in value] if isinstance(value, (list, tuple)) else value
-
-
 def _floats(value: Any) -> Any:
-    """What `_named` was given."""
+    """Facts with the numbers that `write` told by name."""
     if isinstance(value, dict):
         if value.keys() == {"float"} and value["float"] in _NO_NUMBERS:
             return float(value["float"])

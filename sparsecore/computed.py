@@ -23,9 +23,11 @@ class _Made(Tensor):
     def noted(self, writes: bool) -> None:
         """It is written to, or read."""
 
-    def viewed(self, view: Tensor) -> Tensor:
-        """A view of it, as one of its kind."""
-        raise NotImplementedError
+    def viewed(self, view: Tensor) -> Self:
+        """A view of it, which sees the same."""
+        made = view.as_subclass(type(self))
+        vars(made).update(vars(self))
+        return made
 
     def plain(self) -> Tensor:
         with torch._C.DisableTorchFunctionSubclass():
@@ -88,9 +90,6 @@ class ComputedWeight(_Made):
                 "layer.raw_weight, the parameter it is computed from, or call sparsecore.densify_(model) first"
             )
 
-    def viewed(self, view: Tensor) -> Tensor:
-        return type(self).of(view, self.why)
-
 
 class StateWeight(_Made):
     """A plan's weight in a state_dict: a copy, to be written to and loaded again.  What is written there and never
@@ -100,18 +99,14 @@ class StateWeight(_Made):
     record: dict[str, bool]
 
     @classmethod
-    def of(cls, weight: Tensor, record: dict[str, bool] | None = None) -> Self:
+    def of(cls, weight: Tensor) -> Self:
         made = weight.as_subclass(cls)
-        made.record = {"lost": False} if record is None else record
-        if record is None:
-            weakref.finalize(made, _tell_lost, made.record).atexit = False
+        made.record = {"lost": False}
+        weakref.finalize(made, _tell_lost, made.record).atexit = False
         return made
 
     def noted(self, writes: bool) -> None:
         self.record["lost"] = writes
-
-    def viewed(self, view: Tensor) -> Tensor:
-        return type(self).of(view, self.record)
 
 
 def _tell_lost(record: dict[str, bool]) -> None:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from .functions import closed_over, is_of, names_in
+
 _DEEPEST, _MOST, _LONGEST = 8, 5000, 100  # levels, objects, items of a container that are looked at
 _KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
 # Whose functions draw from what they are given.
@@ -181,37 +183,22 @@ def _parts(item: Any) -> list[Any]:
     if isinstance(item, types.FunctionType):
         return _around(item)
     if isinstance(item, type):
-        return [] if _of_library(item) else [getattr(f, "__func__", f) for f in vars(item).values()]
+        return (
+            []
+            if is_of(item, _LIBRARIES)
+            else [getattr(f, "__func__", f) for f in vars(item).values()]
+        )
     held = getattr(item, "__dict__", None)
     parts = [v for k, v in held.items() if k != _UNSEEN] if isinstance(held, dict) else []
     for kind in type(item).__mro__:
         slots = vars(kind).get("__slots__", ())
         parts += [getattr(item, s, None) for s in ([slots] if isinstance(slots, str) else slots)]
-    return [*parts, *(kind for kind in type(item).__mro__ if not _of_library(kind))]
+    return [*parts, *(kind for kind in type(item).__mro__ if not is_of(kind, _LIBRARIES))]
 
 
 def _around(function: types.FunctionType) -> list[Any]:
     """What a function takes from around it."""
-    if _of_library(function):  # a decorator of theirs holds what is the user's
-        named = []
-    else:
-        named = [function.__globals__.get(name) for name in _names(function.__code__)]
-    cells = []
-    for cell in function.__closure__ or ():
-        try:
-            cells.append(cell.cell_contents)
-        except ValueError:  # empty as yet
-            continue
-    return [*cells, function.__defaults__, function.__kwdefaults__, *named]
-
-
-def _names(code: types.CodeType) -> Iterator[str]:
-    """What code names, in functions within it too."""
-    yield from code.co_names
-    for inner in code.co_consts:
-        if isinstance(inner, types.CodeType):
-            yield from _names(inner)
-
-
-def _of_library(value: Any) -> bool:
-    return str(getattr(value, "__module__", "")).partition(".")[0] in _LIBRARIES
+    named: list[Any] = []
+    if not is_of(function, _LIBRARIES):  # a decorator of theirs holds what is the user's
+        named = [function.__globals__.get(name) for name in names_in(function.__code__)]
+    return [*closed_over(function), function.__defaults__, function.__kwdefaults__, *named]

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from . import accidents, loss_functions
-from .accuracy import labelled
 from .batches import TARGETS, Batch, kind_of, parts_of, size_of
 from .calls import first_line, forward, of_the_users
 from .outputs import (
@@ -210,11 +209,7 @@ class Loss:
                 "alone, as objectives.task or objectives.loss_change, or say where they are: sc.Loss(function, "
                 "scores=..., class_axis=1)"
             ) from error
-        if scores.shape[axis] < 2:
-            raise ValueError(
-                f"class scores: expected at least 2 classes, got {kind_of(scores)}, whose cross-entropy is 0 whatever "
-                "the model does; name what it is: loss='mse', loss='bce', or a function of (output, target)"
-            )
+        accidents.refuse_one_class(scores, axis)
         return scores if axis % scores.ndim == 1 else scores.movedim(axis, 1)
 
     def aligned(self, scores: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -237,30 +232,6 @@ class Loss:
             return scores, labels.long()
         axis = self.axis_of(self.tensor_in(output), target, own_loss(output) is not None)
         return scores, labels.movedim(axis, 1) if labels.ndim == scores.ndim > 2 else labels
-
-    def hits(
-        self, output: Any, batch: Batch, asked: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """Where the highest score is the label's, where that counts, and where labels are none of the model's classes,
-        bool [B, ...]; NaN is no highest score.
-
-        None where there are no classes for sure.
-
-        Args:
-            asked: whether accuracy was asked for: then the highest output is the prediction, whatever the loss.
-
-        Errors: ValueError where a loss by name does not fit; if it was asked for, where there are no classes.
-        """
-        found = labelled(self, output, batch, asked)
-        if found is None:
-            return None
-        scores, labels = found
-        right = (scores.argmax(1) == labels) & ~scores.isnan().any(1)
-        counts, outside = labels != self.ignored, (labels < 0) | (labels >= scores.shape[1])
-        if callable(self.fn) and not loss_functions.is_classifier(self.fn):
-            # A function of the user's leaves out what it likes, by what means it likes.
-            return right, counts & ~outside, torch.zeros_like(outside)
-        return right, counts, counts & outside
 
     def counted(self, batch: Batch) -> Tensor | int:
         """How much of a batch its mean is over: labels that are not left out, by class weights, or samples."""
@@ -326,9 +297,12 @@ class Loss:
             return -1
         if isinstance(target, Tensor) and self.fn == "cross-entropy" and target.is_floating_point():
             if target.shape == scores.shape:
-                if "_soft" not in self.__dict__:
-                    self.__dict__["_soft"] = probability_axis(target)
-                return self.__dict__["_soft"]
+                known = self.__dict__.setdefault(
+                    "_axes", {}
+                )  # by shape, since it takes a host sync
+                if target.shape[1:] not in known:
+                    known[target.shape[1:]] = probability_axis(target)
+                return known[target.shape[1:]]
         return class_axis(scores, target, own or self.fn is not None)
 
     def _cross_entropy(self, output: Any, target: Any, reduction: str = "mean") -> Tensor:

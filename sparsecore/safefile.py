@@ -8,7 +8,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,10 @@ def _what_is(path: Path) -> str:
     )
 
 
-def finite(value: Any) -> Any:
-    """Facts with None for numbers that are none, as a `watch` may say, since JSON has no others."""
+def finite(value: Any, instead: Callable[[float], Any] = lambda number: None) -> Any:
+    """Facts as JSON takes them: numbers that are none, as a `watch` may say, become None, or what `instead` makes."""
     if isinstance(value, float) and not math.isfinite(value):
-        return None
+        return instead(value)
     if isinstance(value, dict):
-        return {k: finite(v) for k, v in value.items()}
-    return [finite(v) for v in value] if isinstance(value, (list, tuple)) else value
+        return {k: finite(v, instead) for k, v in value.items()}
+    return [finite(v, instead) for v in value] if isinstance(value, (list, tuple)) else value

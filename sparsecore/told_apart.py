@@ -4,13 +4,15 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from .functions import closed_over, is_of, names_in
 
 # Told by their names alone: a newer version of theirs is the same loss.
 _LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "operator")
@@ -83,9 +85,8 @@ class _Telling:
         return self._object(value, names)
 
     def _function(self, fn: types.FunctionType) -> Any:
-        around = [cell.cell_contents for cell in fn.__closure__ or () if _filled(cell)]
-        code, names = fn.__code__, _names(fn.__code__)
-        if _of_library(fn):  # a decorator of theirs holds what is the user's
+        around, code, names = closed_over(fn), fn.__code__, names_in(fn.__code__)
+        if is_of(fn, _LIBRARIES):  # a decorator of theirs holds what is the user's
             return "library", fn.__module__, fn.__qualname__, self.of(around, names)
         told = self.of([around, fn.__defaults__, fn.__kwdefaults__], names)
         taken = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
@@ -129,33 +130,15 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _filled(cell: types.CellType) -> bool:
-    try:
-        _ = cell.cell_contents
-    except ValueError:
-        return False
-    return True
-
-
-def _names(code: types.CodeType) -> frozenset[str]:
-    """Globals and attributes that code names, in functions within it too."""
-    inner = (_names(c) for c in code.co_consts if isinstance(c, types.CodeType))
-    return frozenset(code.co_names).union(*inner)
-
-
 def _named_by(kind: type) -> frozenset[str]:
     """What the user's methods of a class name."""
-    return frozenset[str]().union(*(_names(f.__code__) for f in _methods(kind)))
+    return frozenset[str]().union(*(names_in(f.__code__) for f in _methods(kind)))
 
 
 def _methods(kind: type) -> list[types.FunctionType]:
-    own = [base for base in kind.__mro__ if not _of_library(base)]
+    own = [base for base in kind.__mro__ if not is_of(base, _LIBRARIES)]
     found = [getattr(f, "__func__", f) for base in own for _, f in sorted(vars(base).items())]
     return [f for f in found if isinstance(f, types.FunctionType)]
-
-
-def _of_library(value: type | Callable[..., Any]) -> bool:
-    return str(value.__module__).partition(".")[0] in _LIBRARIES
 
 
 def _counts(value: Any) -> bool:

@@ -18,6 +18,17 @@ from sparsecore.experiment import setup_of
 from sparsecore.tickets import Ticket
 
 OUT = ["--out", "t"]
+SEARCH = [
+    "search",
+    "--data",
+    "folder:pictures",
+    "--recipe",
+    "batch=4",
+    "--search-batch",
+    "4",
+    "--method",
+    "magnitude",
+]
 
 
 @pytest.mark.parametrize("asked", [8, None])
@@ -36,17 +47,8 @@ def test_the_next_command_sees_images_of_the_size_searched(
 
     monkeypatch.setattr(experiment, "load", seen)
     size = [] if asked is None else ["--image-size", str(asked)]
-    model = ["--model", "resnet-20", "--recipe", "batch=4", "--search-batch", "4"]
-    command = [
-        "search",
-        "--data",
-        "folder:pictures",
-        *model,
-        "--method",
-        "magnitude",
-        "--rewind-epochs",
-        "0",
-    ]
+    model = ["--model", "resnet-20", "--rewind-epochs", "0"]
+    command = [*SEARCH, *model]
     assert main([*command, "--epochs", "1", "--engine", "eager", *size, *OUT]) == 0
     if asked is None:  # images that are added move the median
         images(Path("pictures"), 20, count=40)
@@ -74,26 +76,8 @@ def test_other_images_are_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     images(Path("pictures"))
-    model = [
-        "--model-option",
-        "width=0.05",
-        "--recipe",
-        "batch=4",
-        "--search-batch",
-        "4",
-        "--rewind-epochs",
-        "0",
-    ]
-    command = [
-        "search",
-        "--data",
-        "folder:pictures",
-        *model,
-        "--method",
-        "magnitude",
-        "--epochs",
-        "0.5",
-    ]
+    model = ["--model-option", "width=0.05", "--rewind-epochs", "0"]
+    command = [*SEARCH, *model, "--epochs", "0.5"]
     assert main([*command, "--engine", "eager", *OUT]) == 0
     assert main(["train", "t", "--engine", "eager"]) == 0
     assert "other images" not in capsys.readouterr().err

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
+from sparsecore.accuracy import hits
 from sparsecore.losses import Loss, loss_of
 from sparsecore.training import Recipe, evaluate, train
 
@@ -64,8 +65,10 @@ def test_pixels_have_their_classes_on_axis_1() -> None:
     scores, y = randn(5, 3, 4, 2), (torch.arange(40) % 3).view(5, 4, 2)
     y[0] = -100
     assert torch.equal(Loss().of(scores, (X, y)), F.cross_entropy(scores, y))
-    hits, counts, others = Loss().hits(scores, (X, y))
-    assert int(counts.sum()) == 32 and torch.equal(hits, scores.argmax(1) == y) and not others.any()
+    right, counts, others = hits(Loss(), scores, (X, y))
+    assert (
+        int(counts.sum()) == 32 and torch.equal(right, scores.argmax(1) == y) and not others.any()
+    )
 
 
 @pytest.mark.parametrize(

@@ -142,9 +142,7 @@ def test_another_process_tells_the_same() -> None:
     """Its addresses and the order of its sets are others."""
     here: dict[str, Any] = {"__name__": "elsewhere"}
     exec(ELSEWHERE, here)
-    folder = Path(sc.__file__).parent
-    code = f"import sys; sys.path.insert(0, {str(folder)!r})\nimport told_apart\n{ELSEWHERE}"
-    code += "print(*map(told_apart.told_apart, losses))"
+    code = f"{ELSEWHERE}\nfrom sparsecore.told_apart import told_apart\nprint(*map(told_apart, losses))"
     run = [sys.executable, "-c", code]
     told = subprocess.run(run, capture_output=True, text=True, check=True).stdout.split()
     assert told == [told_apart(loss) for loss in here["losses"]]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import capture
+from ..accuracy import hits
 from ..batches import Batch, EpochBatches, on, parts_of, size_of
 from ..calls import fits, forward
 from ..loss_functions import plain
@@ -80,7 +81,7 @@ class Evaluation(AbstractStep):
             self.engine.begin(0)
             for _ in range(self.length):
                 self.engine()
-            hits, labels, value, count, foreign = self.total.tolist()
+            right, labels, value, count, foreign = self.total.tolist()
         if not (labels or count):
             raise ValueError(
                 "evaluation: expected at least one sample whose label is not left out, got data without any"
@@ -91,7 +92,7 @@ class Evaluation(AbstractStep):
                 "them, or leave a label out by the loss's ignore_index: loss=nn.CrossEntropyLoss(ignore_index=255)"
             )
         nan = float("nan")
-        return Measured(100 * (hits / labels) if labels else nan, value / count if count else nan)
+        return Measured(100 * (right / labels) if labels else nan, value / count if count else nan)
 
     def try_first(self, batches: EpochBatches) -> None:
         """The first batch, without a trace: what does not fit is refused before anything is trained.
@@ -145,12 +146,12 @@ class Evaluation(AbstractStep):
             return
         output = forward(self.model, inputs)
         if self.classes:
-            found = judge.hits(output, batch, self.asked)
+            found = hits(judge, output, batch, self.asked)
             if found is None:
                 self.classes = False
             else:
-                hits, counts, others = found
-                self.sums[_HITS].add_((hits & counts).sum())
+                right, counts, others = found
+                self.sums[_HITS].add_((right & counts).sum())
                 self.sums[_COUNTED].add_(counts.sum())
                 self.sums[_FOREIGN].add_(others.sum())
         if self.loss or not self.classes:
