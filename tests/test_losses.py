@@ -260,3 +260,13 @@ def test_parts_of_a_batch_weigh_by_their_labels() -> None:
 def test_scores_are_a_function() -> None:
     with pytest.raises(ValueError, match="scores= as a function of the model's output, got a str"):
         Loss("cross-entropy", scores="logits")  # pyright: ignore
+
+
+def test_one_loss_reads_probabilities_of_each_shape_by_themselves() -> None:
+    """A loss value may be used for several models: what the first batch's shape told is not the next one's."""
+    loss, soft = Loss("cross-entropy"), randn(2, 3, 5).softmax(1)
+    last = soft.movedim(1, 2)
+    scores = randn(2, 3, 5)
+    expected = F.cross_entropy(scores, soft)
+    torch.testing.assert_close(loss.of(scores, (X, soft)), expected)
+    torch.testing.assert_close(loss.of(scores.movedim(1, 2), (X, last)), expected)
