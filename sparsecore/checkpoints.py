@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from .losses import Loss
 from .patterns import Planned
 
 _OWN = ("lr", "fused", "foreach", "capturable")  # how an optimiser computes is its own affair
+
+
+_PIECE = 1 << 22  # numbers of data that are looked at at once
 
 
 class OtherRunError(ValueError):
@@ -118,7 +122,7 @@ def fingerprint(
         digest.update(key.encode())
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest() + _of_contents(getattr(batches, "contents", None))
+    return digest.hexdigest() + _of_contents(batches)
 
 
 def same_run(saved: Any, run: str) -> bool:
@@ -126,21 +130,29 @@ def same_run(saved: Any, run: str) -> bool:
     return saved in (run, re.sub("-[0-9a-f]{16}", "", run))
 
 
-def _of_contents(contents: Any) -> str:
+def _of_contents(batches: Any) -> str:
     """Told of data that lies in memory, as the end of a fingerprint: integers, and sums of floats over their places,
-    to a precision in which threads do not tell.
+    to a precision in which threads do not tell.  Many trainings on the same batches look at it once.
     """
+    contents = getattr(batches, "contents", None)
     if contents is None:
         return ""
+    data = [t for t in tree_leaves(contents) if isinstance(t, (Tensor, np.ndarray))]
+    fixed = all(isinstance(t, Tensor) and not t.is_inference() for t in data)
+    now = [(id(t), t._version) for t in data] if fixed else None  # pyright: ignore
+    known, digest = getattr(batches, "told_contents", (None, ""))
+    if now is None or now != known:
+        digest = _digest_of(data)
+        batches.told_contents = now, digest
+    return digest
+
+
+def _digest_of(data: Sequence[Tensor | np.ndarray]) -> str:
     told: list[Any] = []
-    for t in tree_leaves(contents):
-        if not isinstance(t, (Tensor, np.ndarray)):
-            continue
+    for t in data:
         t = torch.as_tensor(t).detach().cpu().contiguous().reshape(-1)
         if t.is_floating_point():
-            places = torch.linspace(1, 2, len(t), dtype=torch.float64)
-            sums = (t.abs() * places).sum(), ((t > 0) * places).sum()
-            told += [f"{value:.6g}" for value in sums]
+            told += [f"{value:.6g}" for value in _sums_over_places(t)]
         else:
             told.append(hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest())
     return "-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
@@ -155,6 +167,19 @@ def _told(batch: Any) -> list[Any]:
         for t in tree_leaves((inputs,) if isinstance(target, Tensor) else (inputs, target))
     ]
     return [labels, *sums]
+
+
+def _sums_over_places(t: Tensor) -> list[float]:
+    """Sums of sizes and of signs, weighed by places from 1 to 2; in pieces, since data may be most of the memory."""
+    sizes = signs = 0.0
+    for start in range(0, len(t), _PIECE):
+        piece = t[start : start + _PIECE]
+        places = (
+            torch.arange(start, start + len(piece), dtype=torch.float64) / max(len(t) - 1, 1) + 1
+        )
+        sizes += float((piece.abs() * places).sum())
+        signs += float(places[piece > 0].sum())
+    return [sizes, signs]
 
 
 def check_resumable(path: Path | None, batches: EpochBatches) -> None:
@@ -184,11 +209,8 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, _floats(meta)
 
 
-_NO_NUMBERS = (
-    "nan",
-    "inf",
-    "-inf",
-)  # a metric or a watched number may be one, of which JSON has none
+# What a metric or a watched number may be, and JSON has not.
+_NO_NUMBERS = ("nan", "inf", "-inf")
 
 
 def _floats(value: Any) -> Any:

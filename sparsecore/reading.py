@@ -106,6 +106,11 @@ class _Again(Adapter):
 class Iterated(_Again):
     """What can be iterated again and again, and tells how long it is."""
 
+    told_contents: tuple[Any, str] = (
+        None,
+        "",
+    )  # what a checkpoint tells of them, and of which tensors
+
     def __init__(self, batches: Any, length: int, whole: bool) -> None:
         super().__init__(batches, whole)
         self.batches, self.length = _repeatable(batches), length

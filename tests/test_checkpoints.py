@@ -85,5 +85,26 @@ def test_a_file_from_before_that_goes_on() -> None:
 def test_rounding_by_other_threads_does_not_tell() -> None:
     x = X.clone()
     x[::5] *= 1 + 2e-7  # an ulp or two
-    made = [checkpoints._of_contents(KINDS["list"](data, Y)) for data in (X, x)]
+    made = [checkpoints._of_contents(batches_of(KINDS["list"](data, Y))) for data in (X, x)]
     assert not torch.equal(x, X) and made[0] == made[1]
+
+
+def test_data_are_looked_at_once_and_again_when_they_change(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looked: list[int] = []
+    digest_of = checkpoints._digest_of
+    monkeypatch.setattr(checkpoints, "_digest_of", lambda d: looked.append(1) or digest_of(d))
+    x = X.clone()
+    batches = batches_of([(x, Y)])
+    first = [checkpoints.fingerprint(net(), batches) for _ in range(3)]
+    assert len(looked) == 1 and len(set(first)) == 1
+    x[-1] += 1
+    assert checkpoints.fingerprint(net(), batches) != first[0] and len(looked) == 2
+
+
+def test_sums_in_pieces_are_those_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    flat = X.reshape(-1)
+    whole = checkpoints._sums_over_places(flat)
+    monkeypatch.setattr(checkpoints, "_PIECE", 7)
+    assert checkpoints._sums_over_places(flat) == pytest.approx(whole, rel=1e-12)
