@@ -1,0 +1,86 @@
+"""`python -m tests.hostile --count 2000 --seed 0`: exit code 1 where an input broke a promise."""
+
+import os
+
+for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # two tries share the cores
+    os.environ[_name] = "1"
+
+import argparse
+import sys
+import tempfile
+import zlib
+from collections import Counter
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+
+from .files import prepared, spoiling
+from .sandbox import Input, Outcome, Run, outcomes
+from .valid import KINDS
+
+
+def kinds(cache: Path) -> dict[str, Run]:
+    """Every kind of input by its name."""
+    return {name: spoiling(name, cache) for name in KINDS}
+
+
+def seed_of(kind: str, seed: int, index: int) -> int:
+    """Of a kind's input: the same whatever other kinds are run."""
+    return zlib.crc32(f"{kind}/{seed}/{index}".encode())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.hostile", description=__doc__)
+    parser.add_argument("--count", type=int, default=2000, help="inputs in all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kind", default="*", help="glob of kinds")
+    parser.add_argument("--only", type=int, help="one input, by the seed that a failure told")
+    parser.add_argument("--at-once", type=int, default=2)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory(prefix="hostile-valid-") as folder:
+        cache = Path(folder)
+        chosen = {name: run for name, run in kinds(cache).items() if fnmatch(name, given.kind)}
+        if not chosen:
+            parser.error(f"--kind: expected one of {', '.join(kinds(cache))}")
+        needed = [Input(name, 0, prepared(name, cache)) for name in chosen if name in KINDS]
+        for found in outcomes(needed, at_once=given.at_once, seconds=60):
+            if found.how != "fine":
+                tell(found, "valid files of ")
+                return 1
+        seeds = range(-(-given.count // len(chosen)))
+        inputs = [
+            Input(name, seed_of(name, given.seed, index), run)
+            for index in seeds
+            for name, run in chosen.items()
+        ][: given.count]
+        if given.only is not None:
+            inputs = [Input(name, given.only, run) for name, run in chosen.items()]
+        counts = {name: Counter[str]() for name in chosen}
+        for found in outcomes(inputs, at_once=given.at_once):
+            counts[found.input.kind][found.how] += 1
+            if found.how == "failed":
+                tell(found)
+    print(table(counts))
+    return 1 if any(count["failed"] for count in counts.values()) else 0
+
+
+def tell(found: Outcome, what: str = "") -> None:
+    given = found.input
+    print(f"FAILED  {what}--kind {given.kind!r} --only {given.seed}: {found.why[:300]}")
+    for line in found.said.strip().splitlines()[-25:]:
+        print("    " + line[:400].encode("ascii", "backslashreplace").decode())
+    sys.stdout.flush()
+
+
+def table(counts: dict[str, Counter[str]]) -> str:
+    """Tries, refused, fine and failed by kind, and in all."""
+    rows = [(name, c.total(), c["refused"], c["fine"], c["failed"]) for name, c in counts.items()]
+    total = ("in all", *(sum(row[i] for row in rows) for i in range(1, 5)))
+    head = ("kind", "tries", "refused", "fine", "failures")
+    return "\n".join(f"{r[0]:28}" + "".join(f"{v:>10}" for v in r[1:]) for r in [head, *rows, total])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

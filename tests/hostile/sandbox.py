@@ -1,0 +1,151 @@
+"""A process for each input: forked from a warm one, watched, and told apart by how it ended."""
+
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+SECONDS = 12.0
+# Of resident memory, which is what a machine runs out of: a limit of addresses (RLIMIT_AS) would turn a request for
+# too much into an error that a machine with that much to promise does not raise, and so hide the fault.
+BYTES = 1 << 30
+_PAGE = resource.getpagesize()
+
+Run = Callable[[int, Path], str]  # (seed, an empty folder) -> "fine" or "refused"
+
+
+@dataclass(frozen=True)
+class Input:
+    """One try: `run(seed, folder)` of a kind."""
+
+    kind: str
+    seed: int
+    run: Run
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a try ended: "fine", "refused" or "failed", and why it failed, with what it said."""
+
+    input: Input
+    how: str
+    why: str = ""
+    said: str = ""
+
+
+class _Try:
+    """A running child."""
+
+    def __init__(self, given: Input, seconds: float) -> None:
+        self.input, self.end = given, time.monotonic() + seconds
+        self.seconds = seconds
+        self.folder = Path(tempfile.mkdtemp(prefix="hostile-"))
+        self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the try
+        self.killed = ""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.most = _resident(os.getpid()) + BYTES
+        self.pid = os.fork()
+        if self.pid == 0:
+            _child(given, self.folder, self.said.fileno())
+
+    def outcome(self) -> Outcome | None:
+        """How it ended; None while it goes on."""
+        pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        if pid == 0:
+            if not self.killed and time.monotonic() > self.end:
+                self._kill(f"took more than {self.seconds:g} s")
+            elif not self.killed and _resident(self.pid) > self.most:
+                self._kill("took more than 1 GB of memory")
+            return None
+        _end_group(self.pid)  # what it has started itself
+        self.said.seek(0)
+        said = self.said.read().decode(errors="replace")
+        self.said.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+        code = os.waitstatus_to_exitcode(status)
+        if self.killed:
+            return Outcome(self.input, "failed", self.killed, said)
+        if usage.ru_maxrss * 1024 > self.most:
+            return Outcome(self.input, "failed", "took more than 1 GB of memory", said)
+        if code in _CODES.values():
+            how = next(how for how, c in _CODES.items() if c == code)
+            return Outcome(self.input, how, "", said)
+        if code < 0:
+            return Outcome(self.input, "failed", f"killed by {signal.Signals(-code).name}", said)
+        lines = said.strip().splitlines()
+        return Outcome(self.input, "failed", lines[-1] if lines else f"exit code {code}", said)
+
+    def _kill(self, why: str) -> None:
+        self.killed = why
+        _end_group(self.pid)
+
+
+_CODES = {"fine": 80, "refused": 81}  # which nothing else ends with
+
+
+def _child(given: Input, folder: Path, said: int) -> None:
+    """Runs the input and never returns."""
+    code = 1
+    try:
+        os.setsid()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever reads it is at its end
+        os.dup2(said, 1)
+        os.dup2(said, 2)
+        os.chdir(folder)
+        code = _CODES[given.run(given.seed, folder)]
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _end_group(pid: int) -> None:
+    for end in (os.killpg, os.kill):  # it may not have a group of its own yet
+        try:
+            end(pid, signal.SIGKILL)
+            return
+        except (ProcessLookupError, PermissionError):
+            continue
+
+
+def _resident(pid: int) -> int:
+    """Bytes of a process and its children that lie in memory; 0 for one that has ended."""
+    try:
+        own = int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    except (OSError, IndexError):
+        return 0
+    return max([own, *(_resident(int(child)) for child in children)])
+
+
+def outcomes(
+    inputs: Iterable[Input], *, at_once: int = 2, seconds: float = SECONDS
+) -> Iterator[Outcome]:
+    """How each input ended, in the order in which they end."""
+    waiting, running = iter(inputs), list[_Try]()
+    try:
+        while True:
+            while len(running) < at_once and (given := next(waiting, None)) is not None:
+                running.append(_Try(given, seconds))
+            if not running:
+                return
+            ended = [(t, found) for t in running if (found := t.outcome()) is not None]
+            for t, found in ended:
+                running.remove(t)
+                yield found
+            if not ended:
+                time.sleep(0.005)
+    finally:
+        for t in running:
+            _end_group(t.pid)
+            shutil.rmtree(t.folder, ignore_errors=True)
