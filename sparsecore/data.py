@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torchvision
 from torch import Tensor
 
 from .folders import DataWarning, Item, find_images
 from .images import DataError, ImageFiles
+from .named_data import NAMED, default_folder, read_named
 from .survey import Survey, moments, remember, remembered, sample_of, survey
 
 __all__ = [
@@ -84,23 +84,6 @@ class Dataset:
         return hashlib.sha256(repr((facts, parts)).encode()).hexdigest()
 
 
-# name: (torchvision's class, its folder, mean, std, flips and crops are customary)
-_KNOWN: dict[str, tuple[Any, str, tuple[float, ...], tuple[float, ...], bool]] = {
-    "mnist": (torchvision.datasets.MNIST, "MNIST/raw", (0.1307,), (0.3081,), False),
-    "fashion-mnist": (
-        torchvision.datasets.FashionMNIST, "FashionMNIST/raw", (0.2860,), (0.3530,), False,
-    ),
-    "cifar10": (
-        torchvision.datasets.CIFAR10, "cifar-10-batches-py",
-        (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), True,
-    ),
-    "cifar100": (
-        torchvision.datasets.CIFAR100, "cifar-100-python",
-        (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762), True,
-    ),
-}  # fmt: skip
-
-
 def load(
     name: str,
     data_dir: str | Path | None = None,
@@ -151,38 +134,28 @@ def _named(name: str, data_dir: str | Path | None, *, download: bool) -> Dataset
     """A data set of its own name."""
     if name == "digits":
         return _digits()
-    if name not in _KNOWN:
+    if name not in NAMED:
         raise DataError(f"data: expected one of {', '.join(NAMES)}, got {name!r}")
-    kind, folder, mean, std, flip_crop = _KNOWN[name]
-    root = Path(data_dir) if data_dir is not None else Path.home() / ".cache" / "sparsecore"
+    known = NAMED[name]
+    root = default_folder() if data_dir is None else Path(data_dir)
     if data_dir is not None:
         if not root.is_dir():
             raise DataError(f"data folder {root}: expected a folder, found nothing there")
         download = False
         jpeg = root / "cifar10-jpeg"
-        if name == "cifar10" and not (root / folder).is_dir() and jpeg.is_dir():
-            return replace(_folder(name, jpeg, 32), mean=mean, std=std)
-        if not (root / folder).is_dir():
+        if name == "cifar10" and not (root / known.folder).is_dir() and jpeg.is_dir():
+            return replace(_folder(name, jpeg, 32), mean=known.mean, std=known.std)
+        if not (root / known.folder).is_dir():
             raise DataError(
-                f"data folder {root}: expected {name} in {root / folder}; leave --data-dir out to "
+                f"data folder {root}: expected {name} in {root / known.folder}; leave --data-dir out to "
                 "download it"
             )
-    splits = []
-    for train in (True, False):
-        try:
-            raw = kind(root, train=train, download=download)
-        except Exception as error:  # torchvision lets many kinds of error through
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise DataError(
-                f"{name} could not be {'downloaded' if download else 'read'} in {root}: {reason}; "
-                "give --data-dir a folder that holds it"
-            ) from None
-        pixels = torch.as_tensor(raw.data)
-        images = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2).contiguous()
-        splits.append(Split(images, torch.as_tensor(raw.targets)))
-    _, channels, height, width = images.shape
-    shape = (channels, height, width)
-    return Dataset(name, splits[0], splits[1], len(raw.classes), shape, mean, std, flip_crop)
+    train, test = read_named(name, root, download=download)
+    _, channels, height, width = test[0].shape
+    return Dataset(
+        name, Split(*train), Split(*test), known.classes, (channels, height, width), known.mean, known.std,
+        known.flip_crop,
+    )  # fmt: skip
 
 
 def limited(dataset: Dataset, samples: int | None) -> Dataset:

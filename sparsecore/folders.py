@@ -25,6 +25,9 @@ _TOOL_FOLDERS = {
     "system volume information",
 }  # fmt: skip
 _TOOL_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
+_MOST_VISITS = (
+    64  # of a folder within a class, by links: a few that lead to each other are millions of ways
+)
 _HELD_OUT = 6  # every sixth image is a test image where there is no test folder
 
 
@@ -188,13 +191,27 @@ def _list(root: Path, *, filled: bool = True) -> tuple[list[str], list[Item]]:
 def _walk(folder: Path, left_out: Counter[str]) -> list[Path]:
     """The images within a class folder in the order of their folders' names, then their own; links are followed."""
     found: list[tuple[str, list[str]]] = []
+    outside: dict[Path, frozenset[Path]] = {}  # real folders from which links lead to each place
+    visits: Counter[Path] = Counter()
     for place, folders, files in os.walk(folder, followlinks=True, onerror=_unreadable):
-        own = Path(place).resolve()
-        above = {own, *own.parents}
+        here = Path(place)
+        own = Path(os.path.realpath(here))
+        origin = outside.get(here.parent, frozenset())
+        if here.is_symlink():
+            left = Path(os.path.realpath(here.parent))
+            origin |= {left, *left.parents}
+        outside[here] = origin
+        above = origin | {own, *own.parents}
+        visits[own] += 1
+        if visits[own] > _MOST_VISITS:
+            raise DataError(
+                f"{own}: links in {folder} lead to it more than {_MOST_VISITS} times; remove some"
+            )
         # A link to a folder above would be walked through until its path is too long.
         folders[:] = [
             name for name in folders
-            if not _is_tool(name) and not (Path(place, name).is_symlink() and Path(place, name).resolve() in above)
+            if not _is_tool(name)
+            and not ((here / name).is_symlink() and Path(os.path.realpath(here / name)) in above)
         ]  # fmt: skip
         found.append((place, sorted(name for name in files if not _is_tool(name))))
     paths = []
@@ -218,10 +235,17 @@ def _folders(root: Path) -> list[Path]:
 def _names(root: Path, *, files: bool) -> list[str]:
     try:
         with os.scandir(root) as entries:
-            return [entry.name for entry in entries if entry.is_dir() != files]
+            return [entry.name for entry in entries if _is_folder(entry) != files]
     except OSError as error:
         _unreadable(error)
         raise
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _unreadable(error: OSError) -> None:

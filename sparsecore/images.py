@@ -1,5 +1,8 @@
 """Image files as pixels: any depth, palette, transparency and orientation becomes uint8 [3, H, W]."""
 
+import contextlib
+import functools
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +17,8 @@ SUFFIXES = (
     ".jpg", ".jpeg", ".jfif", ".png", ".ppm", ".pgm", ".pbm", ".pnm", ".bmp", ".tif", ".tiff", ".webp", ".gif",
     ".avif", ".jp2",
 )  # fmt: skip
+# Theirs, whatever a file is called: Pillow knows others whose decoders run programs (EPS) or read further files.
+_FORMATS = ("JPEG", "MPO", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000")
 # White in files of 32-bit integers ("I") and floating point ("F"), whose formats name no largest value.
 WHITES: Mapping[str, int] = {"I": 255, "F": 255}
 _ORIENTATION = 0x0112  # EXIF's tag; the turn that undoes each value
@@ -27,6 +32,10 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 _BITS_PER_SAMPLE = 0x0102  # TIFF's tag
+# A few bytes of a file can say that they are more: from here on Pillow, too, takes them for a bomb.
+MOST_PIXELS = 89_478_485
+_LARGE = 1 << 24  # pixels of an image; such are decoded one at a time
+_one_large = threading.Lock()
 
 
 class DataError(ValueError):
@@ -88,7 +97,10 @@ def read_rgb(path: Path, whites: Mapping[str, int] = WHITES) -> Image.Image:
     Errors: DataError, naming the file.
     """
     try:
-        with Image.open(path) as file:
+        with (
+            _opened(path) as file,
+            _one_large if _pixels(file) > _LARGE else contextlib.nullcontext(),
+        ):
             file.load()
             turn = _TURNS.get(_orientation(file))
             rgb = _as_rgb(file, whites)
@@ -103,13 +115,36 @@ def read_rgb(path: Path, whites: Mapping[str, int] = WHITES) -> Image.Image:
 def read_header(path: Path) -> tuple[str, int]:
     """(Pillow's mode, shorter side in pixels), without decoding.  Errors: DataError, naming the file."""
     try:
-        with Image.open(path) as file:
+        with _opened(path) as file:
             return file.mode, min(file.size)
     except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise DataError(
             f"{path}: expected a readable image ({reason}); mend or remove it"
         ) from None
+
+
+def _opened(path: Path) -> Image.Image:
+    """The file, not decoded yet.  Errors: ValueError for more pixels than an image has, and what Pillow has."""
+    if not path.is_file():  # a link to a pipe would be waited for
+        raise ValueError("it is no plain file" if path.exists() else "it leads to nothing")
+    file = Image.open(path, formats=_formats())
+    if _pixels(file) > MOST_PIXELS:
+        width, height = file.size
+        file.close()
+        raise ValueError(f"it has {width:,} x {height:,} pixels, of at most {MOST_PIXELS:,}")
+    return file
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Of `_FORMATS` those that this Pillow has."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+def _pixels(image: Image.Image) -> int:
+    return image.size[0] * image.size[1]
 
 
 def deep_grey(image: Image.Image) -> np.ndarray | None:
@@ -157,6 +192,11 @@ def _squared(image: Image.Image, size: int) -> Image.Image:
         return image
     scale = size / min(image.size)  # shorter side, then the centre
     width, height = (max(size, round(side * scale)) for side in image.size)
+    if width * height > MOST_PIXELS:  # a thin strip: what the square does not show is never scaled
+        side, (across, down) = min(image.size), image.size
+        left, top = (across - side) // 2, (down - side) // 2
+        square = image.crop((left, top, left + side, top + side))
+        return square.resize((size, size), Image.Resampling.BILINEAR)
     left, top = (width - size) // 2, (height - size) // 2
     image = image.resize((width, height), Image.Resampling.BILINEAR)
     return image.crop((left, top, left + size, top + size))
