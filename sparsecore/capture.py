@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .process import seeded
 
 
 class Captured:
@@ -55,12 +56,16 @@ class Captured:
 @contextmanager
 def aside(device: torch.device | None) -> Iterator[None]:
     """On a stream of its own, as what is to be captured has to be tried out; random numbers are drawn again."""
-    with torch.cuda.device(device), torch.random.fork_rng([torch.cuda.current_device()]):
+    with torch.cuda.device(device), seeded(devices=[_current()]):
         stream, main = torch.cuda.Stream(), torch.cuda.current_stream()
         stream.wait_stream(main)
         with torch.cuda.stream(stream):
             yield
         main.wait_stream(stream)
+
+
+def _current() -> torch.device:
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def record(

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
-from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from .attention import SparseMultiheadAttention, bare_keys, projections
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import Gated, Planned
+from .process import Shared
 from .recurrent import RECURRENT, SparseRecurrent, matrices, matrix_keys
 from .tied import require_own_memory, tie_
 
@@ -293,30 +293,18 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
                 module._parameters["weight"].copy_(weight)  # pyright: ignore
 
 
-class _Unfused:
-    """PyTorch's fused evaluation of transformers is off while anybody is within: it is the process's, not a model's.
-
-    Who leaves last puts it back, as threads and generators leave in any order.
-    """
-
-    def __init__(self) -> None:
-        self.lock, self.within, self.before = Lock(), 0, True
-
-    def __enter__(self) -> None:
-        with self.lock:
-            if self.within == 0:
-                self.before = torch.backends.mha.get_fastpath_enabled()
-                torch.backends.mha.set_fastpath_enabled(False)
-            self.within += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self.lock:
-            self.within -= 1
-            if self.within == 0:
-                torch.backends.mha.set_fastpath_enabled(self.before)
+@contextmanager
+def _without_fused() -> Iterator[None]:
+    """PyTorch's fused evaluation of transformers is off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
-_unfused = _Unfused()
+_unfused = Shared(_without_fused)
 
 
 def _as_predicate(filter_fn: Filter) -> Predicate:

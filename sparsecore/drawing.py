@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from .functions import closed_over, is_of, names_in
+from .process import drawing
 
 _DEEPEST, _MOST, _LONGEST = 8, 5000, 100  # levels, objects, items of a container that are looked at
 _KINDS = (torch.Generator, random.Random, np.random.RandomState, np.random.Generator)
@@ -41,8 +42,16 @@ class Source(NamedTuple):
     seed: str
 
 
+def sources_of(value: Any = None) -> list[Source]:
+    """Those of the process, which a data set without workers augments by, and those that an object holds, as the user
+    has seeded them by now.
+    """
+    with drawing:
+        return [*global_sources(str(torch.initial_seed())), *held_sources(value)]
+
+
 def global_sources(seed: str) -> list[Source]:
-    """Those of the process, which a data set without workers augments by: torch's, Python's, and numpy's."""
+    """Torch's, Python's, and numpy's."""
     return [_source(generator, seed) for generator in (torch.default_generator, *_of_process())]
 
 
@@ -78,16 +87,17 @@ class Drawing:
         self.calls += 1
         if self.calls == _SETTLED:
             self._settle()
-        before = [source.read() for source in self.sources]
-        try:
-            for source, state in zip(self.sources, self.states, strict=True):
-                source.write(state)
-            made = run()
-            self.states = [source.read() for source in self.sources]
-            return made
-        finally:
-            for source, state in zip(self.sources, before, strict=True):
-                source.write(state)
+        with drawing:  # other threads draw from these sources too
+            before = [source.read() for source in self.sources]
+            try:
+                for source, state in zip(self.sources, self.states, strict=True):
+                    source.write(state)
+                made = run()
+                self.states = [source.read() for source in self.sources]
+                return made
+            finally:
+                for source, state in zip(self.sources, before, strict=True):
+                    source.write(state)
 
     def _settle(self) -> None:
         """Leaves alone what was not drawn from; torch's take next to nothing."""

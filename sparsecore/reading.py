@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, TensorDataset
 
 from .batches import Batch, kind_of, size_of
-from .drawing import Drawing, global_sources, held_sources
+from .drawing import Drawing, sources_of
 from .folders import DataWarning
 
 NO_BATCHES = (
@@ -62,11 +62,8 @@ class _Again(Adapter):
 
     def __init__(self, held: Any, whole: bool) -> None:
         self.whole, self.left_out = whole, False
-        # As the user has seeded them by now.
         drawing = type(held) not in (list, tuple)  # which are data by themselves
-        self.sources = (
-            [*global_sources(str(torch.initial_seed())), *held_sources(held)] if drawing else []
-        )
+        self.sources = sources_of(held) if drawing else []
 
     def _drawing(self, index: int) -> Any:
         return Drawing(self.sources, str(index))
@@ -202,7 +199,7 @@ class Stream(Adapter):
         self.iterator: Iterator[Batch] | None = None
         self.single_out = False  # whether a batch of one is left out; it has no last one
         self.usual = 0  # samples in the first batch
-        self.drawing = Drawing(global_sources(str(torch.initial_seed())), "stream")
+        self.drawing = Drawing(sources_of(), "stream")
         self.held: list[Batch] = []  # the first of an epoch, as long as no other has been asked for
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ from torch import nn
 
 from . import torchvision_models
 from .models import BUILDERS
+from .process import seeded
 from .recipe import Recipe
 
 _CIFAR = Recipe(
@@ -70,8 +71,7 @@ def build(
     """
     builder = _builder(name)
     check_options(name, options)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+    with seeded(seed, [torch.get_default_device()]):
         try:
             model = builder(shape, classes, **options)
         except ValueError:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from .calls import forward_example
 from .costs import seconds
 from .outputs import tensors_in
+from .process import seeded
 
 
 def step_time(
@@ -58,10 +59,10 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Training mode with gradients, after which modes, buffers and random state are what they were."""
     modes = {m: m.training for m in model.modules()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
-    cuda = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    devices = sorted({p.device for p in model.parameters()}, key=str)
     model.train()
     try:
-        with torch.random.fork_rng(devices=cuda), torch.enable_grad():
+        with seeded(devices=devices), torch.enable_grad():
             yield
     finally:
         for module, mode in modes.items():

@@ -5,10 +5,11 @@ from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
-import torch
 import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
+
+from .process import seeded
 
 # Further heads give outputs of their own while training.  `init_weights` says what is the default, which they warn of.
 _ONE_HEAD = {
@@ -68,7 +69,7 @@ def trained(model: str, shape: tuple[int, int, int], **options: Any) -> dict[str
     # Trained are the models with all their heads; torchvision refuses to be told so or otherwise.
     given = {k: v for k, v in options.items() if k not in _ONE_HEAD.get(model, {})}
     try:
-        with torch.random.fork_rng(devices=[]):  # heads are drawn before they are loaded
+        with seeded():  # heads are drawn before they are loaded
             state = torchvision.models.get_model(
                 model, weights=weights.DEFAULT, progress=False, **given  # pyright: ignore[reportAttributeAccessIssue]
             ).state_dict()  # fmt: skip

@@ -1,7 +1,6 @@
 """One plain training loop: schedules by absolute epoch, exact resume, metrics as JSON lines."""
 
 import hashlib
-import json
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict
@@ -9,10 +8,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-import torch
 from torch import nn
 
-from . import checkpoints, safefile
+from . import checkpoints, metrics_file
 from .batches import first_flaw
 from .engine import (
     Way,
@@ -23,19 +21,22 @@ from .evaluating import evaluate as evaluate
 from .evaluating import metric_of
 from .loaders import batches_of
 from .losses import LossLike, loss_of
+from .process import seeded
 from .progress import QUIET, Progress
 from .recipe import Recipe as Recipe
 from .recipe import require_trainable
 from .telling import tell_loss
-from .training_run import AfterStep, History, Run, Saved, parts_between
+from .training_run import AfterStep, Facts, History, Run, Saved, parts_between
 from .training_run import Step as Step
 from .watching import number_in
+from .writing import FileError, alone, append
 
 
 class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
 
 
+@alone("metrics", "checkpoint")
 def train(
     model: nn.Module,
     train_batches: Any,
@@ -80,7 +81,7 @@ def train(
         watch: asked after every epoch; the number that it gives stands in the records as "watched".
         facts: what tells this run from others beside the recipe, the data and the weights, by its repr: a
             checkpoint cannot see what `penalty` and `after_step` do.
-        metrics: one JSON line per epoch is appended here.
+        metrics: one JSON line per epoch is appended here, after the checkpoint is written.
         checkpoint: written after every epoch, snapshots included; if it exists the run goes on from there,
             on the CPU to exactly the same numbers.
         engine: how steps are launched: "eager", "graph" (one CUDA graph), "compile", "compile-graph", or the one of
@@ -89,7 +90,8 @@ def train(
 
     Errors: ValueError for a model without parameters that train, a start after the end, fp16 on the CPU, or a
     checkpoint that belongs to another run or went too far for this one; TrainingError if the loss is not finite;
-    EngineError for an engine that is not possible here.
+    EngineError for an engine that is not possible here; FileError for files that are damaged, that somebody else
+    writes by now, or that cannot be written, with the epochs before kept.
     """
     require_trainable(model)
     check_engine(engine, next(model.parameters()).device)
@@ -116,10 +118,13 @@ def train(
     if start_epoch in snapshots:
         history.snapshots[start_epoch] = run.snapshot()
     if checkpoint is not None and saved is not None:
-        run.load(saved, history)
-        _check_reach(checkpoint, history, start_epoch, stop, snapshots)
+        _check_reach(checkpoint, saved, start_epoch, stop, snapshots)
+        try:
+            run.load(saved, history)
+        except FileError as error:
+            raise FileError(f"{checkpoint}: {error}; remove it to begin anew") from None
     if metrics is not None:
-        _cut_metrics(metrics, {e["epoch"] for e in history.epochs})
+        metrics_file.catch_up(metrics, history.epochs)
     reached = history.epochs[-1]["epoch"] if history.epochs else start_epoch
     done = sum(part.count for part in parts_between(start_epoch, reached, (), len(train_batches)))
     parts = parts_between(reached, stop, snapshots, len(train_batches))
@@ -134,11 +139,8 @@ def train(
             advance(done)
             for part in parts:
                 start = perf_counter()
-                with torch.random.fork_rng(
-                    devices=[run.device] if run.device.type == "cuda" else []
-                ):
-                    # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
-                    torch.manual_seed(_mix(seed, part.epoch, part.first))
+                # Every epoch has its own seed, so a resumed run draws what an unbroken one does.
+                with seeded(_mix(seed, part.epoch, part.first), [run.device]):
                     mean = run.part(part, advance)
                 if not math.isfinite(mean):
                     flaw = first_flaw(train_batches, part.epoch, part.first, part.last)
@@ -158,13 +160,12 @@ def train(
                     record["watched"] = number_in(watch(run.evaluated))
                 record["seconds"] = perf_counter() - start
                 history.epochs.append(record)
-                if metrics is not None:
-                    with metrics.open("a") as file:
-                        file.write(json.dumps(safefile.finite(record)) + "\n")
                 if part.end in snapshots:
                     history.snapshots[part.end] = run.snapshot()
                 if checkpoint is not None:
                     run.save(checkpoint, fingerprint, history)
+                if metrics is not None:  # what a kill leaves out here, the checkpoint knows
+                    append(metrics, metrics_file.line(record))
                 told = ("accuracy", "test_loss", "metric", "watched")
                 shown = {k: record[k] for k in told if k in record}
                 advance(0, epoch=part.end, **shown)
@@ -178,7 +179,7 @@ def train(
 
 def _read(path: Path, fingerprint: str) -> Saved:
     """This run's checkpoint.  Errors: checkpoints.OtherRunError for another run's."""
-    tensors, meta = checkpoints.read(path)
+    tensors, meta = checkpoints.read(path, Facts)
     if not checkpoints.same_run(meta["run"], fingerprint):
         raise checkpoints.OtherRunError(
             f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
@@ -189,11 +190,15 @@ def _read(path: Path, fingerprint: str) -> Saved:
 
 
 def _check_reach(
-    path: Path, history: History, start: float, stop: float, snapshots: Collection[float]
+    path: Path, saved: Saved, start: float, stop: float, snapshots: Collection[float]
 ) -> None:
     """Refuses a checkpoint that is past what this run still has to see."""
-    reached = history.epochs[-1]["epoch"]
-    lost = [e for e in snapshots if start <= e <= reached and e not in history.snapshots]
+    tensors, meta = saved
+    if not meta["epochs"] or meta["epochs"][0]["epoch"] < start:
+        raise FileError(f"{path}: expected epochs from {start:g} on, got none or others")
+    reached = meta["epochs"][-1]["epoch"]
+    kept = {key.split("/")[1] for key in tensors if key.startswith("snapshot/")}
+    lost = [e for e in snapshots if start <= e <= reached and str(e) not in kept]
     if reached > stop or lost:
         raise ValueError(
             f"{path} is at epoch {reached:g} and holds no state of epoch {min(lost, default=stop):g}: "
@@ -205,17 +210,3 @@ def _mix(seed: int, epoch: int, first: int) -> int:
     """A seed per (seed, epoch, first batch), far apart for neighbours."""
     text = f"{seed}/{epoch}/{first}" if first else f"{seed}/{epoch}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "little")
-
-
-def _cut_metrics(path: Path, done: set[int]) -> None:
-    """Drops lines of epochs that the checkpoint does not know (a run killed between the two)."""
-    if not path.exists():
-        return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            if json.loads(line)["epoch"] in done:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue  # half a line
-    path.write_text("".join(kept))

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from .. import capture, kernels
 from ..batches import Batch
+from ..process import seeded
 from .feeds import Feed
 
 log = logging.getLogger("sparsecore")
@@ -121,10 +122,8 @@ class AbstractStep(ABC):
         tensors, counts = self.changes(), counted(self.model)
         values = [t.clone() for t in tensors]
         buffers = {m: dict(m._buffers) for m in self.model.modules()}
-        cuda = [self.device] if self.device.type == "cuda" else []
         try:
-            with torch.random.fork_rng(devices=cuda):
-                torch.manual_seed(0)
+            with seeded(0, [self.device]):
                 yield
         finally:
             with torch.no_grad():

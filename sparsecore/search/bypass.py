@@ -10,6 +10,7 @@ from ..batches import on, parts_of
 from ..calls import fits, forward
 from ..convert import batch_statistics, sparse_layers
 from ..losses import Loss
+from ..process import seeded
 from .protocol import SearchError
 
 
@@ -48,9 +49,8 @@ def require_through(model: nn.Module, dense: dict[nn.Module, str], batch: Any, l
     hooks = [layer.register_forward_pre_hook(note) for layer in dense]
     device = next(model.parameters()).device
     batch = on(device, batch)
-    devices = [device] if device.type == "cuda" else []
     try:
-        with batch_statistics(model), torch.random.fork_rng(devices):
+        with batch_statistics(model), seeded(devices=[device]):
             if loss.takes_model and not fits(model, parts_of(batch)[0]):
                 loss(model, batch)
             else:

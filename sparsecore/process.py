@@ -1,0 +1,182 @@
+"""What belongs to the process and not to a model, with one owner: generators that are seeded for a while and put back,
+and switches that are thrown and put back.  Threads take turns at the first and share the second.
+"""
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from threading import Condition, Lock, get_ident
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+_FORKED = ("cpu", "cuda")  # whose generators are put back; others are the process's
+
+
+class Turn:
+    """One thread at a time, first come first served, as often as it likes.
+
+    A lock of Python's may be taken again by who has just given it, so that others would wait for a whole run.
+    """
+
+    def __init__(self) -> None:
+        self._changed = Condition(Lock())
+        self._waiting: deque[object] = deque()
+        self._owner, self.depth = 0, 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether another thread waits for it."""
+        return bool(self._waiting)
+
+    @property
+    def mine(self) -> bool:
+        return self._owner == get_ident()
+
+    def __enter__(self) -> None:
+        with self._changed:
+            if not self.mine:
+                self._await()
+            self.depth += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._changed:
+            self.depth -= 1
+            if self.depth == 0:
+                self._owner = 0
+                self._changed.notify_all()
+
+    def _await(self) -> None:
+        place = object()
+        self._waiting.append(place)
+        try:
+            self._changed.wait_for(lambda: self._owner == 0 and self._waiting[0] is place)
+            self._owner = get_ident()
+        finally:  # an interrupt, too
+            self._waiting.remove(place)
+            self._changed.notify_all()
+
+    def begin_anew(self) -> None:
+        """In a forked process, which has the thread that forked alone."""
+        self._changed = Condition(Lock())
+        self._waiting.clear()
+        if not self.mine:
+            self._owner, self.depth = 0, 0
+
+
+drawing = Turn()
+"""Held while the process's generators, or those that data hold, are in states of a call's own."""
+
+
+class _Seeded:
+    """The states in which a thread's draws have left the generators, and those that they had before."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self.cuda = [d for d in devices if d.type == "cuda"]
+        self.other = self._read()
+
+    def _read(self) -> list[Tensor]:
+        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda)]
+
+    def swap(self) -> None:
+        """From the one to the other."""
+        states, self.other = self.other, self._read()
+        torch.set_rng_state(states[0])
+        for device, state in zip(self.cuda, states[1:], strict=True):
+            torch.cuda.set_rng_state(state, device)
+
+
+_seeded: list[_Seeded] = []  # of the thread whose turn it is
+
+
+@contextmanager
+def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
+    """What is drawn from torch's generators inside leaves them as they were, in other threads too.
+
+    Another thread that wants to draw waits until this one leaves, or is between steps (`between_steps`).  What draws
+    without asking, as `torch.randn` in a thread of the user's own, is not held up and draws from these states.
+
+    Args:
+        seed: in which they are inside; None: as they are.
+        devices: GPUs whose generators count beside the CPU's.
+    """
+    with drawing:
+        mine = _Seeded(devices)
+        _seeded.append(mine)
+        try:
+            if seed is not None:
+                _seed(seed, devices)
+            yield
+        finally:
+            _seeded.remove(mine)
+            mine.swap()
+
+
+def _seed(seed: int, devices: Sequence[torch.device]) -> None:
+    if any(device.type not in _FORKED for device in devices):
+        torch.manual_seed(seed)  # which knows them
+        return
+    torch.default_generator.manual_seed(seed)
+    for device in devices:
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+
+
+def between_steps() -> None:
+    """Lets another thread draw, if one waits and nothing around this thread's `seeded` holds generators too."""
+    if not drawing.wanted or drawing.depth != 1 or not _seeded:
+        return
+    mine = _seeded.pop()
+    mine.swap()
+    drawing.__exit__()
+    interrupt: BaseException | None = None
+    while not drawing.mine:  # whoever leaves `seeded` has to have it, an interrupt notwithstanding
+        try:
+            drawing.__enter__()
+        except BaseException as error:
+            interrupt = error
+    mine.swap()
+    _seeded.append(mine)
+    if interrupt is not None:
+        raise interrupt
+
+
+class Shared:
+    """A switch of the process: thrown by the first thread that enters, put back by the last one that leaves.
+
+    By itself each would put back what it found: one that came second, what the first one had thrown.
+
+    Args:
+        throw: makes the context that throws it and puts it back.
+    """
+
+    def __init__(self, throw: Callable[[], AbstractContextManager[object]]) -> None:
+        self._throw, self._lock, self._within = throw, Lock(), 0
+        self._context: AbstractContextManager[object] | None = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._context = self._throw()
+                self._context.__enter__()
+            self._within += 1
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                assert self._context is not None
+                self._context.__exit__(None, None, None)
+                self._context = None
+
+
+if hasattr(os, "register_at_fork"):  # a loader's workers are forked
+    os.register_at_fork(after_in_child=drawing.begin_anew)
