@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import on, parts_of
 from .calls import forward
+from .claims import sole
 from .loaders import batches_of
 
 
@@ -21,6 +22,7 @@ def running_norms(model: nn.Module) -> list[_BatchNorm]:
     ]
 
 
+@sole("recompute_statistics_")
 def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) -> nn.Module:
     """Measures all running statistics anew: their mean over the first batches of epoch 0; returns the model.
 
@@ -32,7 +34,7 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
         batches: of training data, as `loaders.batches_of` takes them.
         limit: how many of them at most; each counts the same.
 
-    Errors: ValueError if there is no batch to measure on.
+    Errors: ValueError if there is no batch to measure on, or for a model that another thread works with.
     """
     norms = running_norms(model)
     if not norms:

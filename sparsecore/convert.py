@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
+from .claims import sole
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import Gated, Planned
@@ -41,6 +42,7 @@ def is_prunable(name: str, module: nn.Module) -> bool:
     )
 
 
+@sole("sparsify_")
 def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
     """Replaces the chosen layers by their sparse forms in place and returns the model.
 
@@ -55,7 +57,8 @@ def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
             nn.Linear each; a subclass with a forward of its own has to read `self.weight` there.
 
     Errors: ValueError if nothing matches, or for a chosen layer whose weight another tool computes
-    (`torch.nn.utils.prune`, weight_norm, parametrize, lazy layers); nothing changes then.
+    (`torch.nn.utils.prune`, weight_norm, parametrize, lazy layers), or a model that another thread works with; nothing
+    changes then.
     """
     chosen = _as_predicate(filter_fn)
     found = bool(sparse_layers(model))
@@ -181,10 +184,12 @@ def _sparse_form(module: nn.Module, names: list[str]) -> nn.Module:
     return kind.from_dense(module)
 
 
+@sole("densify_")
 def densify_(model: nn.Module) -> nn.Module:
     """Replaces sparse layers by plain ones of PyTorch with the same keys, in place; returns the model.
 
-    Errors: ValueError for a weight that another tool computes; nothing changes then.
+    Errors: ValueError for a weight that another tool computes, or a model that another thread works with; nothing
+    changes then.
     """
     for layer in sparse_layers(model).values():
         layer._require_parameter("densify_")

@@ -6,6 +6,7 @@ from typing import Any, Literal
 from torch import nn
 
 from .calls import normalises_by_batch
+from .claims import claimed, require_module
 from .engine import Evaluation
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
@@ -47,9 +48,23 @@ def evaluate(
             where the loss tells for sure that outputs are class scores.
         loss: that the model trained by, which knows where class scores are and which label is left out.
 
-    Errors: ValueError where there are no classes for sure and no metric, or labels beyond them; DataEnded for fewer
-    batches than their length says.
+    Errors: ValueError where there are no classes for sure and no metric, labels beyond them, or a model that another
+    thread works with; DataEnded for fewer batches than their length says; TypeError for what is no model.
     """
+    require_module(model, "evaluate")
+    # Nothing is changed for a while where all is in evaluation mode already.
+    changes = any(module.training for module in model.modules())
+    with claimed(model, "evaluation", shared=not changes):
+        return _evaluated(model, batches, metric, loss, steps_per_epoch)
+
+
+def _evaluated(
+    model: nn.Module,
+    batches: Any,
+    metric: LossLike,
+    loss: LossLike,
+    steps_per_epoch: int | None,
+) -> float:
     # One sample has no statistics of its own.
     found = batches_of(batches, model if normalises_by_batch(model) else None, steps_per_epoch)
     by = loss_of(loss)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from . import capture, kernels
 from .calls import forward_example
+from .claims import sole
 from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
 from .kernels import Layer
@@ -71,6 +72,7 @@ class _Chooser:
         return choice
 
 
+@sole("plan_")
 def plan_(
     model: nn.Module,
     plan: str = "auto",
@@ -96,7 +98,8 @@ def plan_(
         cache: file of remembered choices; see `planner.cache_of`.
 
     Errors: ValueError for an unknown plan, a layer that a named format cannot take, a weight that several modules
-    share under a named format, or several ranks; nothing changes then, nor after an example that the model refuses.
+    share under a named format, several ranks, a model that another thread works with or that was made in inference
+    mode; nothing changes then, nor after an example that the model refuses.
     """
     found = require_sparse_layers(model)
     check_plan(plan)
@@ -140,7 +143,7 @@ def _tell_of_shapes() -> None:
         "(decay where p.ndim >= 2, Muon) find none: take sparsecore.decay_groups(model, weight_decay), or plan='mask', "
         "which keeps matrices; told once",
         SparsityWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -330,6 +333,7 @@ def _step_time(
     return step_time(model, example, update, captured=captured)
 
 
+@sole("remask_")
 def remask_(
     model: nn.Module,
     masks: Mapping[str, Tensor],
@@ -341,8 +345,8 @@ def remask_(
     entries; what has grown starts at 0.  Formats stay, nothing is measured anew.  Averages of a planned model
     (EMA) and optimisers that are not given hold the old places: make them anew.
 
-    Errors: ValueError for a layer that is not there or has no mask, a mask of another shape or dtype, or masks
-    that differ between the ranks of a process group; nothing changes then.
+    Errors: ValueError for a layer that is not there or has no mask, a mask of another shape or dtype, masks that
+    differ between the ranks of a process group, a model that another thread works with; nothing changes then.
     """
     layers = sparse_layers(model)
     require_equal_ranks(masks)

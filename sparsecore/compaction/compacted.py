@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from ..batches import kind_of
+from ..claims import sole
 from ..convert import plain_state, require_dense_parameters, require_sparse_layers, sparse_layers
 from ..layer import SparseLayer
 from ..patterns import Dense, Masked, Planned
@@ -141,6 +142,7 @@ class Compacted:
         return self.table()
 
 
+@sole("compact")
 def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compacted:
     """A smaller copy of a masked model that computes and trains the same.
 
@@ -150,7 +152,7 @@ def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compac
             computes in evaluation, and folds any constant unit into the biases of its readers.
 
     Errors: ValueError without sparse layers, for patterns other than Masked and Dense, and for a model
-        that cannot be traced.
+        that cannot be traced, or that another thread works with.
     """
     for name, layer in require_sparse_layers(model).items():
         if not isinstance(layer.pattern, (Dense, Masked)):

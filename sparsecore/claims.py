@@ -1,0 +1,126 @@
+"""One thread at a time searches, trains or changes a model; a second one is refused before it begins.
+
+Models that share a module, a parameter or a buffer count as one.  A thread may do within what it does already: a search
+trains, and its `watch` evaluates.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from threading import Lock, get_ident
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from .batches import kind_of
+from .patterns import Dense, Gated, Masked, Planned
+
+P, R = ParamSpec("P"), TypeVar("R")
+
+
+class _Claim(NamedTuple):
+    thread: int
+    what: str
+    of: Any  # kept alive: another object must not come by its id
+
+
+_claims: dict[int, _Claim] = {}
+_lock = Lock()
+
+
+@contextmanager
+def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[None]:
+    """The model is this thread's inside.
+
+    Args:
+        what: is done to it, in an error's words.
+        shared: only refuse, so that others may do the same at once.
+
+    Errors: ValueError where another thread searches, trains or changes it, or what it shares with another model.
+    """
+    parts, me = _parts(model), get_ident()
+    with _lock:
+        for key in parts:
+            other = _claims.get(key)
+            if other is not None and other.thread != me:
+                raise ValueError(
+                    f"model: expected one that no other thread works with, got one that is under {other.what} there "
+                    f"already, or shares a module or a parameter with such a one; {what} can begin when that has "
+                    "ended, or on a copy.deepcopy made before"
+                )
+        own = {} if shared else {key: part for key, part in parts.items() if key not in _claims}
+        _claims.update({key: _Claim(me, what, part) for key, part in own.items()})
+    try:
+        yield
+    finally:
+        with _lock:
+            for key in own:
+                del _claims[key]
+
+
+def _parts(model: nn.Module) -> dict[int, Any]:
+    """All that two models can have in common, by id; patterns are their layers'."""
+    found: list[Any] = []
+    for module in model.modules():
+        if not isinstance(module, (Dense, Gated, Masked, Planned)):
+            tensors = (*module._parameters.values(), *module._buffers.values())
+            found += [module, *(t for t in tensors if t is not None)]
+    return {id(part): part for part in found}
+
+
+def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """A function of a `model` that has it for itself, and leaves tensors that can train, under
+    `torch.inference_mode` too.
+
+    Args:
+        what: it does, in an error's words.
+        differentiates: whether it takes gradients, under `torch.no_grad` too.
+
+    Errors: TypeError for what is no module; ValueError as `claimed`, and for parameters made in inference mode.
+    """
+
+    def of(function: Callable[P, R]) -> Callable[P, R]:
+        place = list(signature(function).parameters).index("model")
+
+        @functools.wraps(function)
+        def alone(*args: P.args, **kwargs: P.kwargs) -> R:
+            if len(args) <= place and "model" not in kwargs:
+                return function(*args, **kwargs)  # which says what it lacks
+            model: Any = args[place] if len(args) > place else kwargs["model"]
+            require_trainable_tensors(require_module(model, what), what)
+            with claimed(model, what), torch_that_trains(differentiates):
+                return function(*args, **kwargs)
+
+        return alone
+
+    return of
+
+
+def require_module(model: Any, what: str) -> nn.Module:
+    """The model.  Errors: TypeError for what is none."""
+    if not isinstance(model, nn.Module) or isinstance(model, type):
+        raise TypeError(f"{what}: expected a model, an nn.Module, got {kind_of(model)}")
+    return model
+
+
+def require_trainable_tensors(model: nn.Module, what: str) -> None:
+    """Errors: ValueError for a parameter or buffer that PyTorch will never let train."""
+    for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if t.is_inference():
+            raise ValueError(
+                f"{what}: expected a model that can train, got {name} made under torch.inference_mode(), which never "
+                "can; make, load and copy the model outside of it"
+            )
+
+
+@contextmanager
+def torch_that_trains(differentiates: bool) -> Iterator[None]:
+    """Outside of inference mode, and with gradients if they are taken."""
+    if not torch.is_inference_mode_enabled():
+        with torch.set_grad_enabled(differentiates or torch.is_grad_enabled()):
+            yield
+        return
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiates):
+        yield
