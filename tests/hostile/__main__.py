@@ -15,14 +15,26 @@ from pathlib import Path
 
 import torch
 
+from .disk import filling
 from .files import prepared, spoiling
+from .kill import killing
 from .sandbox import Input, Outcome, Run, outcomes
 from .valid import KINDS
+from .works import WORKS, referred
 
 
 def kinds(cache: Path) -> dict[str, Run]:
     """Every kind of input by its name."""
-    return {name: spoiling(name, cache) for name in KINDS}
+    files = {name: spoiling(name, cache) for name in KINDS}
+    return files | {"full disk": filling(cache), "kill": killing(cache)}
+
+
+def needed(chosen: dict[str, Run], cache: Path) -> list[Input]:
+    """What is made before: valid files, and what commands come to undisturbed."""
+    made = [Input(name, 0, prepared(name, cache)) for name in chosen if name in KINDS]
+    if {"full disk", "kill"} & chosen.keys():
+        made += [Input(f"undisturbed {name}", 0, referred(name, cache)) for name in WORKS]
+    return made
 
 
 def seed_of(kind: str, seed: int, index: int) -> int:
@@ -44,10 +56,9 @@ def main() -> int:
         chosen = {name: run for name, run in kinds(cache).items() if fnmatch(name, given.kind)}
         if not chosen:
             parser.error(f"--kind: expected one of {', '.join(kinds(cache))}")
-        needed = [Input(name, 0, prepared(name, cache)) for name in chosen if name in KINDS]
-        for found in outcomes(needed, at_once=given.at_once, seconds=60):
+        for found in outcomes(needed(chosen, cache), at_once=given.at_once, seconds=60):
             if found.how != "fine":
-                tell(found, "valid files of ")
+                tell(found, "(before any input) ")
                 return 1
         seeds = range(-(-given.count // len(chosen)))
         inputs = [

@@ -7,7 +7,6 @@ from pathlib import Path
 from random import Random
 
 from .judge import Failure, Guard, contents
-from .mutations import spoiled
 from .sandbox import Run
 from .valid import KINDS, Kind
 
@@ -34,9 +33,9 @@ def spoiling(name: str, cache: Path) -> Run:
 def _run(kind: Kind, valid: Path, seed: int, folder: Path) -> str:
     rng, guard = Random(seed), Guard(folder)
     shutil.copytree(valid, folder, dirs_exist_ok=True)
-    found = sorted({path for pattern in kind.files for path in folder.glob(pattern)})
-    path = rng.choice(found)
-    data = spoiled(path, rng)
+    found = {path for pattern in kind.files for path in folder.glob(pattern) if path.is_file()}
+    path = rng.choice(sorted(found))
+    data = kind.spoil(path, rng)
     path.write_bytes(data)
     before, guard.strict = set(contents(folder)), True
     print(f"{path.relative_to(folder)}: {len(data):,} bytes")

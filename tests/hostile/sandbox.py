@@ -1,5 +1,6 @@
 """A process for each input: forked from a warm one, watched, and told apart by how it ended."""
 
+import contextlib
 import os
 import resource
 import shutil
@@ -47,18 +48,23 @@ class _Try:
         self.input, self.end = given, time.monotonic() + seconds
         self.seconds = seconds
         self.folder = Path(tempfile.mkdtemp(prefix="hostile-"))
-        self.said = tempfile.TemporaryFile()  # noqa: SIM115  closed with the try
-        self.killed = ""
+        self.read, said = os.pipe()  # which no limit of files' sizes stops
+        os.set_blocking(self.read, False)
+        self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
         self.most = _resident(os.getpid()) + BYTES
         self.pid = os.fork()
         if self.pid == 0:
-            _child(given, self.folder, self.said.fileno())
+            _child(given, self.folder, said)
+        os.close(said)
 
     def outcome(self) -> Outcome | None:
         """How it ended; None while it goes on."""
         pid, status, usage = os.wait4(self.pid, os.WNOHANG)
+        with contextlib.suppress(BlockingIOError):
+            while piece := os.read(self.read, 1 << 16):
+                self.said += piece
         if pid == 0:
             if not self.killed and time.monotonic() > self.end:
                 self._kill(f"took more than {self.seconds:g} s")
@@ -66,9 +72,8 @@ class _Try:
                 self._kill("took more than 1 GB of memory")
             return None
         _end_group(self.pid)  # what it has started itself
-        self.said.seek(0)
-        said = self.said.read().decode(errors="replace")
-        self.said.close()
+        said = self.said.decode(errors="replace")
+        os.close(self.read)
         shutil.rmtree(self.folder, ignore_errors=True)
         code = os.waitstatus_to_exitcode(status)
         if self.killed:

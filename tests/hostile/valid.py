@@ -12,7 +12,7 @@ from random import Random
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 import sparsecore as sc
@@ -26,6 +26,7 @@ from sparsecore.training import History
 
 from .faults import Changes, Stopped, stop
 from .judge import Failure, call, command
+from .mutations import spoiled
 
 EAGER = ["--engine", "eager", "--device", "cpu"]
 DATA = ["--data", "digits", "--train-samples", "96", "--model-option", "width=0.05", "--recipe", "batch=32"]
@@ -41,12 +42,14 @@ class Kind:
         files: globs of those that are spoiled.
         read: gives them to who reads them, by one of several ways, in the current folder.
         writes: globs of what may be there afterwards besides.
+        spoil: what a file might hold instead.
     """
 
     make: Callable[[], None]
     files: tuple[str, ...]
     read: Callable[[Random], str]
     writes: tuple[str, ...] = ()
+    spoil: Callable[[Path, Random], bytes] = spoiled
 
 
 # --- A task that takes milliseconds --------------------------------------------------------------------
@@ -408,19 +411,22 @@ def make_weights() -> None:
     torch.save(load_file("w.safetensors"), "w.pt")
 
 
-def start_from(rng: Random) -> str:
-    """From either file; that of torch.save is spoiled in its own ways too."""
-    name = rng.choice(["w.safetensors", "w.pt"])
-    if name == "w.pt" and rng.random() < 0.5:
+def spoil_weights(path: Path, rng: Random) -> bytes:
+    """As any file, and state_dicts of other things than tensors."""
+    if path.suffix == ".pt" and rng.random() < 0.6:
         state = load_file("w.safetensors")
         key, odd = rng.choice(sorted(state)), rng.choice(_ODD)(next(iter(state.values())))
-        torch.save(rng.choice([state | {key: odd}, {"state_dict": state | {key: odd}}, odd, [state]]), name)
-    if name == "w.safetensors" and rng.random() < 0.2:
-        save_file({f"module.{k}": v for k, v in load_file(name).items()}, name)
-    how = command([*WEIGHTS, "--weights", name])
+        whole = state | {key: odd}
+        torch.save(rng.choice([whole, whole, {"state_dict": whole}, odd, [state]]), path)
+        return path.read_bytes()
+    return spoiled(path, rng)
+
+
+def start_from(rng: Random) -> str:
+    hows = [command([*WEIGHTS, "--weights", name]) for name in ("w.safetensors", "w.pt")]
     if Path("ran").exists():
         raise Failure("code in a file was run")
-    return how
+    return "refused" if "refused" in hows else "fine"
 
 
 _ODD: list[Callable[[torch.Tensor], Any]] = [
@@ -453,5 +459,5 @@ KINDS: dict[str, Kind] = {
     ),
     "plan cache": Kind(make_plans, ("p.json",), lambda rng: command([*PLAN, *EAGER])),
     "moments": Kind(make_moments, ("images/.sparsecore-moments.safetensors",), look_at_images),
-    "start weights": Kind(make_weights, ("w.*",), start_from, ("u.safetensors",)),
+    "start weights": Kind(make_weights, ("w.*",), start_from, ("u.safetensors",), spoil_weights),
 }
