@@ -11,17 +11,10 @@ from torch import nn
 
 from .console import console, write_json
 from .data import Batches, Dataset, folder_of
-from .experiment import (
-    Setup,
-    batches_of_setup,
-    data_of,
-    model_of,
-    setup_of,
-    tell_other_data,
-    with_data,
-)
-from .options import DataDir, Device, ImageSize, Json, device_of, given
+from .experiment import Setup, batches_of_setup, model_of
+from .options import DataDir, Device, ImageSize, Json, TicketData, device_of, given
 from .paths import Paths, check_paths
+from .provenance import data_of_ticket, setup_of, tell_other_data, with_data
 from .tickets import Ticket
 
 TicketFile = Annotated[Path, typer.Argument(help="A ticket file.")]
@@ -59,7 +52,7 @@ class Results:
     def wrote(self, result: Mapping[str, Any], *paths: Path) -> None:
         """Tells of files, and writes the JSON result."""
         for path in paths:
-            console.print(f"wrote  {path}", soft_wrap=True)
+            console.line(f"wrote  {path}")
         write_json(self.json_file, dict(result))
 
 
@@ -91,6 +84,7 @@ class Case(Results):
 
 def _case(
     ticket: TicketFile,
+    data: TicketData = None,
     data_dir: DataDir = None,
     image_size: ImageSize = None,
     out: Out = OUT,
@@ -99,9 +93,9 @@ def _case(
 ) -> Case:
     target = device_of(device)
     loaded = Ticket.load(ticket)
-    setup = with_data(setup_of(loaded), None, image_size)
+    setup = with_data(setup_of(loaded), data, image_size)
     Results(out, json_file).check({"the ticket": ticket}, setup.data)
-    dataset = data_of(setup, data_dir)
+    dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
     return Case(out, json_file, ticket, loaded, setup, dataset, target)
 

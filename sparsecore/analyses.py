@@ -27,8 +27,9 @@ from .experiment import Setup, batches_of_setup, data_of, new_model, start_model
 from .fields import choose
 from .gates import GATES, AbstractGate
 from .layer import weight_key
-from .options import Device, Seed, device_of, numbers, seeds_from, with_setup
+from .options import Device, Seed, StartWeights, device_of, listed, numbers, seeds_from, with_setup
 from .progress import Progress
+from .provenance import with_weights
 from .regions import angular_distances, round_paths
 from .rounds import load_rounds
 from .sanity import CHECKS, table_of
@@ -226,17 +227,20 @@ def sanity(
     case: Case,
     checks: Annotated[str, typer.Option(help="With commas.")] = ",".join(CHECKS),
     seeds: Annotated[int, typer.Option(help="How many pairs, counted up from --seed.")] = 3,
+    weights: StartWeights = None,
     seed: Seed = 0,
 ) -> None:
     """Search as the ticket was searched, with several seeds, and compare with controls: one-sided paired tests."""
     method, sparsity = case.ticket.meta.get("search"), case.ticket.meta.get("sparsity")
     if not (isinstance(method, str) and isinstance(sparsity, float)):
         raise TicketError("the ticket's provenance does not name its search; find it again")
-    chosen = [choose("checks", c.strip(), CHECKS) for c in checks.split(",") if c.strip()]
+    chosen = [choose("checks", c, CHECKS) for c in listed(checks, "checks")]
     wanted = seeds_from(seed, seeds)
     if not chosen:
         raise ValueError(f"checks: expected some of {', '.join(CHECKS)}, got none")
-    comparison = Comparison(case.file("sanity"), case.setup)
+    setup = with_weights(case.setup, weights)
+    case.check({"the ticket": case.path, "--weights": setup.weights_file})
+    comparison = Comparison(case.file("sanity"), setup)
     with Progress() as progress:
         comparison.run(
             case.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],

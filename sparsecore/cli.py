@@ -1,7 +1,6 @@
 """The command line: `sparsecore demo | search | train | plan | info | compare | analyze`."""
 
 import dataclasses
-import shlex
 import sys
 import warnings
 from pathlib import Path
@@ -28,13 +27,11 @@ from .experiment import (
     model_of,
     new_model,
     rewind_point,
-    setup_of,
-    tell_other_data,
     train_on,
-    with_data,
 )
 from .fields import choose
 from .methods import METHODS
+from .metrics_file import lines_of
 from .options import (
     DataDir,
     Device,
@@ -45,16 +42,20 @@ from .options import (
     PlanName,
     RecipeOption,
     Seed,
+    TicketData,
     Version,
     device_of,
+    listed,
     numbers,
     recipe_with,
     seeds_from,
     with_setup,
 )
-from .paths import check_cache, check_metrics, check_paths
+from .paths import check_cache, check_paths
 from .plans import check_plan
+from .printable import shell_word
 from .progress import Progress
+from .provenance import data_of_ticket, setup_of, tell_other_data, with_data
 from .recipes import recipe_for
 from .search import Rewinding
 from .setups import Setup, check_epochs, unused_options
@@ -62,6 +63,8 @@ from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 from .training_plan import plan_for
+
+_MOST_RUNS = 100_000  # of a comparison
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -135,16 +138,20 @@ def search(
     if own.rewind_epochs:
         dense_part.unlink(missing_ok=True)
     result = {"ticket": str(out), "method": method, "seconds": seconds}
-    console.print(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
+    console.line(f"{method}: {100 * ticket.sparsity:.3f} % sparse, {seconds:.1f} s of search")
     show(covered_of(ticket))
     if (told := short_search(ticket)) is not None:
-        console.print(told)
+        console.line(told)
+    named = [] if datasets.folder_of(setup.data) is None else ["--data", setup.data]
     there = [] if data_dir is None else ["--data-dir", str(data_dir)]
-    console.print(
-        f"ticket  {out}\nnext    {shlex.join(['sparsecore', 'train', str(out), *there])}",
-        soft_wrap=True,
-    )
+    show([f"ticket  {out}", f"next    {command('train', out, *named, *there)}"])
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
+
+
+def command(name: str, ticket: Path, *options: str) -> str:
+    """A command on a ticket, to be copied into a shell."""
+    file = f"./{ticket}" if str(ticket).startswith("-") else str(ticket)
+    return " ".join(map(shell_word, ["sparsecore", name, file, *options]))
 
 
 def _unused_rounds(setup: Setup, method: str, rounds: Path | None) -> list[str]:
@@ -163,7 +170,7 @@ def train(
     sanity: Annotated[
         str | None, typer.Option(help=f"Train a control instead: {', '.join(SANITIES)}.")
     ] = None,
-    data: Annotated[str | None, typer.Option(help="Default: the ticket's own.")] = None,
+    data: TicketData = None,
     data_dir: DataDir = None,
     recipe: RecipeOption = None,
     metrics: Annotated[Path | None, typer.Option(help="Append one JSON line an epoch.")] = None,
@@ -197,13 +204,14 @@ def train(
     )
     others = {"--json": json_file, "--metrics": metrics, "--checkpoint": checkpoint, "--save": save}
     check_cache(cache, {"the ticket": ticket, **others})
-    check_metrics(metrics)
+    if metrics is not None:
+        lines_of(metrics)  # are there others than those of runs?
     if checkpoint is not None and checkpoint.exists():
         read_checkpoint(checkpoint)  # of this run or not, which training tells
     if epochs is None:
         epochs = 0 if loaded.finished else setup.train_epochs
     chosen = recipe_with(setup.recipe, recipe)
-    dataset = data_of(setup, data_dir)
+    dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
@@ -250,6 +258,9 @@ def info(
     json_file: Json = None,
 ) -> None:
     """Show a ticket's layers, live rows and columns, and where it comes from; --json has all of it."""
+    device_of(
+        device
+    )  # it looks at the file alone, and a device that there is not is a slip all the same
     check_paths({"the ticket": ticket}, written={"--json": json_file})
     loaded = Ticket.load(ticket)
     table, rows = layers_of(loaded, str(ticket))
@@ -257,7 +268,7 @@ def info(
     console.print(provenance_of(loaded))
     show(covered_of(loaded))
     show([*of_masks(loaded.masks), *filter(None, [short_search(loaded)])])
-    console.print(f"mask hash {loaded.hash}", soft_wrap=True)
+    console.line(f"mask hash {loaded.hash}")
     write_json(
         json_file,
         {"sparsity": loaded.sparsity, "hash": loaded.hash, "layers": rows, "meta": loaded.meta},
@@ -270,7 +281,7 @@ def plan(
     batch: Annotated[int | None, typer.Option(help="Default: the recipe's.")] = None,
     plan: PlanName = "auto",
     cache: PlanCache = None,
-    data: Annotated[str | None, typer.Option(help="Default: the ticket's own.")] = None,
+    data: TicketData = None,
     data_dir: DataDir = None,
     recipe: RecipeOption = None,
     image_size: ImageSize = None,
@@ -290,13 +301,13 @@ def plan(
     chosen = recipe_with(setup.recipe, recipe)
     if batch is not None:
         chosen = dataclasses.replace(chosen, batch=batch)
-    dataset = data_of(setup, data_dir)
+    dataset = data_of_ticket(setup, data, data_dir)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
     table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
-    console.print(planned.told, "", soft_wrap=True)
+    show([planned.told, ""])
     console.print(table)
-    console.print(*lines, sep="\n", soft_wrap=True)
+    show(lines)
     write_json(json_file, {"plan": plan, "batch": chosen.batch, "layers": rows})
 
 
@@ -325,11 +336,16 @@ def compare(
     """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
     target = device_of(device)
     check_engine(engine, target)
-    chosen = [check_method(setup, m.strip()) for m in methods.split(",") if m.strip()]
+    chosen = [check_method(setup, method) for method in listed(methods, "methods")]
     wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
     if not chosen:
         raise ValueError("compare: expected at least one method, got none")
-    report(setup, data_dir, chosen, wanted, seeds_from(seed, seeds), out, target, json_file, engine)
+    counted = seeds_from(seed, seeds)
+    if (runs := len(chosen) * len(wanted) * len(counted)) > _MOST_RUNS:
+        raise ValueError(
+            f"compare: expected at most {_MOST_RUNS:,} runs, got {runs:,}; take fewer methods, sparsities or seeds"
+        )
+    report(setup, data_dir, chosen, wanted, counted, out, target, json_file, engine)
 
 
 def report(
@@ -357,7 +373,7 @@ def report(
     picture = comparison.plot()
     console.print(comparison.table())
     for cells, told in comparison.caveats.items():
-        console.print(f"{cells}: {told}")
+        console.line(f"{cells}: {told}")
     tickets = sorted((out / "tickets").glob("*.safetensors"))
     show(covered_of(Ticket.load(tickets[0])) if tickets else [])
     for what, path in (
@@ -365,7 +381,7 @@ def report(
         ("tickets", out / "tickets"),
         ("plot", picture),
     ):
-        console.print(f"{what:8}{path}", soft_wrap=True)
+        console.line(f"{what:8}{path}")
     write_json(json_file, {"rows": list(comparison.rows.values())})
 
 
@@ -392,12 +408,14 @@ def demo(
     methods = ["joint", "cts", "cts+shuffle", "snip", "magnitude", "random"]
     report(setup, None, methods, [0.95, 0.98, 0.99], seeds_from(seed, 2), out, target, json_file)
     best = out / "tickets" / f"joint-0.99-{seed}.safetensors"
-    console.print(
-        "\nTry next:\n"
-        f"  sparsecore info {best}\n"
-        f"  sparsecore train {best} --epochs 40 --sanity shuffle\n"
-        "  sparsecore compare --data fashion-mnist --sparsities 0.98,0.99,0.995",
-        soft_wrap=True,
+    show(
+        [
+            "",
+            "Try next:",
+            f"  {command('info', best)}",
+            f"  {command('train', best)} --epochs 40 --sanity shuffle",
+            "  sparsecore compare --data fashion-mnist --sparsities 0.98,0.99,0.995",
+        ]
     )
 
 

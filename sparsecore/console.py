@@ -2,23 +2,23 @@
 
 import json
 import re
-import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 import typer
-from rich.console import Console
+from PIL import Image
 
 from .data import DataWarning
+from .printable import Screen, one_line, tell
 from .start_weights import WeightsWarning
 from .telling import ShortSearchWarning, SparsityWarning
+from .writing import append, is_stream, put
 
-# What users name, folders say, is no markup.
-console = Console(markup=False, emoji=False)
+console = Screen()
 _TOLD = (SparsityWarning, DataWarning, WeightsWarning)
 _LINES = 3
 _TRIGGERED = re.compile(
@@ -30,16 +30,20 @@ def write_json(path: Path | None, result: dict[str, Any]) -> None:
     """Told in a line of its own where it cannot be written: what the command found is on the screen by then."""
     if path is None:
         return
+    text = json.dumps(result, indent=2) + "\n"
     try:
-        path.write_text(json.dumps(result, indent=2) + "\n")
-    except OSError as error:
-        raise ValueError(f"--json {path} could not be written: {error.strerror or error}") from None
+        if is_stream(path):
+            append(path, text)
+        else:
+            put(path, text.encode())
+    except ValueError as error:
+        raise ValueError(f"--json {error}") from None
 
 
-def show(lines: list[str]) -> None:
-    """Text as it is."""
+def show(lines: Iterable[str]) -> None:
+    """Text as it is, each in a line of its own."""
     for line in lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        console.line(line)
 
 
 @contextmanager
@@ -54,22 +58,22 @@ def warnings_at_the_end() -> Iterator[None]:
     with warnings.catch_warnings():
         for kind in _TOLD:
             warnings.simplefilter("always", kind)
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # refused by its own line
 
         def keep(message: Warning | str, category: type[Warning], *_: Any, **__: Any) -> None:
             if not issubclass(category, ShortSearchWarning):
                 kept = of_tickets if issubclass(category, SparsityWarning) else told
-                kept[_TRIGGERED.sub("", " ".join(str(message).split()))] = None
+                kept[_TRIGGERED.sub("", one_line(str(message)))] = None
 
         warnings.showwarning = keep
         try:
             yield
         finally:
             for line in [*told, *[*of_tickets][:_LINES]]:
-                print(f"warning: {line}", file=sys.stderr)
+                tell(f"warning: {line}")
             if len(of_tickets) > _LINES:
-                print(
-                    f"warning: and {len(of_tickets) - _LINES} more like these; sparsecore info tells of each ticket",
-                    file=sys.stderr,
+                tell(
+                    f"warning: and {len(of_tickets) - _LINES} more like these; sparsecore info tells of each ticket"
                 )
 
 
@@ -84,16 +88,27 @@ def _mend(error: RuntimeError | MemoryError) -> str | None:
 
 
 def run(app: Callable[..., Any], argv: list[str] | None) -> int:
-    """Runs a typer app.  Exit code 2 and one line for bad input, 130 when interrupted."""
+    """Runs a typer app.  Exit code 2 and one line for bad input or output that was lost, 130 when interrupted."""
+    console.begin()
+    code, message = _outcome(app, argv)
+    console.end()
+    if not message and not code and console.failure is not None:
+        code, message = 2, f"standard output could not be written: {console.failure}"
+    if message:
+        tell(message if code == 130 else f"error: {message}")
+    return code
+
+
+def _outcome(app: Callable[..., Any], argv: list[str] | None) -> tuple[int, str]:
+    """The exit code, and what is wrong."""
     try:
         code = app(argv, standalone_mode=False)
-        return code if isinstance(code, int) else 0
+        return code if isinstance(code, int) else 0, ""
     except (ValueError, OSError) as error:
         # A user's mistake or a full disk; anything else is a bug and keeps its traceback.
         message = str(error) or type(error).__name__
     except (KeyboardInterrupt, typer.Abort):
-        print("interrupted; run the same command again to go on", file=sys.stderr)
-        return 130
+        return 130, "interrupted; run the same command again to go on"
     except (RuntimeError, MemoryError) as error:
         if (mend := _mend(error)) is None:
             raise
@@ -103,7 +118,4 @@ def run(app: Callable[..., Any], argv: list[str] | None) -> int:
         if not hasattr(error, "format_message"):
             raise
         message = error.format_message()  # pyright: ignore[reportAttributeAccessIssue]
-    if message:
-        print(f"error: {' '.join(message.split())}", file=sys.stderr)
-        return 2
-    return 0
+    return (2 if message else 0), message

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .folders import DataWarning, Item, find_images
 from .images import DataError, ImageFiles
+from .kinds import checked
 from .named_data import NAMED, default_folder, read_named
 from .survey import Survey, moments, remember, remembered, sample_of, survey
 
@@ -84,6 +85,7 @@ class Dataset:
         return hashlib.sha256(repr((facts, parts)).encode()).hexdigest()
 
 
+@checked
 def load(
     name: str,
     data_dir: str | Path | None = None,
@@ -156,6 +158,15 @@ def _named(name: str, data_dir: str | Path | None, *, download: bool) -> Dataset
         name, Split(*train), Split(*test), known.classes, (channels, height, width), known.mean, known.std,
         known.flip_crop,
     )  # fmt: skip
+
+
+def lies_in(name: str, data_dir: str | Path | None = None) -> bool:
+    """Whether a data set of its own name lies in the data folder, the default one for None; digits always do."""
+    if name not in NAMED:
+        return name == "digits"
+    root = default_folder() if data_dir is None else Path(data_dir)
+    jpeg = data_dir is not None and name == "cifar10" and (root / "cifar10-jpeg").is_dir()
+    return jpeg or (root / NAMED[name].folder).is_dir()
 
 
 def limited(dataset: Dataset, samples: int | None) -> Dataset:

@@ -16,19 +16,21 @@ import torch
 from torch import nn
 
 from . import checkpoints
-from .convert import dense_layers, sparsify_
-from .data import Batches, Dataset, DataWarning, folder_of, limited, load
+from .convert import dense_layers, require_sparse_layers, sparsify_
+from .data import Batches, Dataset, folder_of, limited, load
 from .fields import choose
 from .forecheck import check_search
+from .granularity import parse_granularity
 from .methods import split
 from .progress import QUIET, Progress
+from .provenance import setup_of
 from .recipe import Recipe
 from .recipes import build
 from .search import Rewinding
 from .setups import Setup as Setup
-from .sparsities import check_sparsity
+from .sparsities import check_extent, check_sparsity
 from .start_weights import TRAINED, read_state, start_from_, start_trained_
-from .tickets import Ticket, TicketError
+from .tickets import Ticket
 from .training import History, evaluate, train
 
 SANITIES = (
@@ -38,29 +40,10 @@ SANITIES = (
 )  # controls made of a ticket; "corrupt" is a search of its own
 
 
-def tell_other_data(ticket: Ticket, setup: Setup, dataset: Dataset) -> None:
-    """Warns, by a DataWarning, where the ticket's own data is no longer what it was found on."""
-    found = ticket.meta.get("setup")
-    same = isinstance(found, dict) and found.get("data") == setup.data
-    if same and ticket.meta.get("data_digest", dataset.digest) != dataset.digest:
-        warnings.warn(
-            f"{setup.data}: these are other images, labels or sizes than those that the ticket was found on",
-            DataWarning,
-            stacklevel=2,
-        )
-
-
 def data_of(setup: Setup, data_dir: Path | None = None) -> Dataset:
     """The setup's data.  Errors: `data.DataError`."""
     found = load(setup.data, data_dir, image_size=setup.image_size)
     return limited(found, setup.train_samples)
-
-
-def with_data(setup: Setup, data: str | None, image_size: int | None) -> Setup:
-    """The setup on other data, or on its own where `data` is None; its image size is that of folders alone."""
-    name = setup.data if data is None else data
-    own = setup.image_size if folder_of(name) is not None else None
-    return replace(setup, data=name, image_size=own if image_size is None else image_size)
 
 
 def new_model(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
@@ -84,14 +67,16 @@ def _dense(setup: Setup, dataset: Dataset, seed: int) -> nn.Module:
 
 def _sparse(setup: Setup, model: nn.Module) -> nn.Module:
     _check_layers(setup, model)
-    return sparsify_(model, setup.filter)
+    sparse = sparsify_(model, setup.filter)
+    shapes = {name: layer.weight_shape for name, layer in require_sparse_layers(sparse).items()}
+    check_extent(shapes, parse_granularity(setup.granularity))
+    return sparse
 
 
 def _check_layers(setup: Setup, model: nn.Module) -> None:
     """Every glob has to name a layer: one with a slip of the pen would be passed over in silence."""
-    globs = () if setup.sparse_layers is None else setup.sparse_layers
     names = list(dense_layers(model))
-    for glob in (globs,) if isinstance(globs, str) else globs:
+    for glob in setup.globs:
         if not any(fnmatchcase(name, glob.removeprefix("!")) for name in names):
             raise ValueError(
                 f"layers: no layer matches {glob!r}; the model's are {', '.join(names[:8])}"
@@ -228,22 +213,6 @@ def find_ticket(
         setup = replace(setup, image_size=dataset.shape[-1])
     told = {"search": method, "setup": asdict(setup), "data_digest": dataset.digest}
     return replace(ticket, meta=meta | told), seconds
-
-
-def setup_of(ticket: Ticket) -> Setup:
-    """The setup a ticket was found in.  TicketError if its provenance does not say."""
-    try:
-        stored = dict(ticket.meta["setup"])
-        recipe = dict(stored.pop("recipe"))
-        recipe["milestones"] = tuple(recipe["milestones"])
-        if isinstance(stored.get("sparse_layers"), list):
-            stored["sparse_layers"] = tuple(stored["sparse_layers"])
-        return Setup(recipe=Recipe(**recipe), **stored)
-    except (KeyError, TypeError, ValueError) as error:
-        raise TicketError(
-            "the ticket's provenance does not name a model, data set and recipe this version can "
-            f"build ({error}); build the model yourself and use Ticket.apply_(model)"
-        ) from None
 
 
 def train_on(

@@ -38,6 +38,7 @@ Version = Annotated[
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 SEEDS = (-(2**63), 2**63 - 1)  # what torch.Generator takes, and a gate's noise
 _MOST_SEEDS = 10_000
+_MOST_LISTED = 1_000
 Seed = Annotated[
     int,
     typer.Option(
@@ -51,6 +52,12 @@ DataName = Annotated[
 ]
 DataDir = Annotated[
     Path | None, typer.Option(help="Where the data lies; without it, it is downloaded.")
+]
+TicketData = Annotated[
+    str | None,
+    typer.Option(
+        help="As search takes it; default: what the ticket names, if it lies in --data-dir or the default folder."
+    ),
 ]
 ModelOption = Annotated[
     list[str] | None,
@@ -148,7 +155,7 @@ def device_of(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
         raise ValueError(f"device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device.type == "cuda" and (device.index or 0) >= count:
@@ -245,10 +252,20 @@ def given(provider: Callable[..., Any], *names: str) -> Callable[[Callable], Cal
 with_setup = given(setup_of_options, "setup", "data_dir")
 
 
+def listed(text: str, what: str) -> list[str]:
+    """Texts with commas between, without blanks and empty ones.  Errors: ValueError for more than 1,000, which nobody
+    has the time for."""
+    found = [part.strip() for part in text.split(",") if part.strip()]
+    if len(found) > _MOST_LISTED:
+        raise ValueError(f"{what}: expected at most {_MOST_LISTED:,}, got {len(found):,}")
+    return found
+
+
 def numbers(text: str, what: str) -> list[float]:
-    """Finite numbers with commas between, at least one."""
+    """Finite numbers with commas between, at least one and at most 1,000.  Errors: ValueError otherwise."""
+    parts = listed(text, what)
     try:
-        found = [float(part) for part in text.split(",") if part.strip()]
+        found = [float(part) for part in parts]
     except ValueError:
         found = []
     if not found or not all(map(math.isfinite, found)):

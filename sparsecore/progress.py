@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
+
+from .printable import Screen, printable
+
+_MOST = 200  # characters beside a bar
 
 
 class Advance:
@@ -25,23 +28,23 @@ class Advance:
         """Shows values without moving on."""
         if self._bars is not None:
             text = "  ".join(f"{k} {_short(v)}" for k, v in values.items())
-            self._bars.update(self._task, note=text)
+            self._bars.update(self._task, note=printable(text, _MOST))
 
 
 class Progress:
     """`with Progress() as progress, progress.task("search", total=100) as advance: advance()`."""
 
     def __init__(self, *, enabled: bool = True) -> None:
-        console = self._console = Console(stderr=True)
+        console = self._console = Screen(stderr=True)
         self._enabled, self._told = enabled, set[str]()
         self._bars = None
         if enabled and console.is_terminal:
             self._bars = RichProgress(
-                TextColumn("{task.description:8}"),
+                TextColumn("{task.description:8}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=console,
                 transient=True,
             )
@@ -59,7 +62,7 @@ class Progress:
         """One line above the bars, once; an empty text is none."""
         if self._enabled and text and text not in self._told:
             self._told.add(text)
-            self._console.print(f"{what}  {text}", soft_wrap=True, markup=False, highlight=False)
+            self._console.line(f"{what}  {text}")
 
     @contextmanager
     def task(self, name: str, total: int) -> Iterator[Advance]:
@@ -67,7 +70,7 @@ class Progress:
         if self._bars is None:
             yield Advance(None, None)
             return
-        task = self._bars.add_task(name, total=total, note="")
+        task = self._bars.add_task(printable(name, _MOST), total=total, note="")
         try:
             yield Advance(self._bars, task)
         finally:

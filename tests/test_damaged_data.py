@@ -7,6 +7,7 @@ import pickle
 import struct
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,9 +236,7 @@ def test_what_is_missing_is_downloaded_and_damage_is_told_on_the_command_line(
         mnist(Path(root))
 
     monkeypatch.setattr(data, "default_folder", lambda: tmp_path)
-    changed = named_data.NAMED["mnist"].__class__(
-        **(vars(named_data.NAMED["mnist"]) | {"kind": download})
-    )
+    changed = replace(named_data.NAMED["mnist"], kind=download)
     monkeypatch.setitem(named_data.NAMED, "mnist", changed)
     assert len(data.load("mnist").train) == TRAIN and asked == [{"train": False, "download": True}]
     data.load("mnist")
