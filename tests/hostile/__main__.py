@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 
+from . import api, damage
 from .disk import filling
 from .files import prepared, spoiling
 from .kill import killing
 from .sandbox import Input, Outcome, Run, outcomes
+from .typed import before_typing, typing
 from .valid import KINDS
 from .works import WORKS, referred
 
@@ -26,12 +28,20 @@ from .works import WORKS, referred
 def kinds(cache: Path) -> dict[str, Run]:
     """Every kind of input by its name."""
     files = {name: spoiling(name, cache) for name in KINDS}
-    return files | {"full disk": filling(cache), "kill": killing(cache)}
+    return files | {
+        "data": damage.run,
+        "options": typing(cache),
+        "Python": api.run,
+        "full disk": filling(cache),
+        "kill": killing(cache),
+    }
 
 
 def needed(chosen: dict[str, Run], cache: Path) -> list[Input]:
     """What is made before: valid files, and what commands come to undisturbed."""
     made = [Input(name, 0, prepared(name, cache)) for name in chosen if name in KINDS]
+    if "options" in chosen:
+        made.append(Input("options", 0, before_typing(cache)))
     if {"full disk", "kill"} & chosen.keys():
         made += [Input(f"undisturbed {name}", 0, referred(name, cache)) for name in WORKS]
     return made
@@ -56,11 +66,13 @@ def main() -> int:
         chosen = {name: run for name, run in kinds(cache).items() if fnmatch(name, given.kind)}
         if not chosen:
             parser.error(f"--kind: expected one of {', '.join(kinds(cache))}")
+        counts = {name: Counter[str]() for name in chosen}
         for found in outcomes(needed(chosen, cache), at_once=given.at_once, seconds=60):
             if found.how != "fine":
                 tell(found, "(before any input) ")
-                return 1
-        seeds = range(-(-given.count // len(chosen)))
+                chosen.pop(found.input.kind, None)
+                counts.setdefault(found.input.kind, Counter())["failed"] += 1
+        seeds = range(-(-given.count // max(len(chosen), 1)))
         inputs = [
             Input(name, seed_of(name, given.seed, index), run)
             for index in seeds
@@ -68,7 +80,6 @@ def main() -> int:
         ][: given.count]
         if given.only is not None:
             inputs = [Input(name, given.only, run) for name, run in chosen.items()]
-        counts = {name: Counter[str]() for name in chosen}
         for found in outcomes(inputs, at_once=given.at_once):
             counts[found.input.kind][found.how] += 1
             if found.how == "failed":

@@ -131,7 +131,7 @@ WORKS: dict[str, Work] = {
     "search edge-popup": searching("edge-popup", "--search-epochs", "5"),
     "search rigl": searching("rigl:interval=4"),
     "search magnitude": searching("magnitude"),
-    "search synflow": searching("synflow", unit=2),
+    "search synflow": searching("synflow"),
     "Search.save": in_python("cts"),
     "Rewinding.save": in_python("rewinding"),
     "many.save": replace(in_python("many"), unit=12),
