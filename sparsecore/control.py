@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kinds import check_fields
 
 State = dict[str, Tensor]
 
@@ -62,9 +63,9 @@ class GradBalance(AbstractController):
     and pulls in proportion to the excess, so that the density keeps to its target.
 
     Args:
-        slack: puts the target above the wanted density; 1.1 in the paper.
+        slack: puts the target above the wanted density, which it is a multiple of, 0.5 to 2; 1.1 in the paper.
         momentum: the average's.
-        band: percent above the target from which the whole average pulls; 0: none, as in the paper.
+        band: percent above the target from which the whole average pulls, at most 100; 0: none, as in the paper.
 
     Errors: ValueError for a number out of range.
     """
@@ -74,10 +75,11 @@ class GradBalance(AbstractController):
     band: float = 0.0
 
     def __post_init__(self) -> None:
+        check_fields(self)
         checks = (
-            ("slack", self.slack, self.slack > 0, "a positive number"),
+            ("slack", self.slack, 0.5 <= self.slack <= 2, "a factor of 0.5 to 2 on the density"),
             ("momentum", self.momentum, 0 <= self.momentum < 1, "0 <= momentum < 1"),
-            ("band", self.band, self.band >= 0, "percent, 0 (none) or more"),
+            ("band", self.band, 0 <= self.band <= 100, "percent, 0 (none) to 100"),
         )
         for name, value, good, expected in checks:
             if not good:
@@ -126,6 +128,7 @@ class Lagrangian(AbstractController):
     _SHARE: ClassVar[float] = 0.01  # of the logits' rate
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.lr is not None and not 0 < self.lr < math.inf:
             raise ValueError(f"lagrangian: expected a positive rate, or None, got {self.lr}")
 
@@ -161,9 +164,16 @@ class FixedPenalty(AbstractController):
 
     Args:
         weight: None: the one that leads to the ticket's sparsity, which takes several searches to find.
+
+    Errors: ValueError for a negative weight, which would reward density, and one that is not finite.
     """
 
     weight: float | None = None
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.weight is not None and not 0 <= self.weight < math.inf:
+            raise ValueError(f"fixed: expected lambda of at least 0, or None, got {self.weight}")
 
     @property
     def aims(self) -> bool:

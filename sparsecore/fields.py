@@ -13,6 +13,8 @@ from .objectives import OBJECTIVES, Objective
 
 T = TypeVar("T")
 _WHOLE = 2**63  # an int64's, which counts and seeds become
+# What float32 holds, in which networks compute: a larger number is infinite there, a smaller one 0.
+LARGEST, SMALLEST = 3.4e38, 1.2e-38
 
 
 def choose(what: str, name: str, valid: Any) -> str:
@@ -25,7 +27,7 @@ def choose(what: str, name: str, valid: Any) -> str:
 def pairs(texts: list[str] | None, what: str) -> dict[str, Any]:
     """KEY=VALUE texts; a value is JSON where it parses, else a string.
 
-    Errors: ValueError for a text without a key or a value, and for a number that is not finite.
+    Errors: ValueError for a text without a key or a value, a key that is given twice, and a number that is not finite.
     """
     options: dict[str, Any] = {}
     for text in texts or []:
@@ -33,13 +35,18 @@ def pairs(texts: list[str] | None, what: str) -> dict[str, Any]:
         if not (key and equals):
             raise ValueError(f"{what}: expected KEY=VALUE, got {text!r}")
         try:
-            options[key] = json.loads(value)
+            found = json.loads(value)
         except (ValueError, RecursionError):  # also digits beyond Python's limit
-            options[key] = value
-        if not _finite(options[key]):
+            found = value
+        if not _finite(found):
             raise ValueError(
                 f"{what} {key}: expected a finite number (a whole one of 64 bits), got {value}"
             )
+        if key in options:
+            raise ValueError(
+                f"{what} {key}: expected one value, got {options[key]!r} and {found!r}; give one"
+            )
+        options[key] = found
     return options
 
 
@@ -52,13 +59,18 @@ def _finite(value: Any) -> bool:
     return not isinstance(value, int) or -_WHOLE <= value < _WHOLE
 
 
+def held_as_float32(number: float) -> bool:
+    """Whether float32 holds a number as it is, to rounding: 0, or one that neither overflows nor vanishes."""
+    return number == 0 or SMALLEST <= abs(number) <= LARGEST
+
+
 def objective_of(text: str) -> Objective:
     """An objective by name."""
     return OBJECTIVES[choose("objective", text, OBJECTIVES)]
 
 
 def control_of(text: str) -> AbstractController:
-    """A controller by name, or NAME=NUMBER for its first field, such as fixed=0.5."""
+    """A controller by name, or NAME=NUMBER for the field that it is named for, such as fixed=0.5."""
     return _named("control", text, CONTROLS)
 
 
@@ -73,7 +85,8 @@ _MAKERS = {Objective: objective_of, AbstractController: control_of, AbstractGate
 def replaced(value: T, options: Mapping[str, Any], what: str) -> T:
     """The frozen dataclass `value` with fields from `pairs`.
 
-    Errors: ValueError for an unknown field or a value of another type.
+    Errors: ValueError for an unknown field, a value of another type or out of range, and a number that float32 does
+    not hold.
     """
     hints = {key: hint for key, hint in get_type_hints(type(value)).items() if _settable(hint)}
     made = {}
@@ -87,7 +100,11 @@ def replaced(value: T, options: Mapping[str, Any], what: str) -> T:
         else:
             name = hint.__name__ if isinstance(hint, type) else hint
             raise ValueError(f"{what} {key}: expected {name}, got {text!r}")
-    return dataclasses.replace(value, **made)  # type: ignore[type-var]
+    changed = dataclasses.replace(value, **made)  # type: ignore[type-var]
+    for key, number in made.items():
+        if isinstance(number, float) and not held_as_float32(number):
+            raise ValueError(f"{what} {key}: expected a number that float32 holds, got {number}")
+    return changed
 
 
 def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
@@ -96,8 +113,8 @@ def _named(what: str, text: str, table: Mapping[str, Any]) -> Any:
     if not equals:
         return make()
     try:
-        if not math.isfinite(value := float(number)):
-            raise ValueError("not a finite one")
+        if not held_as_float32(value := float(number)):
+            raise ValueError("not a finite one that float32 holds")
         return make(value)
     except (TypeError, ValueError) as error:
         raise ValueError(

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from .convert import require_sparse_layers
 from .objectives import Net, features
+from .recipe import MOST_EPOCHS
 from .scores import grasp
 from .search import Iterative, OneShot
 from .sparsities import by_layer, check_possible, check_sparsity
-
-MOST_EPOCHS = 1_000_000
 
 
 def check_search(search: Any, model: nn.Module, sparsity: float, x: Tensor) -> None:

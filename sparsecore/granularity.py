@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kinds import check_fields
+
+_WIDEST = 2**31 - 1  # the kernels' arithmetic is of 32 bits within a row
 
 
 class Granularity(ABC):
@@ -78,8 +81,9 @@ class Block(Granularity):
     w: int
 
     def __post_init__(self) -> None:
-        if self.h < 1 or self.w < 1:
-            raise ValueError(f"block: expected sides of at least 1, got {self.h}x{self.w}")
+        check_fields(self)
+        if not (1 <= self.h <= _WIDEST and 1 <= self.w <= _WIDEST):
+            raise ValueError(f"block: expected sides of 1 to {_WIDEST:,}, got {self.h}x{self.w}")
 
     @property
     def unit(self) -> kernels.Unit:
@@ -109,8 +113,9 @@ class NM(Granularity):
     m: int
 
     def __post_init__(self) -> None:
-        if not 1 <= self.n < self.m:
-            raise ValueError(f"N:M: expected 1 <= N < M, got {self.n}:{self.m}")
+        check_fields(self)
+        if not 1 <= self.n < self.m <= _WIDEST:
+            raise ValueError(f"N:M: expected 1 <= N < M <= {_WIDEST:,}, got {self.n}:{self.m}")
 
     @property
     def unit(self) -> kernels.Unit:
@@ -120,18 +125,24 @@ class NM(Granularity):
         return f"{self.n}:{self.m}"
 
 
+_SIDE = "([0-9]{1,30})"  # Python makes no number of thousands of digits
+
+
 def parse_granularity(text: str) -> Granularity:
-    """`weight`, `channel`, `block:HxW`, `vector:V` (V x 1) or `N:M`; the inverse of `str`."""
+    """`weight`, `channel`, `block:HxW`, `vector:V` (V x 1) or `N:M`; the inverse of `str`.
+
+    Errors: ValueError for another text, sides and groups that are none or beyond 32 bits.
+    """
     if text == "weight":
         return Weight()
     if text == "channel":
         return Channel()
-    if match := re.fullmatch(r"block:(\d+)x(\d+)", text):
+    if match := re.fullmatch(rf"block:{_SIDE}x{_SIDE}", text):
         return Block(int(match[1]), int(match[2]))
-    if match := re.fullmatch(r"vector:(\d+)", text):
+    if match := re.fullmatch(rf"vector:{_SIDE}", text):
         return Block(int(match[1]), 1)
-    if match := re.fullmatch(r"(\d+):(\d+)", text):
+    if match := re.fullmatch(rf"{_SIDE}:{_SIDE}", text):
         return NM(int(match[1]), int(match[2]))
     raise ValueError(
-        f"granularity: expected weight, channel, block:HxW, vector:V or N:M, got {text!r}"
+        f"granularity: expected weight, channel, block:HxW, vector:V or N:M, as in block:8x8, got {text!r}"
     )

@@ -1,6 +1,6 @@
 """Search methods by name, as the command line and comparisons know them: `cts`, `ltr:rate=0.3`, ..."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from .fields import choose, control_of, objective_of, pairs, replaced
 from .gates import Concrete
 from .granularity import parse_granularity
-from .recipe import Recipe
+from .recipe import MOST_EPOCHS, Recipe
 from .scores import SCORES
 from .search import (
     SET,
@@ -31,6 +31,14 @@ from .sparsities import DISTRIBUTIONS
 if TYPE_CHECKING:
     from .experiment import Setup
 
+# What takes time and memory before anything begins, by what it counts.
+_COUNTS = {
+    "epochs": "epochs",
+    "pace": "epochs",
+    "start_epoch": "start epoch",
+    "rounds": "rounds",
+    "updates": "updates",
+}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 G = TypeVar("G", bound=AbstractGateSearch)
 
@@ -227,7 +235,21 @@ def split(text: str) -> tuple[Method, dict[str, Any]]:
 
 
 def search_for(setup: "Setup", text: str, seed: int) -> Search:
-    """The search that a method's name and fields describe.  Errors: ValueError for bad ones."""
+    """The search that a method's name and fields describe.
+
+    Errors: ValueError for bad ones, and for more than a million epochs, rounds or updates.
+    """
     method, options = split(text)
-    search = method.build(setup, seed)
-    return replaced(search, options, text.partition(":")[0]) if options else search
+    search: Any = method.build(setup, seed)
+    _check_counts(options)
+    if options:
+        search = replaced(search, options, text.partition(":")[0])
+    _check_counts({name: getattr(search, name, None) for name in _COUNTS})
+    return search
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    for name, what in _COUNTS.items():
+        count = values.get(name)
+        if isinstance(count, int | float) and count > MOST_EPOCHS:
+            raise ValueError(f"search {what}: expected at most {MOST_EPOCHS:,}, got {count:,}")

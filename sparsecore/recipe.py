@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .kinds import check_fields
+
+MOST_EPOCHS = 1_000_000
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 _SCHEDULES = ("constant", "step", "cosine")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,6 +47,7 @@ class Recipe:
     augment: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         nesterov = not self.nesterov or self.optimizer != "sgd" or self.momentum > 0
         checks = (
             ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),
@@ -53,11 +57,11 @@ class Recipe:
             ("momentum", 0 <= self.momentum < 1, "0 <= momentum < 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("nesterov", nesterov, "false where sgd's momentum is 0"),
-            ("batch", self.batch >= 1, "at least 1"),
-            ("epochs", self.epochs >= 1, "at least 1"),
+            ("batch", 1 <= self.batch < 2**31, "1 to 2**31 - 1"),
+            ("epochs", 1 <= self.epochs <= MOST_EPOCHS, f"1 to {MOST_EPOCHS:,}"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "fractions between 0 and 1"),
             ("gamma", 0 < self.gamma <= 1, "0 < gamma <= 1"),
-            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0"),
+            ("warmup_epochs", 0 <= self.warmup_epochs <= MOST_EPOCHS, f"0 to {MOST_EPOCHS:,}"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "0 <= label_smoothing < 1"),
             ("accumulate", 1 <= self.accumulate <= self.batch, "1 <= accumulate <= batch"),
             ("ema", self.ema is None or 0 < self.ema < 1, "null or 0 < ema < 1"),

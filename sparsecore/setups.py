@@ -1,15 +1,13 @@
 """What is searched, as a frozen value: one model on one data set, and how tickets are searched and trained in it."""
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from .convert import Filter, is_prunable
-from .fields import choose
-from .forecheck import MOST_EPOCHS
+from .fields import choose, held_as_float32
 from .methods import DTYPES, search_for, split
-from .recipe import Recipe
+from .recipe import MOST_EPOCHS, Recipe
 from .recipes import check_options, recipe_for
 from .search import Search
 from .start_weights import TRAINED
@@ -17,6 +15,7 @@ from .start_weights import TRAINED
 _OF_SEARCHES = (
     "search_epochs", "search_lr", "gain_lr", "tau", "search_dtype", "channels_last", "objective", "control",
 )  # fmt: skip
+_LONGEST = 1_000  # characters of a glob: matching takes time with their square
 
 
 @dataclass(frozen=True)
@@ -69,15 +68,28 @@ class Setup:
         if not 1 <= self.search_batch < 2**31:
             raise ValueError(f"search batch: expected 1 to 2**31 - 1, got {self.search_batch}")
         for name in ("search_lr", "gain_lr", "tau"):
-            if not math.isfinite(getattr(self, name) or 0):
+            if not held_as_float32(getattr(self, name) or 0):
                 raise ValueError(
-                    f"{name.replace('_', ' ')}: expected a finite number, got {getattr(self, name)}"
+                    f"{name.replace('_', ' ')}: expected a finite number that float32 holds, got {getattr(self, name)}"
+                )
+        if self.train_samples is not None and self.train_samples < 1:
+            raise ValueError(f"train samples: expected at least 1, got {self.train_samples}")
+        for glob in self.globs:
+            if len(glob) > _LONGEST:
+                raise ValueError(
+                    f"layers: expected globs of at most {_LONGEST:,} characters, got one of {len(glob):,}"
                 )
         self.search("cts", seed=0)  # refuses its bad names and numbers
 
     @property
     def filter(self) -> Filter:
         return self.sparse_layers or is_prunable
+
+    @property
+    def globs(self) -> tuple[str, ...]:
+        """Those of `sparse_layers`."""
+        said = () if self.sparse_layers is None else self.sparse_layers
+        return (said,) if isinstance(said, str) else said
 
     @property
     def total_epochs(self) -> float:

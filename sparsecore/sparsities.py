@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from .granularity import NM, Granularity, Weight
+from .kinds import checked
 
 # From the layers' shapes and the density of all, the density of each.
 Distribution = Callable[[Mapping[str, torch.Size], float], dict[str, float]]
 
 
+@checked
 def check_sparsity(sparsity: float) -> float:
     """Returns `sparsity` unchanged; ValueError unless it is a number in [0, 1)."""
     if not 0 <= sparsity < 1:  # False for NaN too
@@ -22,11 +24,13 @@ def check_sparsity(sparsity: float) -> float:
     return sparsity
 
 
+@checked
 def kept_count(total: int, sparsity: float) -> int:
     """k = floor((1 - sparsity) * total), immune to binary rounding: (10, 0.9) keeps 1, not 0."""
     return math.floor((1 - check_sparsity(sparsity)) * total + 1e-6)
 
 
+@checked
 def top_k(scores: Tensor, k: int) -> Tensor:
     """Boolean mask of exactly the k largest scores; among equals the lower index wins.
 
@@ -46,11 +50,13 @@ def top_k(scores: Tensor, k: int) -> Tensor:
     return mask.view_as(scores)
 
 
+@checked
 def uniform_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
     """The same share of weights kept in every layer."""
     return dict.fromkeys(shapes, _check_density(density))
 
 
+@checked
 def erk_densities(shapes: Mapping[str, torch.Size], density: float) -> dict[str, float]:
     """Erdos-Renyi-Kernel: shares proportional to sum(shape) / prod(shape), at most 1 (Evci et al. 2020).
 
@@ -79,6 +85,7 @@ DISTRIBUTIONS: dict[str, Distribution | None] = {
 }
 
 
+@checked
 def by_layer(
     distribution: Distribution | None,
     shapes: Mapping[str, torch.Size],
@@ -98,6 +105,7 @@ def by_layer(
     return {name: whole * p for name, p in distribution(shapes, density / whole).items()}
 
 
+@checked
 def layer_counts(
     shapes: Mapping[str, torch.Size], sparsity: float, densities: Mapping[str, float]
 ) -> dict[str, int]:
@@ -137,6 +145,7 @@ class _Units(NamedTuple):
     possible: Tensor  # bool [units]
 
 
+@checked
 def masks_from_scores(
     scores: Mapping[str, Tensor],
     shapes: Mapping[str, torch.Size],
@@ -177,6 +186,7 @@ def masks_from_scores(
     return masks
 
 
+@checked
 def check_possible(
     shapes: Mapping[str, torch.Size],
     sparsity: float,
@@ -186,6 +196,18 @@ def check_possible(
     """The errors that `masks_from_scores` has for any scores, before there are any."""
     level = {name: torch.zeros(granularity.units(shape)) for name, shape in shapes.items()}
     masks_from_scores(level, shapes, sparsity, granularity, densities)
+
+
+def check_extent(shapes: Mapping[str, torch.Size], granularity: Granularity) -> None:
+    """Errors: ValueError for units that are larger than every layer, in one direction: no choice is left there."""
+    height = max(shape[0] for shape in shapes.values())
+    width = max(shape[1] if len(shape) > 1 else 1 for shape in shapes.values())
+    unit = granularity.unit
+    if unit.h > height or unit.w > width:
+        raise ValueError(
+            f"granularity: expected units within the layers, the largest of which have {height} rows and {width} columns, "
+            f"got {granularity}; take a smaller one"
+        )
 
 
 def _units(name: str, score: Tensor, shape: torch.Size, granularity: Granularity) -> _Units:

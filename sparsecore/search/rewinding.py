@@ -16,21 +16,24 @@ from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..engine import check_engine
 from ..granularity import NM, Granularity, Weight
+from ..kinds import check_fields
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
 from ..progress import QUIET, Progress
 from ..recipe import Recipe
 from ..regions import Repellent
 from ..rounds import Round, RoundError, round_files, round_path
-from ..safefile import FileError
 from ..sparsities import check_possible, check_sparsity, kept_count, masks_from_scores
 from ..telling import note_training
 from ..tickets import Ticket, dense_state
 from ..training import train
+from ..unsaved import Unsaved
+from ..writing import FileError, held
 from .protocol import SearchError, Watch
 from .told import telling
 
 _REWINDS = ("weights", "learning-rate")
+_MOST_ROUNDS = 10_000
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class Rewinding:
     engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_engine(self.engine)
         checks = (
             ("epochs", 0 < self.epochs < math.inf, "more than 0"),
@@ -101,12 +105,18 @@ class Rewinding:
     def count(self, sparsity: float) -> int:
         """How many networks a ticket of `sparsity` trains: the smallest n with (1 - rate)^n <= 1 - sparsity.
 
-        Errors: ValueError for a sparsity outside (0, 1).
+        Errors: ValueError for a sparsity outside (0, 1), and a rate that takes more than 10,000 rounds to get there.
         """
         if check_sparsity(sparsity) == 0:
             raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
         # 1 - 0.8 ** k is not binary: what is a millionth of a round above k takes k rounds.
-        return max(1, math.ceil(math.log1p(-sparsity) / math.log1p(-self.rate) - 1e-6))
+        rounds = math.log1p(-sparsity) / math.log1p(-self.rate)
+        if rounds > _MOST_ROUNDS:
+            raise ValueError(
+                f"rate: expected at most {_MOST_ROUNDS:,} rounds to a sparsity of {sparsity:g}, got {rounds:,.0f} at "
+                f"{self.rate:g}; take a higher rate"
+            )
+        return max(1, math.ceil(rounds - 1e-6))
 
     @telling
     def __call__(
@@ -154,7 +164,7 @@ class Rewinding:
         run = checkpoints.fingerprint(model, batches, replace(self, rounds=None), loss=by)
         start, told = dense_state(model), []
         optima: list[Mapping[str, Tensor]] = []  # of earlier rounds, where they count
-        with progress.task("rounds", total=count) as advance:
+        with held(self.rounds), progress.task("rounds", total=count) as advance:
             for index in range(count):
                 density = (1 - self.rate) ** index
                 masks = _prune(scores, shapes, 1 - density, self.granularity)
@@ -187,8 +197,7 @@ class Rewinding:
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         if self.rewind == "learning-rate":
             ticket = replace(ticket, weights=dense_state(_network(model, ticket.masks, start)))
-        files.remove()
-        return ticket
+        return replace(ticket, unsaved=Unsaved.of(files.temporaries())[0])
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         return {
@@ -328,18 +337,15 @@ class _Files:
         if path is not None:
             path.unlink(missing_ok=True)
 
-    def remove(self) -> None:
-        """The checkpoint, once the ticket is found."""
+    def temporaries(self) -> list[Path]:
+        """What is no longer needed once the ticket is saved, in the order in which it may go."""
         folder = self.checkpoint
         if folder is None:
-            return
+            return []
         patterns = ("training-*", "round-*") if self.temporary else ("training-*",)
         # The last round first: what a kill leaves is a shorter run then.
-        paths = sorted((p for pattern in patterns for p in folder.glob(pattern)), reverse=True)
-        for path in paths:
-            path.unlink()
-        if not any(folder.iterdir()):
-            folder.rmdir()
+        paths = (path for pattern in patterns for path in folder.glob(pattern))
+        return [*sorted(paths, reverse=True), folder]
 
 
 def _network(
