@@ -46,17 +46,19 @@ def test_the_next_command_sees_images_of_the_size_searched(
         return found
 
     monkeypatch.setattr(experiment, "load", seen)
+    monkeypatch.setattr(data, "load", seen)
     size = [] if asked is None else ["--image-size", str(asked)]
     model = ["--model", "resnet-20", "--rewind-epochs", "0"]
     command = [*SEARCH, *model]
     assert main([*command, "--epochs", "1", "--engine", "eager", *size, *OUT]) == 0
     if asked is None:  # images that are added move the median
         images(Path("pictures"), 20, count=40)
-    assert main(["train", "t", "--engine", "eager"]) == 0
-    assert main(["plan", "t", "--plan", "mask"]) == 0
-    assert main(["analyze", "instability", "t", "--points", "2", "--out", "a"]) == 0
+    named = ["t", "--data", "folder:pictures"]
+    assert main(["train", *named, "--engine", "eager"]) == 0
+    assert main(["plan", *named, "--plan", "mask"]) == 0
+    assert main(["analyze", "instability", *named, "--points", "2", "--out", "a"]) == 0
     assert set(sizes) == {asked or 12} and setup_of(Ticket.load("t")).image_size == (asked or 12)
-    assert main(["train", "t", "--engine", "eager", "--image-size", "16"]) == 0
+    assert main(["train", *named, "--engine", "eager", "--image-size", "16"]) == 0
     assert sizes[-1] == 16
 
 
@@ -79,11 +81,15 @@ def test_other_images_are_told(
     model = ["--model-option", "width=0.05", "--rewind-epochs", "0"]
     command = [*SEARCH, *model, "--epochs", "0.5"]
     assert main([*command, "--engine", "eager", *OUT]) == 0
-    assert main(["train", "t", "--engine", "eager"]) == 0
-    assert "other images" not in capsys.readouterr().err
-    images(Path("pictures"), seed=1)
-    assert main(["train", "t", "--engine", "eager"]) == 0
-    assert "warning: folder:pictures: these are other images" in capsys.readouterr().err
+    places = ("pictures", "./pictures/", str(tmp_path / "pictures"))
+    for changed in (False, True):
+        if changed:
+            images(Path("pictures"), seed=1)
+        for place in places:
+            named = ["--data", f"folder:{place}"]
+            assert main(["train", "t", *named, "--engine", "eager"]) == 0
+            told = f"warning: folder:{place}: these are other images" in capsys.readouterr().err
+            assert told is changed
 
 
 def test_digests_tell_data_apart_wherever_it_lies(tmp_path: Path) -> None:
