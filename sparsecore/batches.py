@@ -79,6 +79,24 @@ def size_of(batch: Batch) -> int:
     )
 
 
+def require_samples(batch: Batch) -> None:
+    """Errors: ValueError for a batch that nothing can be learnt from, whose loss would be a mean of nothing."""
+    if not size_of(batch):
+        raise ValueError(
+            f"batches: expected samples in every batch, got none in {kind_of(batch)}; leave empty batches out"
+        )
+
+
+def whole_epoch(batches: EpochBatches, index: int) -> Iterator[Batch]:
+    """The batches of an epoch.  Errors: DataEnded, by whoever reads to the end, for fewer than there should be."""
+    count = 0
+    for batch in batches.epoch(index):
+        yield batch
+        count += 1
+    if count < len(batches):
+        raise DataEnded(index, count, len(batches))
+
+
 def kind_of(value: Any) -> str:
     """A value in an error's words: its type, and a tensor's dtype and shape."""
     if isinstance(value, Tensor):

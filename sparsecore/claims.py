@@ -15,9 +15,11 @@ import torch
 from torch import nn
 
 from .batches import kind_of
+from .kinds import KindError, of_kinds
 from .patterns import Dense, Gated, Masked, Planned
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class _Claim(NamedTuple):
@@ -71,14 +73,15 @@ def _parts(model: nn.Module) -> dict[int, Any]:
 
 
 def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """A function of a `model` that has it for itself, and leaves tensors that can train, under
-    `torch.inference_mode` too.
+    """A function of a `model` that has it for itself, takes arguments of the kinds it says, and leaves tensors that can
+    train, under `torch.inference_mode` too.
 
     Args:
         what: it does, in an error's words.
         differentiates: whether it takes gradients, under `torch.no_grad` too.
 
-    Errors: TypeError for what is no module; ValueError as `claimed`, and for parameters made in inference mode.
+    Errors: KindError for what is no module, and as `kinds.checked`; ValueError as `claimed`, and for parameters made in
+    inference mode.
     """
 
     def of(function: Callable[P, R]) -> Callable[P, R]:
@@ -90,8 +93,9 @@ def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]
                 return function(*args, **kwargs)  # which says what it lacks
             model: Any = args[place] if len(args) > place else kwargs["model"]
             require_trainable_tensors(require_module(model, what), what)
+            given, named = of_kinds(function, args, kwargs)
             with claimed(model, what), torch_that_trains(differentiates):
-                return function(*args, **kwargs)
+                return function(*given, **named)
 
         return alone
 
@@ -99,9 +103,9 @@ def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]
 
 
 def require_module(model: Any, what: str) -> nn.Module:
-    """The model.  Errors: TypeError for what is none."""
+    """The model.  Errors: KindError for what is none."""
     if not isinstance(model, nn.Module) or isinstance(model, type):
-        raise TypeError(f"{what}: expected a model, an nn.Module, got {kind_of(model)}")
+        raise KindError(f"{what}: expected a model, an nn.Module, got {kind_of(model)}")
     return model
 
 

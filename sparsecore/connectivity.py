@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .batches import EpochBatches
 from .engine.evaluation import Evaluation
+from .kinds import checked
 from .linear_path import NO_CLASSES, STABLE, Of, State, check_points, threshold_of
 from .linear_path import LinearPath as LinearPath
 from .linear_path import barrier as barrier
@@ -36,6 +37,7 @@ class Instability(NamedTuple):
     second: dict[str, Tensor]
 
 
+@checked
 def instability(
     model: nn.Module,
     recipe: Recipe,
@@ -122,6 +124,7 @@ class RewindScan:
         return next(stable, None)
 
 
+@checked
 def rewind_by_instability(
     model: nn.Module,
     recipe: Recipe,

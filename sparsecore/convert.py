@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
-from .claims import sole
+from .claims import require_module, sole
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import Gated, Planned
@@ -218,7 +218,11 @@ def densify_(model: nn.Module) -> nn.Module:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """Sparse-capable layers by name, in the model's order; of several that share a weight the first alone."""
+    """Sparse-capable layers by name, in the model's order; of several that share a weight the first alone.
+
+    Errors: TypeError for what is no model.
+    """
+    require_module(model, "sparse_layers")
     found = {name: m for name, m in model.named_modules() if isinstance(m, SparseLayer)}
     inside = set(found.values())
     return {name: m for name, m in found.items() if m.leader is None or m.leader not in inside}

@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention
+from .kinds import checked
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import Masked, Planned
@@ -94,6 +95,7 @@ def told_share(covered: int, parameters: int, sparsity: float) -> str:
     )
 
 
+@checked
 def coverage(model: nn.Module) -> Coverage:
     """Which parameters sparse layers hold, how many their masks keep, and why the others stay dense."""
     layers: dict[int, SparseLayer] = {}

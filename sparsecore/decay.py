@@ -4,9 +4,11 @@ from typing import Any
 
 from torch import nn
 
+from .kinds import checked
 from .layer import SparseLayer
 
 
+@checked
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Parameter groups for an optimiser: weights decay, biases and normalisation do not.
 

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from typing_extensions import Self
 
 from . import kernels
+from .kinds import checked
 from .patterns import Formats, Masked, Planned
 from .zeros import Keeper, is_sharded, plain_python, require_one_mask, zero_outside_
 
@@ -33,6 +34,7 @@ class DecidedLayer(nn.Module):
     # Whether modules other than sparse layers compute with the parameter.
     shared = False
 
+    @checked
     def set_mask_(self, mask: Tensor) -> Self:
         """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
 
@@ -104,6 +106,7 @@ class DecidedLayer(nn.Module):
             self._decide(pattern)
         return self
 
+    @checked
     def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
         """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.
 

@@ -8,6 +8,7 @@ from torch import nn
 from .calls import normalises_by_batch
 from .claims import claimed, require_module
 from .engine import Evaluation
+from .kinds import checked
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
 
@@ -29,6 +30,7 @@ def metric_of(metric: LossLike, by: Loss) -> Loss | Literal["accuracy"] | None:
     return "accuracy"
 
 
+@checked
 def evaluate(
     model: nn.Module,
     batches: Any,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import kernels
+from .kinds import check_fields
 from .sparsities import check_sparsity, kept_count
 
 Project = Callable[[Tensor], Tensor]
@@ -106,6 +107,7 @@ class Concrete(_SpecifiedGate):
     tau: float = 2 / 3
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _positive("tau", self.tau)
 
     @property
@@ -128,6 +130,7 @@ class HardConcrete(_SpecifiedGate):
     zeta: float = 1.1
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _positive("beta", self.beta)
         if not (self.gamma < 0 and self.zeta > 1):
             raise ValueError(
@@ -152,6 +155,7 @@ class Gaussian(_SpecifiedGate):
     sigma: float = 0.5
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _positive("sigma", self.sigma)
 
     @property
@@ -195,6 +199,7 @@ class TopK(AbstractGate):
     deterministic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_sparsity(self.sparsity)
 
     def sample(self, logits: Tensor, noise: Tensor, project: Project = _same) -> Tensor:
@@ -237,6 +242,7 @@ class Annealed(AbstractGate):
     deterministic: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not isinstance(self.temperature, Tensor):
             _positive("temperature", self.temperature)
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .connectivity import LinearPath, State, path_errors
 from .convert import densify_, require_sparse_layers
+from .kinds import checked
 from .layer import SparseLayer, weight_key
 from .losses import LossLike
 from .patterns import Masked, Planned
@@ -37,6 +38,7 @@ class Solution(Protocol):
         ...
 
 
+@checked
 def angular_distances(rounds: Sequence[Solution]) -> Float[Tensor, "R R"]:
     """(2 / pi) times the angle between each two rounds' weights, where the masks of both keep them.
 
@@ -58,6 +60,7 @@ def angular_distances(rounds: Sequence[Solution]) -> Float[Tensor, "R R"]:
     return cosines.clamp(-1, 1).acos().mul(2 / math.pi).fill_diagonal_(0)  # acos rounds to 1e-8
 
 
+@checked
 def round_paths(
     model: nn.Module,
     rounds: Sequence[Solution],

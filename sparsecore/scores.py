@@ -27,6 +27,7 @@ from .batches import (
     of_samples,
     on,
     parts_of,
+    require_samples,
     size_of,
     target_key,
 )
@@ -35,9 +36,15 @@ from .convert import batch_statistics, require_dense_parameters, sparse_layers
 from .layer import SparseLayer
 from .losses import Loss, LossLike, loss_of
 from .outputs import is_labels, own_loss, scores_in
+from .process import Shared
 from .telling import note_gradients
 
 Score = Callable[..., dict[str, Tensor]]  # of (model, batches, seed), and loss= if it has one
+
+_UNLABELLED = "{}: expected samples whose label is not left out, got none; look at the targets"
+
+# The one kernel of attention that can be differentiated twice, which is chosen for the whole process.
+_plain_attention = Shared(lambda: sdpa_kernel(SDPBackend.MATH))
 
 _NORMALISATION = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -68,17 +75,22 @@ def snip(
 
     Every sample counts the same, also those of a smaller last batch; the scale is that of a sum of means over
     batches as large as the first.  More data than the paper's single batch only makes this baseline stronger.
+
+    Errors: ValueError without a batch, for one without samples, or where all labels are left out.
     """
     with _differentiable(model) as weights:
         total = [torch.zeros_like(w) for w in weights.values()]
-        size = 0
+        size, counted = 0, 0
         by = loss_of(loss)
         for batch in _read(batches, model):
             size = size or size_of(batch)
             value = by(model, batch) * (size_of(batch) / size)
+            counted = counted + by.counted(batch)
             _add_(total, _gradient(value, weights))
     if not size:
         raise ValueError("snip: expected at least one batch, got none")
+    if not counted:
+        raise ValueError(_UNLABELLED.format("snip"))
     return {
         name: (t * w.detach()).abs() for (name, w), t in zip(weights.items(), total, strict=True)
     }
@@ -100,11 +112,10 @@ def grasp(
     of the first batches that have them.  No more than a batch is differentiated at a time.  Where a sample has many
     labels (pixels, tokens), or the loss is another (which no temperature flattens), it is of the first batch.
 
-    Errors: ValueError if there is no batch; RuntimeError from PyTorch for an operation without a second
-    derivative (hardsigmoid).
+    Errors: ValueError if there is no batch, or no sample whose label counts; RuntimeError from PyTorch for an operation
+    without a second derivative (hardsigmoid).
     """
-    # The one kernel of attention that can be differentiated twice.
-    with _differentiable(model) as weights, sdpa_kernel(SDPBackend.MATH):
+    with _differentiable(model) as weights, _plain_attention:
         by = loss_of(loss)
         parts = _few_samples(model, _read(batches, model), per_class, seed, by)
         count = sum(size_of(part) for part in parts)
@@ -254,9 +265,10 @@ def _add_(total: list[Tensor], values: Iterable[Tensor]) -> None:
 
 
 def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
-    """Batches on the model's device."""
+    """Batches on the model's device.  Errors: ValueError for one without samples."""
     device = next(model.parameters()).device
     for batch in batches:
+        require_samples(batch)
         yield on(device, batch)
 
 
@@ -364,6 +376,8 @@ def _few_samples(
         if bool((taken >= count).all()):
             break
     whole = joined(found)
+    if not size_of(whole):
+        raise ValueError(_UNLABELLED.format("grasp"))
     parts = -(-size_of(whole) // size)
     rows = torch.arange(size_of(whole), device=parts_of(whole)[1].device).tensor_split(parts)
     return [of_samples(whole, slice(int(r[0]), int(r[-1]) + 1)) for r in rows]

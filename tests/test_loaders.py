@@ -376,7 +376,7 @@ def test_what_test_data_lacks_is_what_holds_for_it(kind: str) -> None:
 
 @pytest.mark.parametrize("steps", [2.5, "2", 0, -1, float("nan")])
 def test_steps_are_a_whole_number(steps: Any) -> None:
-    with pytest.raises(ValueError, match="steps_per_epoch: expected a whole number of at least 1"):
+    with pytest.raises(ValueError, match="steps_per_epoch: expected a whole number"):
         trained(iter(LIST), steps_per_epoch=steps)
     assert len(batches_of(iter(LIST), None, np.int64(2))) == 2  # type: ignore[arg-type]
 

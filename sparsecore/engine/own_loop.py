@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .. import capture
 from ..batches import Batch, kind_of
+from ..kinds import checked
 from ..losses import LossLike
 from .auto import launch
 from .engine import check_engine, stamp
@@ -51,6 +52,7 @@ class TrainStep:
     Errors: ValueError for no engine's name; EngineError for one that is not possible here.
     """
 
+    @checked
     def __init__(
         self,
         model: nn.Module,
@@ -112,6 +114,7 @@ class TrainStep:
         self._rates = {i: rate for i, rate in rates.items() if isinstance(rate, Tensor)}
 
 
+@checked
 def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
     """The model, whose forward and backward in training mode are CUDA graphs; loop, AMP and DDP stay one's own.
 

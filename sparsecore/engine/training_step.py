@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
-from ..batches import Batch, cut, size_of
+from ..batches import Batch, cut, require_samples, size_of
 from ..loss_functions import LossError
 from ..losses import LossLike, loss_of
 from ..zeros import scaling
@@ -77,6 +77,7 @@ class TrainingStep(AbstractStep):
         self.call: Callable[[nn.Module, Tensor], Any] = plainly
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
+        require_samples(batch)
         if self.timeline is not None:
             self.timeline.advance()
         self.optimizer.zero_grad()

@@ -6,8 +6,10 @@ from typing import Any
 
 from torch import nn
 
+from ..batches import whole_epoch
 from ..convert import require_dense_parameters
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..loaders import batches_of
 from ..losses import LossLike, loss_of
 from ..progress import QUIET, Progress
@@ -33,6 +35,9 @@ class OneShot:
     seed: int = 0
     distribution: Distribution | None = None
 
+    def __post_init__(self) -> None:
+        check_fields(self)
+
     @telling
     def __call__(
         self,
@@ -50,15 +55,16 @@ class OneShot:
 
         Args: progress, checkpoint, watch: nothing to do in a search of one step.
 
-        Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores, or a
-        granularity that cannot hold as many weights.
+        Errors: ValueError for a sparsity outside [0, 1), a model without sparse layers, NaN scores, a granularity
+        that cannot hold as many weights, or a score without data to read; DataEnded for fewer batches than their
+        length says.
         """
         batches, by = batches_of(batches, model, steps_per_epoch, empty=True), loss_of(loss)
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         densities = by_layer(self.distribution, shapes, sparsity, self.granularity)
         check_possible(shapes, sparsity, self.granularity, densities)
-        found = scored(self.score, model, batches.epoch(0), self.seed, by)
+        found = scored(self.score, model, whole_epoch(batches, 0), self.seed, by)
         scores = {name: self.granularity.mean(values) for name, values in found.items()}
         meta = {
             "method": score_name(self.score),

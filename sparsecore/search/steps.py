@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from .. import capture, kernels
-from ..batches import Batch
+from ..batches import Batch, require_samples
 from ..control import Reading, State
 from ..engine import AbstractStep, EngineError, Way, compiled_call, plainly, structure
 from ..engine.layout import channels_last
@@ -76,7 +76,8 @@ class SearchStep(AbstractStep):
             self.net.memory.complete = True
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
-        """One step on a batch (x, y) of the samples `rows`; no host sync."""
+        """One step on a batch (x, y) of the samples `rows`; no host sync.  Errors: ValueError without samples."""
+        require_samples(batch)
         if self.net.memory is not None:
             assert rows is not None
             self.net.memory.rows = rows
