@@ -3,15 +3,16 @@
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from typing_extensions import TypedDict
 
-from . import figures
+from . import figures, schema
 from .analysed import Case, Results, TicketFile, with_case, with_results
 from .compare import Comparison
 from .connectivity import (
@@ -35,6 +36,18 @@ from .rounds import load_rounds
 from .sanity import CHECKS, table_of
 from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
+
+
+class _Epoch(TypedDict):
+    epoch: float
+
+
+class _Record(_Epoch, total=False):
+    sparsity: float | None
+    accuracy: float | None
+    hard_accuracy: float | None
+    layers: dict[str, float | None]
+
 
 app = typer.Typer(no_args_is_help=True, help="Explain tickets: figures and CSV files.")
 
@@ -261,11 +274,7 @@ def sanity(
 def progress(results: Results, ticket: TicketFile) -> None:
     """Sparsity, and accuracy if the search was run with --watch, by epoch or round; by layer in the CSV."""
     results.check({"the ticket": ticket})
-    records = Ticket.load(ticket).meta.get("progress")
-    if not (isinstance(records, list) and records and all(isinstance(r, dict) for r in records)):
-        raise TicketError(
-            f"{ticket}: expected a ticket of a search that goes by epochs or rounds; this one notes nothing"
-        )
+    records = _records(Ticket.load(ticket), ticket)
     rows = [
         {k: v for k, v in r.items() if k != "layers"} | {f"sparsity {k}": v for k, v in r.get("layers", {}).items()}
         for r in records
@@ -275,6 +284,21 @@ def progress(results: Results, ticket: TicketFile) -> None:
         figures.write_csv(results.file("progress.csv"), rows),
         figures.draw_search(results.file("progress.png"), records, ticket.stem),
     )
+
+
+def _records(ticket: Ticket, path: Path) -> list[dict[str, Any]]:
+    """What a search noted as it went on.  Errors: TicketError for other facts, or none."""
+    records = ticket.meta.get("progress")
+    if not (isinstance(records, list) and records):
+        raise TicketError(
+            f"{path}: expected a ticket of a search that goes by epochs or rounds; this one notes nothing"
+        )
+    what = f"{path}: progress"
+    schema.facts(records, list[_Record], what)
+    for record in records:
+        others = {k: v for k, v in record.items() if k != "layers"}
+        schema.facts(others, dict[str, float | bool | str | None], what)
+    return records
 
 
 @app.command()

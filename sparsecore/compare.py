@@ -27,6 +27,7 @@ from .experiment import (
     train_on,
 )
 from .fields import choose
+from .figures import save, shown
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
 from .search.sparse_training import AbstractSparseTraining
@@ -357,7 +358,8 @@ class Comparison:
             kept = [100 * (1 - s) for s in points]
             # Controls of a method are dashed; colours begin again after ten.
             line = "--" if "+" in method else ("-", "-.", ":")[i // 10 % 3]
-            axes.errorbar(kept, means, yerr=errors, fmt="o" + line, ms=3, capsize=2, label=method)
+            label = shown(method)
+            axes.errorbar(kept, means, yerr=errors, fmt="o" + line, ms=3, capsize=2, label=label)
         axes.set_xscale("log")
         axes.invert_xaxis()
         kept = sorted({100 * (1 - s) for row in summary.values() for s in row})
@@ -365,7 +367,7 @@ class Comparison:
         axes.minorticks_off()
         axes.set_xlabel("sparsity, % of weights removed")
         axes.set_ylabel("test accuracy, %")
-        axes.set_title(f"{self.setup.model} on {self.setup.data}", parse_math=False)
+        axes.set_title(shown(f"{self.setup.model} on {self.setup.data}"))
         axes.grid(alpha=0.3)
         if len(summary) > 8:
             figure.set_figwidth(8.4)
@@ -373,7 +375,7 @@ class Comparison:
         else:
             axes.legend()
         path = self.folder / "accuracy.png"
-        figure.savefig(path, dpi=150)
+        save(figure, path)
         plt.close(figure)
         return path
 

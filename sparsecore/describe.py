@@ -9,11 +9,13 @@ from rich.text import Text
 
 from .coverage import told_share
 from .plans import report
+from .printable import printable
 from .tickets import Ticket
 from .training_plan import PlannedModel
 
 _FOLDED = 16  # more layers than that do not fit a screen
 _EXTREMES = 6
+_LONGEST = 200  # characters of a layer's name in a table
 
 
 def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
@@ -33,7 +35,7 @@ def layers_of(ticket: Ticket, title: str) -> tuple[Table, list[dict[str, Any]]]:
         sparsity = 1 - kept / mask.numel()
         cells.append(
             (
-                name,
+                printable(name, _LONGEST),
                 "×".join(map(str, mask.shape)),
                 f"{kept:,}",
                 f"{100 * sparsity:.3f} %",
@@ -119,7 +121,7 @@ def _short(value: Any) -> str:
     """A value of any file, in a few words: of what holds many, how many."""
     if isinstance(value, list | dict):
         return f"of {len(value)}"
-    text = f"{value:.4g}" if isinstance(value, float) else " ".join(str(value).split())
+    text = f"{value:.4g}" if isinstance(value, float) else printable(str(value))
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
@@ -140,7 +142,7 @@ def plans_of(planned: PlannedModel, title: str) -> tuple[Table, list[str], list[
         state = 8 * (size if choice.formats is None else row.kept)
         ms, masked, dense = (_ms(t) for t in times)
         table.add_row(
-            row.name,
+            printable(row.name, _LONGEST),
             f"{100 * (1 - row.sparsity):.2f} %",
             formats[0] if len(set(formats)) == 1 else ", ".join(formats),
             ms, _ms(choice.guess), masked, dense,

@@ -4,6 +4,7 @@ Nothing here touches matplotlib's global state: a `Figure` of its own draws with
 """
 
 import csv
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
 from pathlib import Path
@@ -16,8 +17,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from .connectivity import STABLE, LinearPath
+from .printable import printable
 
 _SIZE = (6.4, 4.2)  # inches, as of `compare`'s picture
+_MOST = 400  # inches of a picture's side: renderers have a largest one
+_LONGEST = 60  # characters of a name in a picture
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
@@ -27,7 +31,8 @@ def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """
     rows = _some(list(rows), "rows")
     fields = list(dict.fromkeys(key for row in rows for key in row))
-    with path.open("w", newline="") as file:
+    # Bytes of names that are no text have no place in UTF-8.
+    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -41,9 +46,9 @@ def draw_paths(file: Path, paths: Mapping[str, LinearPath], title: str = "") -> 
     figure, axes = _axes(title, "α, from one optimum to the other", measured)
     for label, path in paths.items():
         values = path.losses if by_loss else path.errors
-        axes.plot(path.alphas, values, marker=".", label=label)
+        axes.plot(path.alphas, values, marker=".", label=shown(label))
     axes.legend()
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_instabilities(
@@ -57,9 +62,9 @@ def draw_instabilities(
     axes.axhline(threshold, color="grey", linestyle="--", linewidth=1, label="stable below")
     for label, values in _some(instabilities, "instabilities").items():
         epochs = sorted(values)
-        axes.plot(epochs, [values[e] for e in epochs], marker="o", label=label)
+        axes.plot(epochs, [values[e] for e in epochs], marker="o", label=shown(label))
     axes.legend()
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_angles(
@@ -84,7 +89,7 @@ def draw_angles(
     axes.set_xticks(ticks, labels, rotation=90)
     axes.set_yticks(ticks, labels)
     figure.colorbar(image, label="angular distance (1: orthogonal)", extend="max")
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_barriers(
@@ -97,10 +102,11 @@ def draw_barriers(
     axes.axhline(STABLE, color="grey", linestyle="--", linewidth=1)
     for label, values in _some(barriers, "barriers").items():
         sparsities = sorted(values)
-        axes.plot(_kept(sparsities), [values[s] for s in sparsities], marker="o", label=label)
+        places = _kept(sparsities)
+        axes.plot(places, [values[s] for s in sparsities], marker="o", label=shown(label))
     _sparsity_axis(axes, {s for values in barriers.values() for s in values})
     axes.legend()
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_search(file: Path, records: Sequence[Mapping[str, float]], title: str = "") -> Path:
@@ -127,7 +133,7 @@ def draw_search(file: Path, records: Sequence[Mapping[str, float]], title: str =
             color = f"C{len(lines)}"
             lines += on.plot([r["epoch"] for r in there], values, style, color=color, label=label)
     axes.legend(handles=lines)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_layers(file: Path, sparsities: Mapping[str, Mapping[str, float]], title: str = "") -> Path:
@@ -135,16 +141,16 @@ def draw_layers(file: Path, sparsities: Mapping[str, Mapping[str, float]], title
     tickets = _some(sparsities, "sparsities")
     layers = list(dict.fromkeys(layer for ticket in tickets.values() for layer in ticket))
     figure, axes = _axes(title, "", "weights removed, %")
-    figure.set_figwidth(max(_SIZE[0], 0.4 * len(layers)))
+    figure.set_figwidth(min(max(_SIZE[0], 0.4 * len(layers)), _MOST))
     width = 0.8 / len(tickets)
     for i, (label, by_layer) in enumerate(tickets.items()):
         offset = (i - (len(tickets) - 1) / 2) * width
         places = [layers.index(layer) + offset for layer in by_layer]
-        axes.bar(places, [100 * s for s in by_layer.values()], width, label=label)
-    axes.set_xticks(range(len(layers)), layers, rotation=90)
+        axes.bar(places, [100 * s for s in by_layer.values()], width, label=shown(label))
+    axes.set_xticks(range(len(layers)), [*map(shown, layers)], rotation=90)
     axes.grid(False, axis="x")
     figure.legend(loc="outside right upper")  # bars may fill the axes
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_gates(file: Path, gates: Mapping[str, Tensor], bins: int = 50, title: str = "") -> Path:
@@ -154,7 +160,7 @@ def draw_gates(file: Path, gates: Mapping[str, Tensor], bins: int = 50, title: s
     """
     columns = min(4, len(_some(gates, "gates")))
     rows = -(-len(gates) // columns)
-    size = (max(_SIZE[0], 2.4 * columns), max(_SIZE[1], 1.8 * rows))
+    size = (max(_SIZE[0], 2.4 * columns), min(max(_SIZE[1], 1.8 * rows), _MOST))
     figure = Figure(figsize=size, layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).flat
     for (label, values), axes in zip(gates.items(), grid, strict=False):
@@ -167,15 +173,15 @@ def draw_gates(file: Path, gates: Mapping[str, Tensor], bins: int = 50, title: s
         counts = torch.histc(values, bins, 0, 1).cpu().numpy()
         axes.stairs(counts, torch.linspace(0, 1, bins + 1).numpy(), fill=True)
         axes.set_yscale("log")
-        axes.set_title(label, fontsize="small")
+        axes.set_title(shown(label), fontsize="small")
         axes.grid(alpha=0.3)
     figure.axes[0].set_ylim(bottom=0.5)  # of all, and only now that all is drawn: one gate shows
     for axes in grid:  # those that are left
         axes.set_visible(False)
-    figure.suptitle(title)
+    figure.suptitle(shown(title))
     figure.supxlabel("gate")
     figure.supylabel("gates per bin")
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def draw_widths(
@@ -187,9 +193,15 @@ def draw_widths(
         widths = sorted(by_width)
         means = [mean(by_width[w]) for w in widths]
         errors = [stdev(by_width[w]) if len(by_width[w]) > 1 else 0.0 for w in widths]
-        axes.errorbar(widths, means, yerr=errors, marker="o", capsize=3, label=label)
+        axes.errorbar(widths, means, yerr=errors, marker="o", capsize=3, label=shown(label))
     axes.legend()
-    return _save(figure, file)
+    return save(figure, file)
+
+
+def shown(name: str) -> str:
+    """A name as matplotlib draws it: no formula, whatever dollars it has, and in legends too if it begins with _."""
+    text = printable(name, _LONGEST).replace("$", "\\$")
+    return f" {text}" if text.startswith("_") else text
 
 
 def _some(values: Any, what: str) -> Any:
@@ -202,7 +214,7 @@ def _some(values: Any, what: str) -> Any:
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     figure = Figure(figsize=_SIZE, layout="constrained")
     axes = figure.subplots()
-    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.set(title=shown(title), xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     return figure, axes
 
@@ -224,6 +236,9 @@ def _sparsity_axis(axes: Axes, sparsities: Iterable[float]) -> None:
     axes.minorticks_off()
 
 
-def _save(figure: Figure, file: Path) -> Path:
-    figure.savefig(file, dpi=150)
+def save(figure: Figure, file: Path) -> Path:
+    """Draws the figure into a PNG; returns its path."""
+    with warnings.catch_warnings():  # a name in a script that the font lacks has boxes
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        figure.savefig(file, dpi=150)
     return file

@@ -31,7 +31,7 @@ DRAWINGS: dict[str, Callable[[Path], Path]] = {
 def kept(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     """The figures that are drawn, none of which is written."""
     figures_drawn: list[Figure] = []
-    monkeypatch.setattr(figures, "_save", lambda figure, file: figures_drawn.append(figure) or file)
+    monkeypatch.setattr(figures, "save", lambda figure, file: figures_drawn.append(figure) or file)
     return figures_drawn
 
 
