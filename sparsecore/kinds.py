@@ -22,7 +22,8 @@ from torch import Tensor
 
 from .batches import kind_of
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 _MOST = 10_000  # items of a container that are looked at
 _WORDS = {
