@@ -1,10 +1,5 @@
 """`python -m tests.hostile --count 2000 --seed 0`: exit code 1 where an input broke a promise."""
 
-import os
-
-for _name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):  # two tries share the cores
-    os.environ[_name] = "1"
-
 import argparse
 import sys
 import tempfile
@@ -12,16 +7,16 @@ import zlib
 from collections import Counter
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from . import api, damage
 from .disk import filling
-from .files import prepared, spoiling
+from .files import KINDS, prepared, spoiling
 from .kill import killing
 from .sandbox import Input, Outcome, Run, outcomes
 from .typed import before_typing, typing
-from .valid import KINDS
 from .works import WORKS, referred
 
 
@@ -98,10 +93,16 @@ def tell(found: Outcome, what: str = "") -> None:
 
 def table(counts: dict[str, Counter[str]]) -> str:
     """Tries, refused, fine and failed by kind, and in all."""
-    rows = [(name, c.total(), c["refused"], c["fine"], c["failed"]) for name, c in counts.items()]
-    total = ("in all", *(sum(row[i] for row in rows) for i in range(1, 5)))
-    head = ("kind", "tries", "refused", "fine", "failures")
-    return "\n".join(f"{r[0]:28}" + "".join(f"{v:>10}" for v in r[1:]) for r in [head, *rows, total])
+
+    def row(name: str, count: Counter[str]) -> list[Any]:
+        return [name, count.total(), count["refused"], count["fine"], count["failed"]]
+
+    head = ["kind", "tries", "refused", "fine", "failures"]
+    rows = [row(name, count) for name, count in counts.items()]
+    total = row("in all", sum(counts.values(), Counter()))
+    return "\n".join(
+        f"{r[0]:28}" + "".join(f"{v:>10}" for v in r[1:]) for r in [head, *rows, total]
+    )
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import sparsecore as sc
 
 from .judge import Failure, Guard, call, command
 from .mutations import of_bytes
-from .valid import EAGER
+from .of_commands import EAGER
 
 _SEARCH = [
     "search", "--method", "magnitude", "--sparsity", "0.5", "--rewind-epochs", "0.5", "--epochs", "1", "--recipe",
@@ -27,7 +27,12 @@ def idx(folder: Path, rng: Random, spoil: bool) -> None:
     """MNIST's four files, of ten images; one of them spoiled."""
     folder = folder / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    names = ["train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"]
+    names = [
+        "train-images-idx3-ubyte",
+        "train-labels-idx1-ubyte",
+        "t10k-images-idx3-ubyte",
+        "t10k-labels-idx1-ubyte",
+    ]
     odd = rng.choice(names) if spoil else ""
     for name in names:
         images = "images" in name
@@ -37,7 +42,11 @@ def idx(folder: Path, rng: Random, spoil: bool) -> None:
             body = bytes(i % 10 for i in range(10))
         if name == odd:
             shape, body, magic, kind = _odd_idx(shape, body, rng)
-        data = struct.pack(">HBB", magic, kind, len(shape)) + struct.pack(f">{len(shape)}I", *shape) + body
+        data = (
+            struct.pack(">HBB", magic, kind, len(shape))
+            + struct.pack(f">{len(shape)}I", *shape)
+            + body
+        )
         if name == odd and rng.random() < 0.4:
             data = rng.choice([of_bytes(data, rng), b"", gzip.compress(data), data + b"\0" * 7])
         (folder / name).write_bytes(data)
@@ -45,7 +54,9 @@ def idx(folder: Path, rng: Random, spoil: bool) -> None:
         (folder / odd).unlink()
 
 
-def _odd_idx(shape: tuple[int, ...], body: bytes, rng: Random) -> tuple[tuple[int, ...], bytes, int, int]:
+def _odd_idx(
+    shape: tuple[int, ...], body: bytes, rng: Random
+) -> tuple[tuple[int, ...], bytes, int, int]:
     n, rest = shape[0], shape[1:]
     match rng.randrange(8):
         case 0:
@@ -53,7 +64,12 @@ def _odd_idx(shape: tuple[int, ...], body: bytes, rng: Random) -> tuple[tuple[in
         case 1:
             return (n, *(rng.choice([0, 1, 27, 2**32 - 1]) for _ in rest)), body, 0, 8
         case 2:
-            return shape, body, rng.choice([0, 1, 65535]), rng.choice([8, 9, 11, 12, 13, 14, 0, 255])
+            return (
+                shape,
+                body,
+                rng.choice([0, 1, 65535]),
+                rng.choice([8, 9, 11, 12, 13, 14, 0, 255]),
+            )
         case 3:
             return shape, body[: rng.randrange(len(body))], 0, 8
         case 4:  # labels out of range
@@ -78,13 +94,18 @@ def cifar(folder: Path, rng: Random, spoil: bool) -> None:
     batches = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
     odd = rng.choice([*batches, "batches.meta"]) if spoil else ""
     for name in batches:
-        data: Any = {b"data": np.frombuffer(rng.randbytes(4 * 3072), np.uint8).reshape(4, 3072), b"labels": [0, 1, 2, 3]}
+        data: Any = {
+            b"data": np.frombuffer(rng.randbytes(4 * 3072), np.uint8).reshape(4, 3072),
+            b"labels": [0, 1, 2, 3],
+        }
         if name == odd:
             data = _odd_batch(data, rng)
         (folder / name).write_bytes(pickle.dumps(data, protocol=2))
     meta: Any = {"label_names": list("abcdefghij"), "num_cases_per_batch": 4, "num_vis": 3072}
     if odd == "batches.meta":
-        meta = rng.choice([{}, [], {"label_names": []}, {"label_names": "x" * 3}, {"label_names": Ran()}])
+        meta = rng.choice(
+            [{}, [], {"label_names": []}, {"label_names": "x" * 3}, {"label_names": Ran()}]
+        )
     (folder / "batches.meta").write_bytes(pickle.dumps(meta, protocol=2))
     if spoil and rng.random() < 0.3:
         path = folder / odd
@@ -94,11 +115,15 @@ def cifar(folder: Path, rng: Random, spoil: bool) -> None:
 def _odd_batch(data: dict[bytes, Any], rng: Random) -> Any:
     images = data[b"data"]
     odd: list[Any] = [
-        data | {b"labels": [0, 1, 2]}, data | {b"labels": [0, 1, 2, 99]}, data | {b"labels": [0, 1, 2, -1]}, [], None, {},
-        data | {b"labels": ["a", "b", "c", "d"]}, data | {b"labels": [0.5, 1, 2, 3]}, data | {b"data": images[:, :3000]},
+        data | {b"labels": [0, 1, 2]}, data | {b"labels": [0, 1, 2, 99]}, data | {b"labels": [0, 1, 2, -1]}, [],
+        None, {},
+        data | {b"labels": ["a", "b", "c", "d"]}, data | {b"labels": [0.5, 1, 2, 3]}, data | {b"data": images[:,
+        :3000]},
         data | {b"data": images[:0]}, data | {b"data": images.astype(np.float32)}, data | {b"data": images[0]}, Ran(),
-        data | {b"data": images.reshape(4, 3, 32, 32)}, data | {b"data": "x"}, data | {b"data": Ran()}, {b"data": images},
-        data | {b"labels": []}, data | {b"labels": None}, data | {b"data": images.astype(object)}, data | {b"fine_labels": [0]},
+        data | {b"data": images.reshape(4, 3, 32, 32)}, data | {b"data": "x"}, data | {b"data": Ran()},
+        {b"data": images},
+        data | {b"labels": []}, data | {b"labels": None}, data | {b"data": images.astype(object)},
+        data | {b"fine_labels": [0]},
     ]  # fmt: skip
     return rng.choice(odd)
 
@@ -124,11 +149,24 @@ def images(folder: Path, rng: Random, spoil: bool) -> None:
             case 3:
                 path.unlink()
             case 4:  # promises more pixels than there are
-                path.write_bytes(data[:16] + struct.pack(">II", *rng.choices([0, 1, 65535, 2**31], k=2)) + data[24:])
+                path.write_bytes(
+                    data[:16]
+                    + struct.pack(">II", *rng.choices([0, 1, 65535, 2**31], k=2))
+                    + data[24:]
+                )
             case 5:
-                path.rename(path.with_name(rng.choice(["\x1b[31m.png", "[red].png", "a\nb.png", ".png", "x" * 200 + ".png"])))
+                path.rename(
+                    path.with_name(
+                        rng.choice(
+                            ["\x1b[31m.png", "[red].png", "a\nb.png", ".png", "x" * 200 + ".png"]
+                        )
+                    )
+                )
             case 6:
-                Image.new(rng.choice(["L", "RGBA", "P", "I;16", "1", "CMYK", "F"]), (rng.choice([1, 40]), 3)).save(path, "TIFF")
+                Image.new(
+                    rng.choice(["L", "RGBA", "P", "I;16", "1", "CMYK", "F"]),
+                    (rng.choice([1, 40]), 3),
+                ).save(path, "TIFF")
             case 7:
                 path.unlink()
                 path.symlink_to(rng.choice(["/dev/zero", "nothing", path.name, ".."]))
@@ -156,7 +194,9 @@ def run(seed: int, folder: Path) -> str:
     guard.check()
     if Path("ran").exists():
         raise Failure("code in a data set was run")
-    if not spoil and how != "fine":
+    if (
+        not spoil and how != "fine" and name != "cifar10"
+    ):  # whose files are the published ones or none
         raise Failure("good data was refused")
     return how
 

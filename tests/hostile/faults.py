@@ -57,7 +57,8 @@ class Changes:
     def _inside(self, path: Any) -> bool:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return False
-        return os.path.abspath(os.fsdecode(path)).startswith(self.folder)
+        whole = os.path.join(os.getcwd(), os.fsdecode(path))  # noqa: PTH109, PTH118  in a hook: quick, nothing opened
+        return os.path.normpath(whole).startswith(self.folder)
 
     def _changed(self, event: str) -> None:
         if self.only and event not in self.only:

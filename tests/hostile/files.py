@@ -6,9 +6,12 @@ from fnmatch import fnmatch
 from pathlib import Path
 from random import Random
 
+from . import of_calls, of_commands
 from .judge import Failure, Guard, contents
 from .sandbox import Run
-from .valid import KINDS, Kind
+from .task import Kind
+
+KINDS = of_commands.KINDS | of_calls.KINDS
 
 
 def prepared(name: str, cache: Path) -> Run:

@@ -123,7 +123,9 @@ class Guard:
 
     def __init__(self, folder: Path) -> None:
         self.seen: list[str] = []
-        self.strict = False  # whether a file alone decides what is done: no network then, and no walks
+        self.strict = (
+            False  # whether a file alone decides what is done: no network then, and no walks
+        )
         known = (str(folder), sys.prefix, sys.base_prefix, str(_ROOT))
         self.known = tuple(os.path.realpath(path) for path in known)
         sys.addaudithook(self._hook)

@@ -19,26 +19,31 @@ DTYPES = [
 ]  # fmt: skip
 
 NAMES = [
-    "", " ", "/", ".", "..", "../../escaped", "/etc/passwd", "a" * 5_000, "\x1b[31mred\x1b[0m", "[/foo]", "[bold]x[/b]",
+    "", " ", "/", ".", "..", "../../escaped", "/etc/passwd", "a" * 5_000, "\x1b[31mred\x1b[0m", "[/foo]",
+    "[bold]x[/b]",
     "a[b]c", "\x00", "a\nerror: b", "\r", "\u202egnp", "\ud7ff", "名前", "0.weight", "weight", "pattern.mask",
     "optimizer/0/exp_avg", "optimizer/99/exp_avg", "optimizer/-1/exp_avg", "optimizer/x/step", "optimizer/0",
     "model/0.weight", "snapshot/nan/0.weight", "snapshot/x/y/z", "mask/", "score/0", "weight/0.weight", "__class__",
 ]  # fmt: skip
 
 TEXTS = [
-    *NAMES, "/dev/zero", "/dev/stdin", "folder:/", "folder:/etc", "folder:.", "folder:", "mnist", "cifar10", "DEFAULT",
+    *NAMES, "/dev/zero", "/dev/stdin", "folder:/", "folder:/etc", "folder:.", "folder:", "mnist", "cifar10",
+    "DEFAULT",
     "torchvision:vit_h_14", "torchvision:resnet18", "resnet-56", "block:1x1", "block:0x0", "block:99999x99999", "2:1",
-    "vector:0", "channel", "1e999", "nan", "auto", "graph", "compile", "HardConcrete(beta=nan)", "Concrete(tau=1e999)",
+    "vector:0", "channel", "1e999", "nan", "auto", "graph", "compile", "HardConcrete(beta=nan)",
+    "Concrete(tau=1e999)",
     "imp", "ltr:rate=1e-9", "joint:pace=999999", "{'a': 1}", "%s%n", "$(touch x)", "x" * 100_000,
 ]  # fmt: skip
 
 NUMBERS = [
-    0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1.5, -0.5, 1e-320, 1e-9,
+    0, 1, -1, 2, 3, 7, 255, 2**31, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1.0, 1.5, -0.5, 1e-320,
+    1e-9,
     1e9, 1e18, 1e308, -1e308,
 ]  # fmt: skip
 
 VALUES: list[Any] = [
-    *TEXTS, *NUMBERS, None, True, False, [], {}, [[]], [None], {"": {}}, ["a", "b"], [1, 2, 3], [[1, 2, 3]], {"float": "nan"},
+    *TEXTS, *NUMBERS, None, True, False, [], {}, [[]], [None], {"": {}}, ["a", "b"], [1, 2, 3], [[1, 2, 3]],
+    {"float": "nan"},
     {"float": "inf"}, {"float": 3}, {"float": []}, [0] * 5_000,
 ]  # fmt: skip
 
@@ -121,7 +126,9 @@ def of_bytes(data: bytes, rng: Random) -> bytes:
         case 4:
             del found[at : at + length]
         case 5:  # the header's length, and what begins it
-            found[:8] = rng.choice([0, 1, 8, 2**31, 2**63, 2**64 - 1, len(data)]).to_bytes(8, "little")
+            found[:8] = rng.choice([0, 1, 8, 2**31, 2**63, 2**64 - 1, len(data)]).to_bytes(
+                8, "little"
+            )
         case _:
             other = rng.randrange(len(found) + 1)
             part = found[at : at + length]
@@ -174,7 +181,15 @@ def _beside(name: str, rng: Random) -> str:
     """Another name of nearly the same path."""
     slots = ("exp_avg", "exp_avg_sq", "momentum_buffer", "step", "max_exp_avg_sq")
     head, _, _ = name.rpartition("/")
-    return rng.choice([f"{head}/{rng.choice([*slots, *NAMES])}", name + ".x", name.upper(), name[1:], rng.choice(NAMES)])
+    return rng.choice(
+        [
+            f"{head}/{rng.choice([*slots, *NAMES])}",
+            name + ".x",
+            name.upper(),
+            name[1:],
+            rng.choice(NAMES),
+        ]
+    )
 
 
 def _shaped(t: Tensor, rng: Random) -> Tensor:
@@ -183,7 +198,8 @@ def _shaped(t: Tensor, rng: Random) -> Tensor:
     shapes = [
         lambda: one.reshape(()), lambda: flat[:0], lambda: flat[: len(flat) // 2], lambda: flat, lambda: t[None],
         lambda: t[..., None], lambda: torch.cat([flat, one]), lambda: t.T if t.ndim == 2 else flat.flip(0),
-        lambda: one.expand(1 << 20), lambda: one.expand(1 << 10, 1 << 10), lambda: t.reshape(0, 5) if not len(flat) else flat[:1],
+        lambda: one.expand(1 << 20), lambda: one.expand(1 << 10, 1 << 10), lambda: t.reshape(0,
+        5) if not len(flat) else flat[:1],
         lambda: torch.cat([t, t]) if t.ndim else one.expand(2),
     ]  # fmt: skip
     return rng.choice(shapes)()
@@ -234,13 +250,23 @@ def of_json(value: Any, rng: Random) -> Any:
             case 1:
                 return [*value, value[at]]
             case 2:
-                return value[:at] + [rng.choice(VALUES)] + value[at:]
+                return [*value[:at], rng.choice(VALUES), *value[at:]]
             case 3:
                 return value * 50
             case _:
                 return [*value[:at], of_json(value[at], rng), *value[at + 1 :]]
     if isinstance(value, (int, float)) and not isinstance(value, bool) and rng.random() < 0.6:
-        return rng.choice([-value, value + 1, value - 1, value * 1e9, value * 1_000_000, str(value), rng.choice(NUMBERS)])
+        return rng.choice(
+            [
+                -value,
+                value + 1,
+                value - 1,
+                value * 1e9,
+                value * 1_000_000,
+                str(value),
+                rng.choice(NUMBERS),
+            ]
+        )
     return rng.choice(VALUES)
 
 
@@ -258,7 +284,13 @@ def _raw(value: Any, rng: Random) -> str:
 
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    inner = (
+        value.items()
+        if isinstance(value, dict)
+        else enumerate(value)
+        if isinstance(value, list)
+        else ()
+    )
     return [path, *(p for key, v in inner for p in _places(v, (*path, key)))]
 
 

@@ -16,12 +16,14 @@ from safetensors.torch import load_file
 
 import sparsecore as sc
 
-from . import valid
 from .faults import Changes, stop
 from .judge import Failure, call, command, contents
+from .of_calls import searched
+from .of_commands import DATA as SMALL
+from .of_commands import EAGER, PLAN, make_tickets
 from .sandbox import Run
 
-DATA = [*valid.DATA, "--rewind-epochs", "2", "--epochs", "4", "--search-batch", "32", *valid.EAGER]
+DATA = [*SMALL, "--rewind-epochs", "2", "--epochs", "4", "--search-batch", "32", *EAGER]
 _UNSURE = ("seconds", "search_seconds", "train_seconds")  # what differs from run to run
 
 
@@ -105,23 +107,56 @@ def _sure(value: Any) -> Any:
 
 
 def searching(method: str, *more: str, unit: int = 4) -> Work:
-    argv = ["search", *DATA, "--method", method, "--sparsity", "0.7", "--out", "t", "--json", "o.json", *more]
+    argv = [
+        "search",
+        *DATA,
+        "--method",
+        method,
+        "--sparsity",
+        "0.7",
+        "--out",
+        "t",
+        "--json",
+        "o.json",
+        *more,
+    ]
     return Work(lambda: command(argv), lambda: [ticket_of("t"), json_of("o.json")], unit=unit)
 
 
 def in_python(name: str) -> Work:
     """A search whose ticket is saved by hand: what one does who has no command."""
-    return Work(
-        lambda: call(lambda: valid.searched(name).save("t")), lambda: ticket_of("t"), unit=4
-    )
+    return Work(lambda: call(lambda: searched(name).save("t")), lambda: ticket_of("t"), unit=4)
 
 
-_TRAIN = ["train", "t.safetensors", "--epochs", "5", "--checkpoint", "c", "--metrics", "m", "--save", "w", "--json", "o"]
+_TRAIN = [
+    "train",
+    "t.safetensors",
+    "--epochs",
+    "5",
+    "--checkpoint",
+    "c",
+    "--metrics",
+    "m",
+    "--save",
+    "w",
+    "--json",
+    "o",
+]
 _COMPARE = [
     "compare", *DATA, "--methods", "cts,magnitude,cts+shuffle", "--sparsities", "0.5", "--seeds", "2",
     "--search-epochs", "3", "--out", "c",
 ]  # fmt: skip
-_INSTABILITY = ["analyze", "instability", "t.safetensors", "--points", "3", "--out", "a", "--json", "o"]
+_INSTABILITY = [
+    "analyze",
+    "instability",
+    "t.safetensors",
+    "--points",
+    "3",
+    "--out",
+    "a",
+    "--json",
+    "o",
+]
 
 WORKS: dict[str, Work] = {
     "search cts": searching("cts", "--search-epochs", "5"),
@@ -136,9 +171,9 @@ WORKS: dict[str, Work] = {
     "Rewinding.save": in_python("rewinding"),
     "many.save": replace(in_python("many"), unit=12),
     "train": Work(
-        lambda: command([*_TRAIN, *valid.EAGER]),
+        lambda: command([*_TRAIN, *EAGER]),
         lambda: [json_of("o"), lines_of("m"), state_of("w")],
-        valid.make_tickets,
+        make_tickets,
     ),
     "compare": Work(
         lambda: command(_COMPARE),
@@ -146,10 +181,10 @@ WORKS: dict[str, Work] = {
         unit=14,
     ),
     "analyze instability": Work(
-        lambda: command(_INSTABILITY), lambda: [json_of("o"), rows_of("a/instability.csv")], valid.make_tickets
+        lambda: command(_INSTABILITY), lambda: [json_of("o"), rows_of("a/instability.csv")], make_tickets
     ),
     "plan": Work(
-        lambda: command([*valid.PLAN, *valid.EAGER]), lambda: None, valid.make_tickets, unit=1000
+        lambda: command([*PLAN, *EAGER]), lambda: None, make_tickets, unit=1000
     ),
 }  # fmt: skip
 
