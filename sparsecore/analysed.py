@@ -12,6 +12,7 @@ from torch import nn
 from .console import console, write_json
 from .data import Batches, Dataset, folder_of
 from .experiment import Setup, batches_of_setup, model_of
+from .needs import check_memory
 from .options import DataDir, Device, ImageSize, Json, TicketData, device_of, given
 from .paths import Paths, check_paths
 from .provenance import data_of_ticket, setup_of, tell_other_data, with_data
@@ -97,6 +98,7 @@ def _case(
     Results(out, json_file).check({"the ticket": ticket}, setup.data)
     dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
+    check_memory(setup, dataset, target)
     return Case(out, json_file, ticket, loaded, setup, dataset, target)
 
 

@@ -24,10 +24,11 @@ from .connectivity import (
     rewind_by_instability,
 )
 from .console import console
-from .experiment import Setup, batches_of_setup, data_of, new_model, start_model
+from .experiment import Setup, batches_of_setup, data_of, start_model
 from .fields import choose
 from .gates import GATES, AbstractGate
 from .layer import weight_key
+from .needs import check_memory
 from .options import Device, Seed, StartWeights, device_of, listed, numbers, seeds_from, with_setup
 from .progress import Progress
 from .provenance import with_weights
@@ -162,6 +163,7 @@ def rewind(
         )
     results.check({"--weights": setup.weights_file}, setup.data)
     data = data_of(setup, data_dir)
+    check_memory(setup, data, target)
     with Progress() as progress:
         scan = rewind_by_instability(
             start_model(setup, data, seed).to(target), recipe,
@@ -391,8 +393,8 @@ def width(
     sized = {f: replace(setup, model_options=base | {"width": f}) for f in factors}
     results.check({"--weights": setup.weights_file}, setup.data)
     data = data_of(setup, data_dir)
-    for own in sized.values():
-        new_model(own, data, seed)  # refuses a width that is none
+    for own in sized.values():  # refuses a width that is none
+        check_memory(own, data, target, methods=[method])
     found: dict[float, list[float]] = {}
     rows = []
     with Progress() as bars:

@@ -32,6 +32,7 @@ from .experiment import (
 from .fields import choose
 from .methods import METHODS
 from .metrics_file import lines_of
+from .needs import check_memory
 from .options import (
     DataDir,
     Device,
@@ -120,6 +121,7 @@ def search(
     if unused:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         warnings.warn(f"not used by {method}: {names}", stacklevel=2)
+    check_memory(own, data, target, methods=[method])
     if own.rewind_epochs:
         check_found(setup, new_model(own, data, seed), data, method, sparsity)
     with Progress() as progress:
@@ -213,6 +215,7 @@ def train(
     chosen = recipe_with(setup.recipe, recipe)
     dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
+    check_memory(setup, dataset, target, recipe=chosen)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with Progress() as progress:
@@ -302,6 +305,7 @@ def plan(
     if batch is not None:
         chosen = dataclasses.replace(chosen, batch=batch)
     dataset = data_of_ticket(setup, data, data_dir)
+    check_memory(setup, dataset, target, recipe=chosen)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
     table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
@@ -367,6 +371,7 @@ def report(
         data=datasets.folder_of(setup.data),
     )
     dataset = data_of(setup, data_dir)
+    check_memory(setup, dataset, device, methods=list(dict.fromkeys(m.partition("+")[0] for m in methods)))
     comparison = Comparison(out, setup, engine)
     with Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 NAMES = ("digits", "mnist", "fashion-mnist", "cifar10", "cifar100", "folder:PATH")
-_MOST_PIXELS = 16_384  # of an image's side
+MOST_PIXELS = 16_384  # of an image's side
 EAGER_BYTES = 2 << 30  # a folder whose pixels fit in this much is decoded once and kept
 _PAD = 4  # of the random crop
 _DIGEST_BYTES = 256 << 20  # of pixels that `Split.digest` looks at one by one
@@ -109,8 +109,8 @@ def load(
     Errors: DataError for an unknown name, a missing folder or set, a failed download, damaged files, an image size
     that the data does not have.
     """
-    if image_size is not None and not 1 <= image_size <= _MOST_PIXELS:
-        raise DataError(f"image size: expected 1 to {_MOST_PIXELS:,} pixels, got {image_size}")
+    if image_size is not None and not 1 <= image_size <= MOST_PIXELS:
+        raise DataError(f"image size: expected 1 to {MOST_PIXELS:,} pixels, got {image_size}")
     if (folder := folder_of(name)) is not None:
         return _folder(name, folder, image_size)
     found = _named(name, data_dir, download=download)

@@ -22,6 +22,7 @@ from .fields import choose
 from .forecheck import check_search
 from .granularity import parse_granularity
 from .methods import split
+from .needs import check_image_size
 from .progress import QUIET, Progress
 from .provenance import setup_of
 from .recipe import Recipe
@@ -41,7 +42,8 @@ SANITIES = (
 
 
 def data_of(setup: Setup, data_dir: Path | None = None) -> Dataset:
-    """The setup's data.  Errors: `data.DataError`."""
+    """The setup's data.  Errors: `data.DataError`; ValueError for an image size beyond the machine's memory."""
+    check_image_size(setup)
     found = load(setup.data, data_dir, image_size=setup.image_size)
     return limited(found, setup.train_samples)
 

@@ -2,6 +2,8 @@
 
 import copy
 import inspect
+import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -10,7 +12,10 @@ import torch
 from torch import nn
 
 from . import torchvision_models
+from .fields import held_as_float32
+from .memory import free_bytes, require_bytes
 from .models import BUILDERS
+from .outline import MOST_MODULES, SMALLER, Outline, bounded, measured, sketched
 from .process import seeded
 from .recipe import Recipe
 
@@ -37,6 +42,13 @@ RECIPES: dict[str, Recipe] = {
         label_smoothing=0.1,
     ),
 }
+# By the kind of an option's default: the kinds that it may have, in JSON's words.
+_KINDS: dict[Any, tuple[Any, str]] = {
+    bool: (bool, "true or false"),
+    int: (int, "a whole number"),
+    float: (int | float, "a number"),
+    str: (str, "a text"),
+}
 _TORCHVISION = Recipe(lr=0.1, weight_decay=1e-4, batch=256, epochs=90, milestones=(1 / 3, 2 / 3))
 
 
@@ -60,6 +72,22 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"model option: {name} expected options that it takes, {', '.join(known) or 'as torchvision has them'},"
                 f" got {key!r}"
             )
+        _check_numbers(name, key, options[key], torchvision=bool(taken))
+
+
+def _check_numbers(name: str, key: str, value: Any, torchvision: bool) -> None:
+    for number in value if isinstance(value, list) else [value]:
+        if not isinstance(number, int | float):
+            continue
+        if not held_as_float32(number):
+            raise ValueError(
+                f"model option {key} of {name}: expected a number that float32 holds, got {number}"
+            )
+        least = torchvision_models.LEAST.get(key, 0) if torchvision else -math.inf
+        if number < least:
+            raise ValueError(
+                f"model option {key} of {name}: expected at least {least:g}, got {number}"
+            )
 
 
 def build(
@@ -67,43 +95,71 @@ def build(
 ) -> nn.Module:
     """A freshly initialised dense model for images [C, H, W]; the global generator is left alone.
 
-    Errors: ValueError for an unknown name, listing the valid ones, images or options that the model does not take.
+    Errors: ValueError for an unknown name, listing the valid ones, images or options that the model does not take, and
+    more weights than there is memory for, before any is allocated.
     """
-    builder = _builder(name)
-    check_options(name, options)
+    known = outline_of(name, shape, classes, options)
     with seeded(seed, [torch.get_default_device()]):
         try:
-            model = builder(shape, classes, **options)
+            with bounded(modules=MOST_MODULES, memory=free_bytes()):
+                model = _builder(name)(shape, classes, **options)
         except ValueError:
             raise
         except Exception as error:  # builders trust their arguments: whatever they trip over is one
-            what = f"options that it takes, got {options}" if options else _images(shape)
-            raise ValueError(f"{name}: expected {what}: {_reason(error)}") from None
-        _check_images(name, model, builder, shape, classes, options)
+            raise ValueError(f"{name}: expected {_tripped(error, options, shape)}") from None
+    if known is None:
+        _check_kinds(name, model, options)
+        _measured(name, copy.deepcopy(model).to("meta"), shape, options)
     return model
 
 
-def _check_images(
-    name: str,
-    model: nn.Module,
-    builder: Callable[..., nn.Module],
-    shape: tuple[int, int, int],
-    classes: int,
-    options: dict[str, Any],
-) -> None:
+def outline_of(
+    name: str, shape: tuple[int, int, int], classes: int, options: Mapping[str, Any]
+) -> Outline | None:
+    """What `build` would make, in bytes; None where only building it tells.  Errors: as `build`."""
+    builder = _builder(name)
+    check_options(name, options)
+    sketch = sketched(builder, shape, classes, options)
+    if sketch is None:
+        return None
+    _check_kinds(name, sketch, options)
+    found = _measured(name, sketch, shape, options)
+    require_bytes(name, found.weights, SMALLER, of="in its weights")
+    return found
+
+
+def _measured(
+    name: str, sketch: nn.Module, shape: tuple[int, int, int], options: Mapping[str, Any]
+) -> Outline:
     """Images that a model cannot take are told before anything is trained: two pass through its shapes alone."""
     try:
-        with torch.device("meta"):
-            try:
-                bare = builder(shape, classes, **options)
-            except NotImplementedError:  # it computes its sizes by tensors
-                bare = copy.deepcopy(model).to("meta")
-            bare(torch.empty(2, *shape))
-    except NotImplementedError:  # an operation that knows no shapes
-        return
+        return measured(sketch, shape)
     except Exception as error:
-        what = _images(shape) + (f" with the options {options}" if options else "")
+        what = _images(shape) + (f" with the options {dict(options)}" if options else "")
         raise ValueError(f"{name}: expected {what}: {_reason(error)}") from None
+
+
+def _check_kinds(name: str, model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Options are of the kind that their defaults have: what merely passes for true or false is a slip."""
+    known = inspect.signature(type(model).__init__).parameters
+    for key, value in options.items():
+        kind = type(known[key].default) if key in known else None
+        if kind not in _KINDS:
+            continue
+        wanted, said = _KINDS[kind]
+        if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+            raise ValueError(f"model option {key} of {name}: expected {said}, got {value!r}")
+
+
+def _tripped(error: Exception, options: Mapping[str, Any], shape: tuple[int, int, int]) -> str:
+    """What was expected, after an error of a builder's."""
+    if not options:
+        return f"{_images(shape)}: {_reason(error)}"
+    if found := re.search(r"multiple values for (?:keyword )?argument '(\w+)'", str(error)):
+        return f"options that its name leaves open, got {found[1]}, which it sets itself"
+    if found := re.search(r"unexpected keyword argument '(\w+)'", str(error)):
+        return f"options that it takes, got {found[1]}, which it does not know"
+    return f"options that it takes, got {dict(options)}: {_reason(error)}"
 
 
 def _images(shape: tuple[int, int, int]) -> str:

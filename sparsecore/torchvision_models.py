@@ -9,6 +9,7 @@ import torchvision
 from torch import Tensor, nn
 from torchvision.models.vision_transformer import interpolate_embeddings
 
+from .outline import ModelTooLarge
 from .process import seeded
 
 # Further heads give outputs of their own while training.  `init_weights` says what is the default, which they warn of.
@@ -24,6 +25,8 @@ TAKEN = {
     "progress": "since nothing is shown of it",
     "backend": "since all are of torchvision.models",
 }
+# Of options that are numbers; of all others 0.  What is less is rounded up to a width of eight, in silence.
+LEAST = {"width_mult": 0.01, "alpha": 0.01}
 _FURTHER_HEADS = ("aux1.", "aux2.", "AuxLogits.")
 
 
@@ -49,6 +52,8 @@ def builder(model: str) -> Callable[..., nn.Module]:
         given = _ONE_HEAD.get(model, {}) | _sized(model, shape) | options
         try:
             return torchvision.models.get_model(model, weights=None, num_classes=classes, **given)
+        except ModelTooLarge:
+            raise
         except ValueError as error:
             raise ValueError(
                 f"torchvision:{model}: expected images and options that it takes, got {shape[1]} x {shape[2]} (folder: "
