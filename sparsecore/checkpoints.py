@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,50 +10,47 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
+from typing_extensions import NotRequired, TypedDict
 
-from . import safefile
+from . import safefile, schema
 from .batches import EpochBatches, parts_of
 from .convert import sparse_layers
 from .kernels import laid_out_as
 from .losses import Loss
 from .patterns import Planned
 
-_OWN = ("lr", "fused", "foreach", "capturable")  # how an optimiser computes is its own affair
-
+# By optimiser, what it holds for a parameter that it has moved: those of `recipe.optimizer_for`.
+_SLOTS: dict[type, tuple[str, ...]] = {
+    torch.optim.SGD: ("momentum_buffer",),
+    torch.optim.Adam: ("step", "exp_avg", "exp_avg_sq"),
+    torch.optim.AdamW: ("step", "exp_avg", "exp_avg_sq"),
+}
+_MOST_STEPS = 2**24  # of a float32 that still counts
 
 _PIECE = 1 << 22  # numbers of data that are looked at at once
 
 
-class OtherRunError(ValueError):
+class OtherRunError(safefile.FileError):
     """A checkpoint of another run: of other data, another model or other options."""
 
 
 def pack_optimizer(
     optimizer: torch.optim.Optimizer, model: nn.Module | None = None
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """(tensors, JSON-able rest) of an optimiser's state_dict.
+) -> dict[str, Tensor]:
+    """What an optimiser of `recipe.optimizer_for` holds, by name.
 
     What is held for kept weights alone is written as for dense ones, so that a file does not depend on the
     plan of `model`.
     """
-    state, planned = optimizer.state_dict(), _planned(optimizer, model)
+    planned = _planned(optimizer, model)
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
-    for index, slots in state["state"].items():
-        for slot, value in slots.items():
-            if isinstance(value, Tensor):
-                pattern = planned.get(int(index)) if value.ndim else None
-                dense = value if pattern is None else pattern(value)
+    for index, slots in optimizer.state_dict()["state"].items():
+        for slot in _SLOTS[type(optimizer)]:
+            value, pattern = slots.get(slot), planned.get(int(index))
+            if value is not None:  # SGD without momentum has none
+                dense = value if pattern is None or not value.ndim else pattern(value)
                 tensors[f"optimizer/{index}/{slot}"] = dense
-            else:
-                numbers[f"{index}/{slot}"] = value
-    groups = [{k: _number(v) for k, v in group.items()} for group in state["param_groups"]]
-    return tensors, {"groups": groups, "numbers": numbers}
-
-
-def _number(value: Any) -> Any:
-    """A rate on the device as the number that it is."""
-    return value.item() if isinstance(value, Tensor) else value
+    return tensors
 
 
 def _planned(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[int, Planned]:
@@ -67,39 +64,73 @@ def _planned(optimizer: torch.optim.Optimizer, model: nn.Module | None) -> dict[
 
 
 def unpack_optimizer(
-    optimizer: torch.optim.Optimizer,
-    tensors: dict[str, Tensor],
-    rest: dict[str, Any],
-    model: nn.Module | None = None,
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], model: nn.Module | None = None
 ) -> None:
-    """Puts back what `pack_optimizer` gave.
+    """Puts back what `pack_optimizer` gave; rates and the like stay the optimiser's own.
 
     A file's tensors lie row by row; what is as large as its parameter lies as that does again, which
     fused optimisers insist on.
+
+    Errors: FileError, with nothing changed, for anything that this optimiser would not have put there: native code
+    trusts its state.
     """
     planned = _planned(optimizer, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state: dict[int, dict[str, Any]] = {}
-    entries: dict[str, Any] = dict(rest["numbers"])
+    slots, entries = _SLOTS[type(optimizer)], dict[str, Tensor]()
     for name, value in tensors.items():
         if name.startswith("optimizer/"):
             entries[name.removeprefix("optimizer/")] = value
-    for name, value in entries.items():
-        index, slot = name.split("/")
-        pattern = planned.get(int(index))
-        if pattern is not None and isinstance(value, Tensor) and value.ndim:
-            value = pattern.kept(value)
-        if isinstance(value, Tensor) and value.shape == parameters[int(index)].shape:
-            value = laid_out_as(value, parameters[int(index)])
-        state.setdefault(int(index), {})[slot] = value
-    own = [{k: group[k] for k in _OWN if k in group} for group in optimizer.param_groups]
-    optimizer.load_state_dict({"state": state, "param_groups": rest["groups"]})
+    state: dict[int, dict[str, Tensor]] = {}
+    for index, parameter in enumerate(parameters):
+        found = {slot: entries.pop(f"{index}/{slot}", None) for slot in slots}
+        if all(value is None for value in found.values()):
+            continue  # no step has moved it
+        pattern = planned.get(index)
+        shape = parameter.shape if pattern is None else pattern.mask.shape
+        for slot, value in found.items():
+            state.setdefault(index, {})[slot] = _slot(value, slot, parameter, shape, index, pattern)
+    if entries:
+        raise safefile.FileError(
+            f"optimizer: expected {', '.join(slots)} of {len(parameters)} parameters, got {', '.join(entries)[:80]}"
+        )
+    own = [dict(group) for group in optimizer.param_groups]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     for group, mine in zip(optimizer.param_groups, own, strict=True):
-        if isinstance(mine["lr"], Tensor):  # what a graph reads stays where it is
-            mine["lr"].fill_(group["lr"])
-        else:
-            del mine["lr"]
-        group |= mine
+        group |= mine  # the rate that a graph reads among them
+
+
+def _slot(
+    value: Tensor | None,
+    slot: str,
+    parameter: Tensor,
+    shape: torch.Size,
+    index: int,
+    pattern: Planned | None,
+) -> Tensor:
+    """What a file holds of a parameter's state, as the optimiser wants it."""
+    what = f"optimizer/{index}/{slot}"
+    if value is None:
+        raise safefile.FileError(f"{what}: expected a tensor, got none")
+    counts = slot == "step"
+    own = torch.empty((), dtype=torch.float32) if counts else parameter.detach().new_empty(0)
+    bare = torch.empty(() if counts else shape, dtype=own.dtype, device="meta")
+    value = schema.tensor(value, bare, what)
+    if slot == "exp_avg_sq":
+        schema.at_least_0(value, what)
+    if counts and not (value == value.round() and 0 <= value <= _MOST_STEPS):
+        raise safefile.FileError(f"{what}: expected a number of steps, got {value.item():g}")
+    if not counts and pattern is not None:
+        value = pattern.kept(value)
+    return laid_out_as(value, parameter) if value.shape == parameter.shape else value
+
+
+def apart(
+    tensors: Mapping[str, Tensor], prefix: str
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(those without the prefix, those with it)."""
+    of = {name: value for name, value in tensors.items() if name.startswith(prefix)}
+    return {name: value for name, value in tensors.items() if name not in of}, of
 
 
 def fingerprint(
@@ -194,19 +225,23 @@ def check_resumable(path: Path | None, batches: EpochBatches) -> None:
 
 def seconds(path: Path | None) -> float:
     """How long the run behind a checkpoint had taken when it was written; 0 where there is none."""
-    return read(path)[1].get("seconds", 0.0) if path is not None and path.is_file() else 0.0
+    return read(path, _Timed)[1].get("seconds", 0.0) if path is not None and path.is_file() else 0.0
+
+
+class _Timed(TypedDict):
+    seconds: NotRequired[schema.Seconds]
 
 
 def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """One checkpoint, atomically.  Errors: safefile.FileError."""
+    """One checkpoint, as a whole or not at all.  Errors: safefile.FileError."""
     meta = safefile.finite(meta, lambda number: {"float": str(number)})
     safefile.write(path, tensors, meta, kind="checkpoint")
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """What `write` was given.  Errors: safefile.FileError."""
+def read(path: Path, hint: Any = schema.Facts) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What `write` was given, its facts as `schema.facts` has them by a type.  Errors: safefile.FileError."""
     tensors, meta = safefile.read(path, kind="checkpoint")
-    return tensors, _floats(meta)
+    return tensors, schema.facts(_floats(meta), hint, str(path))
 
 
 # What a metric or a watched number may be, and JSON has not.

@@ -371,7 +371,9 @@ def report(
         data=datasets.folder_of(setup.data),
     )
     dataset = data_of(setup, data_dir)
-    check_memory(setup, dataset, device, methods=list(dict.fromkeys(m.partition("+")[0] for m in methods)))
+    check_memory(
+        setup, dataset, device, methods=list(dict.fromkeys(m.partition("+")[0] for m in methods))
+    )
     comparison = Comparison(out, setup, engine)
     with Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)

@@ -19,6 +19,7 @@ from .convert import require_dense_parameters
 from .engine import plainly
 from .losses import Loss
 from .patterns import Gated
+from .writing import FileError
 
 ACTIVATIONS = (nn.ReLU, nn.GELU, nn.SiLU, nn.PReLU, nn.LeakyReLU, nn.Hardswish)
 
@@ -87,14 +88,14 @@ class Net:
         """(sparse, teacher), side by side where there is a stream for it."""
         if self.side is None:
             teacher = self.teacher_output(x)
-            return self.output(x), teacher
+            return _alike(self.output(x), teacher)
         main = torch.cuda.current_stream()
         self.side.wait_stream(main)
         with torch.cuda.stream(self.side):
             teacher = self.teacher_output(x)
         sparse = self.output(x)
         main.wait_stream(self.side)
-        return sparse, teacher
+        return _alike(sparse, teacher)
 
     def losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sparse, teacher) of the task's loss."""
@@ -198,6 +199,16 @@ class Objective:
     def __call__(self, net: Net, batch: Batch) -> Tensor:
         net.target = parts_of(batch)[1]
         return self.loss(net, batch) * self.scale
+
+
+def _alike(sparse: Any, teacher: Any) -> tuple[Any, Any]:
+    """Both outputs.  Errors: FileError where a checkpoint remembered a teacher of another shape."""
+    if isinstance(sparse, Tensor) and isinstance(teacher, Tensor) and sparse.shape != teacher.shape:
+        raise FileError(
+            f"the search's checkpoint: expected a teacher of {tuple(sparse.shape)} scores a batch, got "
+            f"{tuple(teacher.shape)}; remove it, and the search begins anew"
+        )
+    return sparse, teacher
 
 
 def _task(net: Net, batch: Batch) -> Tensor:

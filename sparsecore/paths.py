@@ -49,23 +49,6 @@ def check_paths(
             )
 
 
-def check_metrics(path: Path | None) -> None:
-    """Errors: ValueError for a file of anything but JSON lines, the last of which a killed run may have cut off."""
-    if path is None or not path.is_file():
-        return
-    *lines, last = path.read_bytes().split(b"\n")
-    for number, line in enumerate([*lines, last], 1):
-        try:
-            good = isinstance(json.loads(line), dict)
-        except ValueError:
-            good = number > len(lines) and (not line or line.startswith(b"{"))
-        if not good:
-            raise ValueError(
-                f"--metrics {path}: expected a new file or one JSON object a line, got something else in line "
-                f"{number}; name another file"
-            )
-
-
 def check_cache(path: Path | None, others: Paths) -> None:
     """A cache's folder is made where there is none, and a cache that cannot be written costs time alone.
 

@@ -6,9 +6,7 @@ A file carries a SHA-256 digest of everything in it, so any damage is found befo
 import hashlib
 import json
 import math
-import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +15,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .writing import FileError as FileError
+from .writing import put
+
 VERSION = 1
 
 
-class FileError(ValueError):
-    """A file that cannot be read or written: which, what was expected and got, how to mend it."""
-
-
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, kind: str) -> None:
-    """Writes atomically: a reader sees the old file or the new one, also when the disk is full.
+    """Writes as a whole or not at all, as `writing.put` does.
 
-    Errors: FileError if the file cannot be written; an older one is intact then.
+    Errors: FileError if the file cannot be written, or for names that are no plain text; an older one is intact then.
     """
+    if (odd := _no_text(tensors)) is not None:
+        raise FileError(f"{path}: expected names of plain text, got {odd!r}; rename the layer")
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = _canonical(dict(meta))
     entry = {"format": f"sparsecore/{kind}", "version": VERSION, "digest": _digest(plain, text)}
@@ -36,26 +35,6 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *,
     put(
         path, save({name: t.clone() for name, t in plain.items()}, header)
     )  # clones share no storage
-
-
-def put(path: Path, data: bytes) -> None:
-    """A whole file at once: a reader sees the old one or the new one, also when the disk is full.
-
-    Errors: FileError if it cannot be written; an older one is intact then.
-    """
-    temporary = None
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=path.name, delete=False) as file:
-            temporary = Path(file.name)
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except OSError as error:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-        raise FileError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -85,9 +64,28 @@ def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileError(
             f"{path}: expected version {VERSION}, got {str(version)[:20]}; update sparsecore"
         )
-    if not isinstance(meta, dict) or digest != _digest(tensors, text):
+    if not isinstance(meta, dict) or _deep(meta) or digest != _digest(tensors, text):
         raise FileError(f"{damaged} contents that do not match their digest: the file is damaged")
+    if (odd := _no_text(tensors)) is not None:
+        raise FileError(f"{damaged} a tensor of the name {odd!r:.80}, which is no plain text")
     return tensors, meta
+
+
+_MOST_LEVELS = 50
+
+
+def _deep(value: Any) -> bool:
+    """Whether lists and objects lie in each other beyond what any file of ours has, and beyond what recursion takes."""
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        inner = [v for v in level if isinstance(v, (dict, list))]
+        level = [x for v in inner for x in (v.values() if isinstance(v, dict) else v)]
+    return bool(level)
+
+
+def _no_text(names: Iterable[str]) -> str | None:
+    """The first name that would do more to a screen than be read."""
+    return next((name for name in names if not name.isprintable()), None)
 
 
 def _canonical(meta: Any) -> str:

@@ -11,16 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from . import foreign, safefile
+from .claims import sole
 from .convert import plain_state, require_sparse_layers
 from .granularity import NM, Granularity, Weight, parse_granularity
+from .kinds import check_fields, checked
 from .patterns import Dense
 from .plans import check_plan, plan_
 from .sparsities import masks_from_scores, top_k
 from .telling import tell_applied
 from .tied import require_own_memory
+from .unsaved import Unsaved
 
 
-class TicketError(ValueError):
+class TicketError(safefile.FileError):
     """A ticket that cannot be used: what was expected, what was found."""
 
 
@@ -38,14 +41,20 @@ class Ticket:
         weights: the dense state training starts from, by the dense model's state_dict keys.
         meta: JSON-able provenance (method, sparsity asked for, seed, granularity, ...).
         scores: one per unit, for `inverted`; None where there are none.
+        unsaved: the checkpoint of the search that found it, which `save` removes.
     """
 
     masks: Mapping[str, Tensor]
     weights: Mapping[str, Tensor]
     meta: dict[str, Any] = field(default_factory=dict)
     scores: Mapping[str, Tensor] | None = None
+    unsaved: Unsaved | None = field(default=None, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @classmethod
+    @checked
     def from_scores(
         cls,
         scores: Mapping[str, Tensor],
@@ -82,6 +91,7 @@ class Ticket:
         )
 
     @classmethod
+    @checked
     def from_zeros(cls, model: nn.Module) -> "Ticket":
         """The ticket of a model whose pruned weights are zeros: what other tools leave when they are done.
 
@@ -93,6 +103,7 @@ class Ticket:
         return cls._found("from_zeros", foreign.zeros_of, model)
 
     @classmethod
+    @checked
     def from_prune(cls, model: nn.Module) -> "Ticket":
         """The ticket of a dense model under `torch.nn.utils.prune`: its masks, and the weights below them.
 
@@ -114,6 +125,7 @@ class Ticket:
         meta = {"method": name, "granularity": "weight", "torch": torch.__version__}
         return cls(masks, weights, meta)
 
+    @sole("prune_")
     def prune_(self, model: nn.Module) -> nn.Module:
         """Writes the ticket as masks of `torch.nn.utils.prune` into a dense model; returns the model.
 
@@ -132,7 +144,7 @@ class Ticket:
     def sparsity(self) -> float:
         """Fraction of the masked layers' weights that is removed."""
         total = sum(mask.numel() for mask in self.masks.values())
-        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / total
+        return 1 - sum(int(mask.sum()) for mask in self.masks.values()) / max(total, 1)
 
     @property
     def density(self) -> float:
@@ -160,8 +172,9 @@ class Ticket:
 
     def layer_sparsities(self) -> dict[str, float]:
         """Fraction removed, by layer."""
-        return {name: 1 - int(m.sum()) / m.numel() for name, m in self.masks.items()}
+        return {name: 1 - int(m.sum()) / max(m.numel(), 1) for name, m in self.masks.items()}
 
+    @sole("apply_")
     def apply_(
         self,
         model: nn.Module,
@@ -183,8 +196,8 @@ class Ticket:
                 fastest way.  "block" takes the ticket's own sides where it has some.
             captured: whether "auto" is to measure CUDA graphs, since steps will be some.
 
-        Errors: TicketError for a ticket of another model, ValueError for an unknown plan; other errors of
-        `plan_` leave it masked.
+        Errors: TicketError for a ticket of another model, ValueError for an unknown plan, a model that another thread
+        works with or that was made in inference mode; other errors of `plan_` leave it masked.
         """
         check_plan(plan)
         try:
@@ -215,7 +228,7 @@ class Ticket:
                 layer.set_mask_(self.masks[name])
             else:
                 layer.pattern = Dense()
-        tell_applied(self, model)
+        tell_applied(self, model, stacklevel=4)
         return plan_(model, self._sided(plan), *example, captured=captured)
 
     def _sided(self, plan: str) -> str:
@@ -223,8 +236,12 @@ class Ticket:
         sides = str(self.granularity)
         return sides if plan == "block" and sides.startswith("block:") else plan
 
+    @checked
     def save(self, path: str | Path) -> None:
-        """Writes one safetensors file with bit-packed masks.  Errors: TicketError if it cannot."""
+        """Writes one safetensors file with bit-packed masks; then its search's checkpoint is no longer needed and goes.
+
+        Errors: TicketError if it cannot; the checkpoint, and an older file, are as they were.
+        """
         tensors = {f"mask/{name}": pack_mask(mask) for name, mask in self.masks.items()}
         tensors |= {f"weight/{key}": value for key, value in self.weights.items()}
         tensors |= {f"score/{name}": score for name, score in (self.scores or {}).items()}
@@ -238,8 +255,11 @@ class Ticket:
             safefile.write(Path(path), tensors, meta, kind="ticket")
         except (TypeError, ValueError) as error:
             raise TicketError(str(error)) from None
+        if self.unsaved is not None:
+            self.unsaved.saved()
 
     @classmethod
+    @checked
     def load(cls, path: str | Path) -> "Ticket":
         """Reads what `save` wrote; nothing in a file is ever run.
 
@@ -278,6 +298,7 @@ class Ticket:
                 raise ValueError(f"scores of {name}: expected {tuple(expected)} of them")
         return cls(masks, parts["weight"], provenance, parts["score"] or None)
 
+    @checked
     def shuffled(self, seed: int) -> "Ticket":
         """Each layer keeps as many units, at random places: the layerwise shuffle control."""
         generator = torch.Generator().manual_seed(seed)
@@ -286,7 +307,8 @@ class Ticket:
             for name, mask in self.masks.items()
         }
         masks = self._reranked(lambda name: noise[name])
-        return replace(self, masks=masks, scores=None, meta=self.meta | {"sanity": "shuffle"})
+        meta = self.meta | {"sanity": "shuffle"}
+        return replace(self, masks=masks, scores=None, meta=meta, unsaved=None)
 
     def inverted(self) -> "Ticket":
         """Each layer keeps as many units, those with the lowest scores.
@@ -298,8 +320,10 @@ class Ticket:
             raise TicketError("inverting a ticket needs its scores, this one has none")
         masks = self._reranked(lambda name: -scores[name])
         negated = {name: -score for name, score in scores.items()}
-        return replace(self, masks=masks, scores=negated, meta=self.meta | {"sanity": "invert"})
+        meta = self.meta | {"sanity": "invert"}
+        return replace(self, masks=masks, scores=negated, meta=meta, unsaved=None)
 
+    @checked
     def reinitialised(self, weights: Mapping[str, Tensor]) -> "Ticket":
         """The same masks on other start weights: a fresh model's state_dict.
 
@@ -310,7 +334,8 @@ class Ticket:
         _check_names("weights", plain, self.weights)
         _check_shapes({key: (w, self.weights[key].shape) for key, w in plain.items()})
         fresh = {key: w.detach().cpu().clone() for key, w in plain.items()}
-        return replace(self, weights=fresh, meta=self.meta | {"sanity": "reinit"})
+        meta = self.meta | {"sanity": "reinit"}
+        return replace(self, weights=fresh, meta=meta, unsaved=None)
 
     def _reranked(self, ranking: Callable[[str], Tensor]) -> dict[str, Tensor]:
         """Masks with the same number of units per layer (per group under N:M), by another ranking."""

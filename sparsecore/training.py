@@ -12,6 +12,7 @@ from torch import nn
 
 from . import checkpoints, metrics_file
 from .batches import first_flaw
+from .claims import sole
 from .engine import (
     Way,
     check_engine,
@@ -36,6 +37,7 @@ class TrainingError(ValueError):
     """A run that cannot go on; the message says what to change."""
 
 
+@sole("training", differentiates=True)
 @alone("metrics", "checkpoint")
 def train(
     model: nn.Module,
@@ -88,15 +90,15 @@ def train(
             these that a few steps find fastest; a run that goes on keeps what it began with.
         repeats: how many such runs there are, which share what is compiled.
 
-    Errors: ValueError for a model without parameters that train, a start after the end, fp16 on the CPU, or a
-    checkpoint that belongs to another run or went too far for this one; TrainingError if the loss is not finite;
-    EngineError for an engine that is not possible here; FileError for files that are damaged, that somebody else
-    writes by now, or that cannot be written, with the epochs before kept.
+    Errors: ValueError for a model without parameters that train or that another thread works with, a start after the
+    end, fp16 on the CPU, or a checkpoint that belongs to another run or went too far for this one; TrainingError if the
+    loss is not finite; EngineError for an engine that is not possible here; FileError for files that are damaged, that
+    somebody else writes by now, or that cannot be written, with the epochs before kept.
     """
     require_trainable(model)
     check_engine(engine, next(model.parameters()).device)
     given = loss_of(loss)
-    tell_loss(given, model)
+    tell_loss(given, model, stacklevel=5)
     by = given.smoothed(recipe.label_smoothing)
     train_batches = batches_of(train_batches, model, steps_per_epoch)
     if test_batches is not None:

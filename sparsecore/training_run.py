@@ -5,13 +5,14 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
+from typing_extensions import NotRequired, TypedDict
 
-from . import checkpoints
+from . import checkpoints, schema
 from .batches import Batch, EpochBatches
 from .engine import (
     Evaluation,
@@ -25,7 +26,9 @@ from .engine.training_step import Penalty
 from .evaluating import evaluate as evaluate
 from .loss_functions import own_parameters
 from .losses import Loss
+from .process import between_steps
 from .recipe import Recipe, optimizer_for
+from .writing import FileError
 
 
 @dataclass(frozen=True)
@@ -214,6 +217,7 @@ class Run:
                 self.after_step(Step(index, self.model, self.optimizer, self.feed.present))
                 self.engine.refresh()
             advance()
+            between_steps()
         for p in self.unmoved:  # nobody sets them back
             p.grad = None
         return step.mean()
@@ -230,28 +234,84 @@ class Run:
             self.model.load_state_dict(self.average.module.state_dict())
 
     def save(self, path: Path, fingerprint: str, history: History) -> None:
-        tensors, meta = checkpoints.pack_optimizer(self.optimizer, self.model)
-        tensors |= {f"model/{k}": v for k, v in self.model.state_dict().items()}
-        if self.average is not None:
-            tensors |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+        tensors = checkpoints.pack_optimizer(self.optimizer, self.model) | self._own()
         for epoch, state in history.snapshots.items():
             tensors |= {f"snapshot/{epoch}/{k}": v for k, v in state.items()}
-        meta = {"optimizer": meta, "scaler": self.scaler.state_dict(), "seconds": history.seconds}
+        meta = {"scaler": self.scaler.state_dict(), "seconds": history.seconds}
         meta |= {"run": fingerprint, "epochs": history.epochs, "engine": str(self.engine.way)}
         checkpoints.write(path, tensors, meta)
 
-    def load(self, saved: Saved, history: History) -> None:
-        tensors, meta = saved
-
-        def part(name: str) -> dict[str, Tensor]:
-            return {k.removeprefix(name): v for k, v in tensors.items() if k.startswith(name)}
-
-        self.model.load_state_dict(part("model/"))
+    def _own(self) -> dict[str, Tensor]:
+        """What is there from the start, by the names of a checkpoint."""
+        own = {f"model/{k}": v for k, v in self.model.state_dict().items()}
         if self.average is not None:
-            self.average.load_state_dict(part("average/"))
-        checkpoints.unpack_optimizer(self.optimizer, tensors, meta["optimizer"], self.model)
-        self.scaler.load_state_dict(meta["scaler"])
+            own |= {f"average/{k}": v for k, v in self.average.state_dict().items()}
+        return own
+
+    def load(self, saved: Saved, history: History) -> None:
+        """Errors: FileError for what `save` did not write of this run, with nothing changed."""
+        tensors, meta = saved
+        ends = [record["epoch"] for record in meta["epochs"]]
+        if not ends or ends != sorted(set(ends)):
+            raise FileError("training: expected records of ever later epochs, got others")
+        found, moments = checkpoints.apart(tensors, "optimizer/")
+        found, snapshots = checkpoints.apart(found, "snapshot/")
+        found = schema.tensors(found, self._own(), "training")
+        states = self._states(snapshots)
+        checkpoints.unpack_optimizer(self.optimizer, moments, self.model)
+        self.model.load_state_dict(_below("model/", found))
+        if self.average is not None:
+            self.average.load_state_dict(_below("average/", found))
+        if meta["scaler"]:  # {} where there is none
+            self.scaler.load_state_dict(meta["scaler"])
         history.epochs = meta["epochs"]
-        for key, value in part("snapshot/").items():
-            epoch, name = key.split("/", 1)
-            history.snapshots.setdefault(float(epoch), {})[name] = value
+        history.snapshots |= states
+
+    def _states(self, tensors: dict[str, Tensor]) -> dict[float, dict[str, Tensor]]:
+        """Snapshots by epoch."""
+        states: dict[float, dict[str, Tensor]] = {}
+        for key, value in _below("snapshot/", tensors).items():
+            epoch, _, name = key.partition("/")
+            try:
+                states.setdefault(float(epoch), {})[name] = value
+            except ValueError:
+                raise FileError(f"snapshot: expected an epoch, got {epoch[:40]!r}") from None
+        own = self.model.state_dict()
+        return {e: schema.tensors(state, own, f"snapshot {e:g}") for e, state in states.items()}
+
+
+def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
+class Record(TypedDict):
+    """What a part of a run has to tell, as checkpoints keep it."""
+
+    epoch: Annotated[float, schema.Range(0)]
+    lr: float
+    loss: float
+    seconds: schema.Seconds
+    accuracy: NotRequired[schema.Percent]
+    test_loss: NotRequired[schema.Number]
+    metric: NotRequired[schema.Number]
+    watched: NotRequired[schema.Number]
+
+
+class _Scaler(TypedDict):
+    """Of `torch.amp.GradScaler`; none of it where there is none."""
+
+    scale: NotRequired[Annotated[float, schema.Range(2.0**-126, 2.0**127)]]
+    growth_factor: NotRequired[Annotated[float, schema.Range(1, 2.0**20)]]
+    backoff_factor: NotRequired[Annotated[float, schema.Range(2.0**-20, 1)]]
+    growth_interval: NotRequired[Annotated[int, schema.Range(1, 2**31)]]
+    _growth_tracker: NotRequired[Annotated[int, schema.Range(0, 2**31)]]
+
+
+class Facts(TypedDict):
+    """What a training's checkpoint says beside tensors."""
+
+    run: str
+    seconds: schema.Seconds
+    engine: str
+    epochs: list[Record]
+    scaler: _Scaler

@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sparsecore import cli, safefile
+from sparsecore import cli, writing
 from sparsecore.cli import main
-from sparsecore.paths import check_cache, check_metrics, check_paths
+from sparsecore.metrics_file import lines_of
+from sparsecore.paths import check_cache, check_paths
 from sparsecore.tickets import Ticket
 
 SEARCH = [
@@ -155,7 +156,7 @@ def test_what_is_no_clash(tmp_path: Path) -> None:
         folders={"--rounds": out},
         data=root,
     )
-    check_metrics(null)
+    lines_of(null)
     check_cache(tmp_path / "new" / "plans.json", {})
     assert [p.name for p in tmp_path.iterdir()] == ["images"] and not out.exists()
 
@@ -163,14 +164,14 @@ def test_what_is_no_clash(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["", "\n" * 0, '{"epoch": 1}\n', '{"epoch": 1}\n{"epo'])
 def test_metrics_go_on(text: str, tmp_path: Path) -> None:
     (tmp_path / "m").write_text(text)
-    check_metrics(tmp_path / "m")
+    lines_of(tmp_path / "m")
 
 
 @pytest.mark.parametrize("content", [b"notes", b"[1]\n", b'{"a": 1}\n\n{"a": 2}\n', b"\xff\xfe\n"])
 def test_what_are_no_metrics(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(ValueError, match="expected a new file or one JSON object a line"):
-        check_metrics(tmp_path / "m")
+        lines_of(tmp_path / "m")
 
 
 @pytest.mark.parametrize("option", ["--save", "--json"])
@@ -181,7 +182,7 @@ def test_a_disk_that_fills_up_while_training_costs_the_file_alone(
         raise OSError(28, "No space left on device")
 
     Path("old").write_text("old")
-    monkeypatch.setattr(safefile.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     monkeypatch.setattr(Path, "write_text", full)
     capsys.readouterr()
     assert main(["train", "t", "--engine", "eager", option, "old"]) == 2

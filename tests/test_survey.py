@@ -10,7 +10,7 @@ import torch
 from helpers import rand
 from PIL import Image
 
-from sparsecore import data, survey
+from sparsecore import data, survey, writing
 from sparsecore.data import DataError
 
 MEMORY = ".sparsecore-moments.safetensors"
@@ -146,7 +146,7 @@ def test_a_folder_that_cannot_be_written_loads(
     def full(*_: object, **__: object) -> None:
         raise OSError(30, "Read-only file system")
 
-    monkeypatch.setattr(survey.safefile.tempfile, "NamedTemporaryFile", full)
+    monkeypatch.setattr(writing, "_new_part", full)
     assert len(data.load(f"folder:{root}").train) == 5
     assert sorted(p.name for p in root.iterdir()) == ["a", "b"]
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 import sparsecore as sc
-from sparsecore import safefile
+from sparsecore import safefile, writing
 from sparsecore.granularity import NM, Granularity
 from sparsecore.sparsities import kept_count
 from sparsecore.tickets import Ticket, TicketError, dense_state
@@ -312,7 +312,7 @@ def test_a_failed_write_keeps_the_old_file(
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(safefile.os, "fsync", full)
+    monkeypatch.setattr(writing.os, "fsync", full)
     with pytest.raises(TicketError, match="No space left"):
         ticket_of(sc.sparsify_(mlp(seed=5))).save(path)
     assert path.read_bytes() == good and len(list(path.parent.iterdir())) == 1

@@ -271,11 +271,22 @@ def test_a_run_is_watched_after_every_epoch(tmp_path: Path) -> None:
     assert [e["watched"] for e in run(mlp(), **options).epochs] == [1, 2, 3, 4]
 
 
-def test_metrics_a_kill_left_behind_are_cut(tmp_path: Path) -> None:
+def test_of_metrics_half_a_line_is_cut_and_other_runs_stay(tmp_path: Path) -> None:
     metrics = tmp_path / "m.jsonl"
-    metrics.write_text('{"epoch": 1, "loss": 9}\n{"epo')
+    metrics.write_text('{"epoch": 9, "loss": 9}\n{"epo')
     run(mlp(), metrics=metrics)
-    assert [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()] == [1, 2, 3, 4]
+    found = [json.loads(line)["epoch"] for line in metrics.read_text().splitlines()]
+    assert found == [9, 1, 2, 3, 4]
+
+
+def test_metrics_that_a_kill_left_out_are_caught_up(tmp_path: Path) -> None:
+    options = {"metrics": tmp_path / "m.jsonl", "checkpoint": tmp_path / "c"}
+    run(mlp(), **options)
+    whole = options["metrics"].read_text()
+    options["metrics"].write_text("".join(whole.splitlines(keepends=True)[:-1]) + '{"epo')
+    run(mlp(), **options)
+    lines = options["metrics"].read_text().splitlines()
+    assert list(map(json.loads, lines)) == list(map(json.loads, whole.splitlines()))
 
 
 def test_a_mask_that_an_average_does_not_know_is_refused() -> None:

@@ -4,7 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from .. import checkpoints
-from ..batches import Batch, EpochBatches, size_of
+from .. import checkpoints, schema
+from ..batches import Batch, EpochBatches, require_samples, size_of
 from ..control import AbstractController, FixedPenalty, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..engine import (
@@ -33,6 +33,7 @@ from ..engine import (
 )
 from ..gates import Annealed
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated
@@ -41,6 +42,7 @@ from ..recipe import Recipe, optimizer_for
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..tied import require_own_weights
+from ..unsaved import Unsaved
 from .epochs import StepEpochs, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
@@ -83,6 +85,7 @@ class ContinuousSparsification:
     engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_engine(self.engine)
         checks = (
             ("search epochs", self.epochs, self.epochs >= 1, "at least 1"),
@@ -155,9 +158,7 @@ class ContinuousSparsification:
         meta["engine"] = str(work.engine.way)
         scores = {name: pattern.logits.detach() for name, pattern in work.gated.items()}
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return ticket
+        return replace(ticket, unsaved=Unsaved.of([checkpoint])[0])
 
     @property
     def first_density(self) -> float:
@@ -223,6 +224,7 @@ class _ContinuousStep(AbstractStep):
 
     def __call__(self, batch: Batch, rows: Tensor | None = None) -> None:
         search, recipe, timeline = self.search, self.search.recipe, self.timeline
+        require_samples(batch)
         timeline.advance()
         batch = self.layout.of(batch)
         with recipe.autocast(self.device):
@@ -342,21 +344,23 @@ class _ContinuousEpochs(StepEpochs):
         return watch(self.net)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        step = self.step
-        tensors, weights = checkpoints.pack_optimizer(step.optimizer)
-        moments, gates = checkpoints.pack_optimizer(step.gates)
-        tensors |= {f"gates/{name}": value for name, value in moments.items()}
-        tensors |= {f"control/{name}": value for name, value in step.control.items()}
-        tensors |= {f"net/{name}": p.detach() for name, p in self.net.named_parameters()}
-        return tensors, {"weights": weights, "gates": gates, "engine": str(self.engine.way)}
+        gates = checkpoints.pack_optimizer(self.step.gates)
+        tensors = checkpoints.pack_optimizer(self.step.optimizer) | self._own()
+        tensors |= {f"gates/{name}": value for name, value in gates.items()}
+        return tensors, {"engine": str(self.engine.way)}
+
+    def _own(self) -> dict[str, Tensor]:
+        """What is there from the start."""
+        control = {f"control/{name}": value for name, value in self.step.control.items()}
+        return control | {f"net/{name}": p.detach() for name, p in self.net.named_parameters()}
 
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        for name, p in self.net.named_parameters():
-            p.data.copy_(tensors[f"net/{name}"])
-        for name, value in self.step.control.items():
-            value.copy_(tensors[f"control/{name}"])
-        moments = {
-            k.removeprefix("gates/"): v for k, v in tensors.items() if k.startswith("gates/")
-        }
-        checkpoints.unpack_optimizer(self.step.gates, moments, rest["gates"])
-        checkpoints.unpack_optimizer(self.step.optimizer, tensors, rest["weights"])
+        found, moments = checkpoints.apart(tensors, "optimizer/")
+        found, gates = checkpoints.apart(found, "gates/")
+        own = self._own()
+        found = schema.tensors(found, own, "search")
+        gates = {name.removeprefix("gates/"): value for name, value in gates.items()}
+        checkpoints.unpack_optimizer(self.step.gates, gates)
+        checkpoints.unpack_optimizer(self.step.optimizer, moments)
+        for name, value in own.items():
+            value.copy_(found[name])

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
+from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
 from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch, takes_images
 from ..gates import TopK
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
@@ -35,6 +36,7 @@ from ..sparsities import (
 from ..telling import note_gradients
 from ..tickets import Ticket, dense_state
 from ..tied import require_own_weights
+from ..unsaved import Unsaved
 from .epochs import StepEpochs, run_epochs, way_of
 from .finished import check_weights, searched_in
 from .protocol import Watch, require_full_precision
@@ -73,6 +75,7 @@ class EdgePopup:
     engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_engine(self.engine)
         check_weights(self.weights)
         _ = self.recipe  # refuses bad numbers
@@ -141,9 +144,7 @@ class EdgePopup:
         meta = self._meta(sparsity) | {"progress": records, "engine": str(work.engine.way)}
         meta["loss"] = by.name
         ticket = Ticket(masks, dense_state(hard), meta, scores)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return ticket
+        return replace(ticket, unsaved=Unsaved.of([checkpoint])[0])
 
     def _sparsities(self, layers: Mapping[str, SparseLayer], sparsity: float) -> dict[str, float]:
         """Of each layer; told before the search if a layer cannot be so."""
@@ -266,11 +267,17 @@ class _PopupEpochs(StepEpochs):
         return watch(self.hard)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        tensors, rest = checkpoints.pack_optimizer(self.optimizer)
-        scores = {f"scores/{name}": g.logits.detach() for name, g in self.gated.items()}
-        return tensors | scores, rest | {"engine": str(self.engine.way)}
+        return self._scores() | checkpoints.pack_optimizer(self.optimizer), {
+            "engine": str(self.engine.way)
+        }
+
+    def _scores(self) -> dict[str, Tensor]:
+        return {f"scores/{name}": g.logits.detach() for name, g in self.gated.items()}
 
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        for name, pattern in self.gated.items():
-            pattern.logits.data.copy_(tensors[f"scores/{name}"])
-        checkpoints.unpack_optimizer(self.optimizer, tensors, rest)
+        found, moments = checkpoints.apart(tensors, "optimizer/")
+        own = self._scores()
+        found = schema.tensors(found, own, "search")
+        checkpoints.unpack_optimizer(self.optimizer, moments)
+        for name, value in own.items():
+            value.copy_(found[name])

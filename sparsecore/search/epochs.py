@@ -7,20 +7,42 @@ from time import perf_counter
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import NotRequired, TypedDict
 
-from .. import checkpoints
+from .. import checkpoints, schema
 from ..batches import EpochBatches, first_flaw
 from ..engine import Engine, Timeline
 from ..progress import Advance, Progress
+from ..writing import FileError
 from .protocol import SearchError, Watch
 
 Record = dict[str, Any]  # what an epoch has to tell, as JSON
 
 
+class EpochRecord(TypedDict):
+    """What an epoch of most searches tells."""
+
+    epoch: schema.Count
+    objective: NotRequired[float]
+    sparsity: NotRequired[schema.Fraction]
+    accuracy: NotRequired[schema.Number]
+
+
+class Rest(TypedDict):
+    """What most searches keep beside tensors."""
+
+    engine: NotRequired[str]
+
+
 class Epochs(ABC):
-    """What a search does in an epoch, and all that an epoch changes."""
+    """What a search does in an epoch, and all that an epoch changes.
+
+    Attributes: rest_kind, record_kind: what files hold of `state` and of records, as `schema.facts` takes it.
+    """
 
     length = 1  # steps in an epoch
+    rest_kind: Any = Rest
+    record_kind: Any = EpochRecord
 
     @abstractmethod
     def epoch(self, index: int, advance: Advance) -> Record:
@@ -32,7 +54,7 @@ class Epochs(ABC):
 
     @abstractmethod
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Puts back what `state` gave."""
+        """Puts back what `state` gave.  Errors: FileError, before anything is changed, for what it could not have."""
 
 
 def run_epochs(
@@ -44,10 +66,10 @@ def run_epochs(
         run: the search's `checkpoints.fingerprint`.
         checkpoint: written after every epoch.
 
-    Errors: SearchError for a checkpoint of another search, and what an epoch raises.
+    Errors: SearchError for a checkpoint of another search, FileError for one that is none, and what an epoch raises.
     """
     began = perf_counter()
-    records, before = _resume(search, checkpoint, run)
+    records, before = _resume(search, checkpoint, run, epochs)
     with progress.task("search", total=epochs * search.length) as advance:
         advance(len(records) * search.length)
         for index in range(len(records), epochs):
@@ -64,22 +86,43 @@ def run_epochs(
     return records
 
 
-def _resume(search: Epochs, path: Path | None, run: str) -> tuple[list[Record], float]:
+def _resume(search: Epochs, path: Path | None, run: str, epochs: int) -> tuple[list[Record], float]:
     """The records of an interrupted search, whose state is put back, and the seconds it had taken."""
     if path is None or not path.exists():
         return [], 0.0
-    tensors, meta = read_own(path, run)
-    search.load(tensors, meta["search"])
-    return meta["records"], meta["seconds"]
+    tensors, meta = read_own(path, run, _Saved)
+    records = schema.facts(meta["records"], list[search.record_kind], f"{path}: records")
+    if len(records) > epochs:
+        raise FileError(f"{path}: expected records of {epochs} epochs, got {len(records)}")
+    try:
+        search.load(tensors, schema.facts(meta["search"], search.rest_kind, "search"))
+    except FileError as error:
+        raise FileError(f"{path}: {error}; remove it, and the search begins anew") from None
+    return records, meta["seconds"]
 
 
-def read_own(path: Path, run: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A search's own checkpoint.  Errors: SearchError for another's, safefile.FileError."""
-    tensors, meta = checkpoints.read(path)
-    if not checkpoints.same_run(meta.get("run"), run):
+class Owned(TypedDict):
+    """What checkpoints of all searches hold."""
+
+    run: str
+    seconds: schema.Seconds
+
+
+class _Saved(Owned):
+    search: schema.Facts
+    records: list[Any]
+
+
+def read_own(path: Path, run: str, hint: Any = Owned) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """A search's own checkpoint, with facts as the hint has them.
+
+    Errors: SearchError for another's, FileError for one that is none.
+    """
+    tensors, meta = checkpoints.read(path, hint)
+    if not checkpoints.same_run(meta["run"], run):
         raise SearchError(
             f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
-            f"data and start weights, got {str(meta.get('run'))[:12]}; remove it or name another"
+            f"data and start weights, got {meta['run'][:12]}; remove it or name another"
         )
     return tensors, meta
 
@@ -88,7 +131,7 @@ def way_of(path: Path | None, run: str) -> str | None:
     """How the interrupted search launched its steps; None where there is none."""
     if path is None or not path.exists():
         return None
-    return read_own(path, run)[1]["search"].get("engine")
+    return schema.facts(read_own(path, run, _Saved)[1]["search"], Rest, str(path)).get("engine")
 
 
 def check_finite(mean: float, index: int, objective: str, batches: EpochBatches) -> float:

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from typing_extensions import NotRequired, TypedDict
 
+from .. import schema
 from ..batches import EpochBatches, Numbered
 from ..engine import Way, feed_of, launch, takes_images
 from ..losses import Loss
@@ -14,6 +16,7 @@ from ..objectives import TeacherMemory
 from ..patterns import Gated, Masked
 from ..progress import Advance
 from ..sparsities import masks_from_scores
+from ..writing import FileError
 from .epochs import Epochs, Record, check_finite
 from .protocol import Watch
 from .steps import SearchStep
@@ -22,8 +25,33 @@ if TYPE_CHECKING:
     from .gated import AbstractGateSearch, Member
 
 
+class _Progress(TypedDict):
+    epoch: schema.Count
+    sparsity: float  # expected, which rounds to a little below 0
+    layers: dict[str, float]
+    accuracy: NotRequired[schema.Number]
+    hard_accuracy: NotRequired[schema.Number]
+
+
+class _OfTicket(TypedDict):
+    objective: float
+    progress: _Progress
+
+
+class _Record(TypedDict):
+    objective: float
+    tickets: list[_OfTicket]
+
+
+class _Rest(TypedDict):
+    dropped: bool
+    engine: str
+
+
 class GateEpochs(Epochs):
     """Epochs of gate steps; a record holds "objective" (the mean) and of each ticket "tickets"."""
+
+    rest_kind, record_kind = _Rest, _Record
 
     def __init__(
         self,
@@ -145,10 +173,26 @@ class GateEpochs(Epochs):
 
     @torch.no_grad()
     def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
-        for name, value in self.step.tensors().items():
-            value.copy_(tensors[name])
-        if "teacher" in tensors:
-            self.step.net.memory = TeacherMemory(len(tensors["teacher"]))
-            self.step.net.memory.table = tensors["teacher"].to(self.step.device)
+        own, tensors = self.step.tensors(), dict(tensors)
+        teacher = tensors.pop("teacher", None)
+        found = schema.tensors(tensors, own, "search", ("v/", "exp_avg_sq/", "step"))
+        if teacher is not None:
+            self._remember(teacher)
+        for name, value in own.items():
+            value.copy_(found[name])
         if rest["dropped"]:
             self._drop_lr()
+
+    def _remember(self, table: torch.Tensor) -> None:
+        """The teacher's scores by sample; `Net.outputs` refuses those of another shape than the network's."""
+        order = self.batches.order(0) if isinstance(self.batches, Numbered) else None
+        if order is None or self.step.batchwise:
+            raise FileError(
+                "teacher: expected none for data that differs from epoch to epoch, got some"
+            )
+        if table.ndim < 2 or len(table) != len(order) or not schema.all_finite(table):
+            raise FileError(
+                f"teacher: expected finite scores of {len(order)} samples, got {tuple(table.shape)} or others"
+            )
+        self.step.net.memory = TeacherMemory(len(table))
+        self.step.net.memory.table = table.to(self.step.device)

@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +18,7 @@ from ..convert import batch_statistics, require_dense_parameters
 from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
@@ -27,6 +28,7 @@ from ..progress import QUIET, Progress
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..tied import require_own_weights
+from ..unsaved import Unsaved
 from .epochs import run_epochs, way_of
 from .gate_epochs import GateEpochs
 from .many_step import ManyStep
@@ -78,6 +80,7 @@ class AbstractGateSearch(ABC):
     engine: str = field(default="auto", repr=False, compare=False)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_engine(self.engine)
         start = self.start_density
         checks = (
@@ -208,9 +211,8 @@ class AbstractGateSearch(ABC):
                 scores, model, meta["sparsity"], self.granularity, meta=meta
             )
             tickets.append(self._finish(ticket, model, batches))
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return tickets
+        left = Unsaved.of([checkpoint], len(tickets))
+        return [replace(t, unsaved=own) for t, own in zip(tickets, left, strict=True)]
 
     def _facts(self, members: list[Member]) -> tuple[Any, ...]:
         """What tells a run apart, besides data and weights."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import checkpoints
-from ..batches import EpochBatches
+from .. import checkpoints, schema
+from ..batches import EpochBatches, whole_epoch
 from ..convert import require_dense_parameters, sparse_layers
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
@@ -22,6 +23,7 @@ from ..progress import QUIET, Advance, Progress
 from ..scores import Score, score_name, scored, synflow
 from ..sparsities import check_possible, masks_from_scores
 from ..tickets import Ticket
+from ..unsaved import Unsaved
 from .epochs import Epochs, Record, run_epochs
 from .protocol import Watch
 from .told import telling
@@ -52,6 +54,7 @@ class Iterative:
     batches_per_round: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if self.rounds < 1:
             raise ValueError(f"rounds: expected at least 1, got {self.rounds}")
         if self.batches_per_round is not None and self.batches_per_round < 1:
@@ -105,9 +108,7 @@ class Iterative:
             meta["progress"] = records
         standing = work.standing
         ticket = Ticket.from_scores(standing, model, sparsity, self.granularity, meta=meta)
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return ticket
+        return replace(ticket, unsaved=Unsaved.of([checkpoint])[0])
 
     def _schedule(self, layers: Mapping[str, SparseLayer], sparsity: float) -> list[float]:
         """The sparsity after each round; it begins where N:M begins to be possible."""
@@ -162,7 +163,7 @@ class _Rounds(Epochs):
     def _round_(self, number: int, sparsity: float) -> None:
         """Scores the masked model, and notes what survives."""
         search, standing = self.search, self.standing
-        part = islice(self.batches.epoch(number - 1), search.batches_per_round)
+        part = islice(whole_epoch(self.batches, number - 1), search.batches_per_round)
         found = scored(search.score, self.model, part, search.seed, self.loss)
         alive = {name: standing[name] >= number - 1 for name in found}
         scores = {
@@ -183,8 +184,9 @@ class _Rounds(Epochs):
         return dict(self.standing), {}
 
     def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+        found = schema.tensors(tensors, self.standing, "search")
         for name, s in self.standing.items():
-            s.copy_(tensors[name])
+            s.copy_(found[name])
 
 
 def _ranks(scores: Mapping[str, Tensor], of: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,21 +5,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Annotated, Any
 
 from torch import nn
 
-from .. import checkpoints
+from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..control import FixedPenalty
 from ..losses import Loss
 from ..progress import Progress
 from ..tickets import Ticket
-from .epochs import read_own
+from ..unsaved import Unsaved
+from .epochs import Owned, read_own
 from .protocol import Search, Watch
 
 TRIES = 10
 TOLERANCE = 0.1  # of the density, as much as GradBalance's slack
+
+Penalty = Annotated[float, schema.Range(0, 1e30)]
+
+
+class _Tried(Owned):
+    penalties: list[tuple[Penalty, schema.Fraction]]
+
 
 Tried = Sequence[tuple[float, float]]  # each lambda, and the sparsity at which its gates ended
 
@@ -48,45 +56,52 @@ def fit_penalty(
 
     Errors: what the search raises; SearchError for a checkpoint of another search.
     """
-    begun, run, inner = perf_counter(), "", None
+    begun, run = perf_counter(), ""
     tried: list[tuple[float, float]] = []
     if checkpoint is not None:
-        inner = checkpoint.with_name(checkpoint.name + ".search")
         run = checkpoints.fingerprint(model, batches, "penalty", facts, loss=loss)
-        begun -= checkpoints.seconds(checkpoint) + checkpoints.seconds(inner)
+        begun -= checkpoints.seconds(checkpoint)
         if checkpoint.exists():
-            tried = [(weight, found) for weight, found in read_own(checkpoint, run)[1]["penalties"]]
+            tried = read_own(checkpoint, run, _Tried)[1]["penalties"]
+        begun -= checkpoints.seconds(_inner(checkpoint, len(tried)))
 
-    def once(weight: float) -> Ticket:
+    def once(index: int, weight: float) -> Ticket:
         under: Search = replace(search, control=FixedPenalty(weight))  # type: ignore[type-var]
         return under(
             model,
             batches,
             sparsity=sparsity,
             progress=progress,
-            checkpoint=inner,
+            checkpoint=_inner(checkpoint, index),
             watch=watch,
             loss=loss,
         )
 
-    last: tuple[float, Ticket] | None = None
+    last: Ticket | None = None
     with progress.task("lambda", total=TRIES) as advance:
         advance(len(tried))
         while (weight := next_weight(tried, sparsity)) is not None:
-            last = weight, once(weight)
-            tried.append((weight, last[1].meta["natural_sparsity"]))
+            if last is not None and last.unsaved is not None:
+                last.unsaved.saved()  # another is tried: it is not the one
+            last = once(len(tried), weight)
+            tried.append((weight, last.meta["natural_sparsity"]))
             if checkpoint is not None:
                 seconds = perf_counter() - begun
-                checkpoints.write(
-                    checkpoint, {}, {"penalties": tried, "run": run, "seconds": seconds}
-                )
+                meta = {"penalties": tried, "run": run, "seconds": seconds}
+                checkpoints.write(checkpoint, {}, meta)
             advance(1, weight=weight, sparsity=tried[-1][1])
-    best = min(tried, key=lambda t: abs(t[1] - sparsity))[0]
-    ticket = last[1] if last is not None and last[0] == best else once(best)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    index = min(range(len(tried)), key=lambda i: abs(tried[i][1] - sparsity))
+    is_last = last is not None and index == len(tried) - 1
+    ticket = last if last is not None and is_last else once(index, tried[index][0])
+    inner = [_inner(checkpoint, i) for i in range(len(tried))]
     found = {"penalties": [list(t) for t in tried], "search_seconds": perf_counter() - begun}
-    return replace(ticket, meta=dict(ticket.meta) | found)
+    left = Unsaved.of([checkpoint, *inner])[0]
+    return replace(ticket, meta=dict(ticket.meta) | found, unsaved=left)
+
+
+def _inner(checkpoint: Path | None, index: int) -> Path | None:
+    """The checkpoint of the search under the lambda of this number."""
+    return checkpoint and checkpoint.with_name(f"{checkpoint.name}.search-{index}")
 
 
 def next_weight(tried: Tried, sparsity: float) -> float | None:

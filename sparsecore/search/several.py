@@ -9,15 +9,20 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from .. import checkpoints
+from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..losses import Loss
 from ..progress import Progress
 from ..tickets import Ticket
-from .epochs import read_own
+from ..unsaved import Unsaved
+from .epochs import Owned, read_own
 
 if TYPE_CHECKING:
     from .gated import AbstractGateSearch, Member
+
+
+class _Done(Owned):
+    done: schema.Count
 
 
 def worth_stacking(device: torch.device, layers: Iterable[nn.Module]) -> bool:
@@ -47,31 +52,33 @@ def in_turn(
 
     Errors: what the search raises; SearchError for a checkpoint of other searches.
     """
-    begun, run, inner, tickets = perf_counter(), "", None, list[Ticket]()
+    begun, run, tickets = perf_counter(), "", list[Ticket]()
     beside: list[Path] = []
+    inner: list[Path | None] = [None] * len(members)
     if checkpoint is not None:
-        inner = checkpoint.with_name(checkpoint.name + ".search")
+        inner = [checkpoint.with_name(f"{checkpoint.name}.search-{i}") for i in range(len(members))]
         beside = [checkpoint.with_name(f"{checkpoint.name}.{i}") for i in range(len(members))]
         run = checkpoints.fingerprint(model, batches, "in turn", search._facts(members), loss=loss)
-        begun -= checkpoints.seconds(checkpoint) + checkpoints.seconds(inner)
+        begun -= checkpoints.seconds(checkpoint)
         if checkpoint.exists():
-            done = read_own(checkpoint, run)[1]["done"]
+            done = read_own(checkpoint, run, _Done)[1]["done"]
             tickets = [Ticket.load(path) for path in beside[:done]]
+        begun -= checkpoints.seconds(inner[len(tickets)]) if len(tickets) < len(members) else 0
     with progress.task("searches", total=len(members)) as advance:
         advance(len(tickets))
         for i, (sparsity, seed) in list(enumerate(members))[len(tickets) :]:
             ticket = replace(search, seed=seed)(
-                model, batches, sparsity=sparsity, progress=progress, checkpoint=inner, loss=loss
+                model, batches, sparsity=sparsity, progress=progress, checkpoint=inner[i], loss=loss
             )
-            ticket = replace(ticket, meta=ticket.meta | {"many": "in turn"})
+            left = ticket.unsaved
+            ticket = replace(ticket, meta=ticket.meta | {"many": "in turn"}, unsaved=None)
             tickets.append(ticket)
-            if checkpoint is not None:
+            if checkpoint is not None and left is not None:
                 ticket.save(beside[i])
                 meta = {"done": i + 1, "run": run, "seconds": perf_counter() - begun}
                 checkpoints.write(checkpoint, {}, meta)
+                left.saved()  # once the checkpoint knows of the ticket
             advance()
-    if checkpoint is not None:  # it first: it tells of the others
-        checkpoint.unlink(missing_ok=True)
-    for path in beside:
-        path.unlink(missing_ok=True)
-    return tickets
+    # The checkpoint first: it tells of the others.
+    owners = Unsaved.of([checkpoint, *beside, *inner], len(tickets))
+    return [replace(t, unsaved=own) for t, own in zip(tickets, owners, strict=True)]

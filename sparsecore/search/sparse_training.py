@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ..convert import require_dense_parameters, sparse_layers
 from ..engine import check_engine
 from ..granularity import Granularity, Weight
+from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
@@ -29,6 +30,7 @@ from ..sparsities import check_possible, check_sparsity
 from ..telling import note_training
 from ..tickets import Ticket, dense_state
 from ..training import Step, train
+from ..unsaved import Unsaved
 from .protocol import SearchError, Watch
 from .told import telling
 
@@ -70,6 +72,7 @@ class AbstractSparseTraining(ABC):
     engine: str = field(default="auto", repr=False, compare=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_engine(self.engine)
         for name, (good, expected) in self._checks().items():
             if not good:
@@ -188,9 +191,8 @@ class AbstractSparseTraining(ABC):
                 for record in history.epochs
             ]
         masks = {name: mask.cpu() for name, mask in masks_of(network).items()}
-        if checkpoint is not None:
-            checkpoint.unlink(missing_ok=True)
-        return Ticket(masks, dense_state(network if self.finished else model), meta)
+        weights = dense_state(network if self.finished else model)
+        return Ticket(masks, weights, meta, unsaved=Unsaved.of([checkpoint])[0])
 
     def _meta(self, sparsity: float) -> dict[str, Any]:
         own = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}

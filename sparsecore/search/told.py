@@ -8,7 +8,9 @@ from typing import Any, TypeVar, cast
 
 from torch import nn
 
+from ..claims import sole
 from ..coverage import coverage
+from ..kinds import of_kinds
 from ..loaders import batches_of
 from ..loss_functions import untouched
 from ..losses import loss_of
@@ -16,6 +18,7 @@ from ..ranks import ranks
 from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
 from ..watching import number_in
+from ..writing import held
 from .bypass import left_behind, require_through
 from .protocol import SearchError, Watch
 
@@ -23,15 +26,20 @@ Method = TypeVar("Method", bound=Callable[..., Ticket | list[Ticket]])
 
 
 def telling(search: Method) -> Method:
-    """A search's method that refuses several ranks, and in the end warns of what its tickets hide.
+    """A search's method that has its model for itself, refuses several ranks, and in the end warns of what its tickets
+    hide.
 
-    Errors: SearchError in a process group of more than one rank.
+    Errors: SearchError in a process group of more than one rank; FileError for a checkpoint that somebody else writes;
+    as `claims.sole`.
     """
 
     @functools.wraps(search)
+    @sole("a search", differentiates=True)
     def told(
         self: Any, model: nn.Module, batches: Any, *args: Any, **kwargs: Any
     ) -> Ticket | list[Ticket]:
+        (_, _, _, *args), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
+        (_, _, _, *args), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
         _require_one_rank()
         loss = loss_of(kwargs.get("loss"))
         if dense := left_behind(model):
@@ -40,8 +48,8 @@ def telling(search: Method) -> Method:
                 require_through(model, dense, batch, loss)
         if kwargs.get("watch") is not None:
             kwargs["watch"] = functools.partial(_watched, kwargs["watch"])
-        tell_loss(loss, model)
-        with within_a_search() as noted, untouched(loss):
+        tell_loss(loss, model, stacklevel=4)
+        with held(kwargs.get("checkpoint")), within_a_search() as noted, untouched(loss):
             found = search(self, model, batches, *args, **kwargs)
         if noted is None:
             return found
@@ -50,7 +58,7 @@ def telling(search: Method) -> Method:
         tickets = [found] if isinstance(found, Ticket) else found
         tickets = [replace(ticket, meta=ticket.meta | covered) for ticket in tickets]
         for ticket in tickets:
-            tell_found(ticket, model, noted.unreached)
+            tell_found(ticket, model, noted.unreached, stacklevel=4)
         return tickets[0] if isinstance(found, Ticket) else tickets
 
     return cast(Method, told)

@@ -25,6 +25,7 @@ from sparsecore.scores import random, snip, synflow
 from sparsecore.search import Search, SearchError
 from sparsecore.search.dynamic import SET, GradualMagnitude, RigL
 from sparsecore.search.edge_popup import EdgePopup
+from sparsecore.tickets import TicketError
 from sparsecore.training import Recipe, evaluate
 
 ADAM, SGD = Recipe(optimizer="adam", lr=1e-2), Recipe(lr=0.05, weight_decay=0.1)
@@ -121,6 +122,7 @@ def test_killed_at_any_batch_it_goes_on_to_the_same_ticket(name: str, tmp_path: 
 
     options, whole = {"sparsity": 0.6, "watch": watch}, Read()
     expected = search(model, whole, **options, checkpoint=path)
+    expected.save(tmp_path / "ticket")
     once = watched.copy()
     for dies_at in {1, whole.count // 3, whole.count // 2, whole.count - 1, whole.count}:
         watched.clear()
@@ -132,7 +134,8 @@ def test_killed_at_any_batch_it_goes_on_to_the_same_ticket(name: str, tmp_path: 
         assert equal(facts(ticket), facts(expected)) and ticket.meta == expected.meta
         assert watched == once  # each epoch's network, and none twice
         assert dies_at < whole.count - 1 or rest.count < whole.count
-        assert list(tmp_path.iterdir()) == []
+        ticket.save(tmp_path / "ticket")
+        assert [p.name for p in tmp_path.iterdir()] == ["ticket"]
 
 
 class Counted(Progress):
@@ -172,25 +175,32 @@ def test_progress_is_told_of_every_step_also_of_those_done_before(
 
 
 @each_search
-def test_killed_once_all_epochs_are_done(name: str, tmp_path: Path) -> None:
-    """What is left to do is not an epoch: nothing is watched again."""
+def test_a_ticket_that_is_not_saved_is_there_again_at_once(name: str, tmp_path: Path) -> None:
+    """A disk that is full in the end, or a kill there, costs no epoch: nothing is watched again."""
     search, model, watched = SEARCHES[name], network(), []
-    path, kept = tmp_path / "search.safetensors", tmp_path / "kept.safetensors"
-
-    class Copied(type(path)):
-        def unlink(self, missing_ok: bool = False) -> None:
-            self.rename(kept)
+    options = {"sparsity": 0.6, "checkpoint": tmp_path / "search.safetensors"}
 
     def watch(net: nn.Module) -> float:
         watched.append(net)
         return 0.0
 
-    expected = search(model, Blobs(), sparsity=0.6, checkpoint=Copied(path), watch=watch)
+    expected = search(model, Blobs(), **options, watch=watch)
     assert watched
+    with pytest.raises(TicketError, match="could not be written"):
+        expected.save(tmp_path / "missing" / "ticket")
     watched.clear()
-    ticket = search(model, Blobs(), sparsity=0.6, checkpoint=kept, watch=watch)
+    ticket = search(model, Blobs(), **options, watch=watch)
     assert not watched
     assert equal(facts(ticket), facts(expected)) and ticket.meta == expected.meta
+    ticket.shuffled(0).save(tmp_path / "control")
+    assert options["checkpoint"].exists()  # of the ticket itself
+    ticket.save(tmp_path / "ticket")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["control", "ticket"]
+    with pytest.raises(KeyboardInterrupt):
+        search(network(1), Read(dies_at=4 if name == "synflow" else 12), **options)
+    left = options["checkpoint"].exists()
+    ticket.save(tmp_path / "ticket")  # again: the checkpoint is another search's by now
+    assert options["checkpoint"].exists() == left
 
 
 @pytest.mark.parametrize("name", OTHERS)

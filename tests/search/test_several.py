@@ -61,7 +61,7 @@ class Dying(Blobs):
 
 @pytest.mark.usefixtures("no_stacks")
 @pytest.mark.filterwarnings("ignore:many")
-@pytest.mark.parametrize("removed", [0, 1, 2])
+@pytest.mark.parametrize("removed", [0, 1, 2, 5])
 def test_killed_as_it_tidies_up_it_goes_on(
     removed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,20 +70,27 @@ def test_killed_as_it_tidies_up_it_goes_on(
     unlink, left = Path.unlink, [removed]
 
     def dying(self: Path, missing_ok: bool = False) -> None:
-        if not self.name.endswith(".search"):  # those of single searches
+        if not self.name.endswith("-lock"):
             if not left[0]:
                 raise KeyboardInterrupt
             left[0] -= 1
         unlink(self, missing_ok)
 
+    def saved() -> list[sc.Ticket]:
+        found = search.many(model, Blobs(), **options)
+        for i, ticket in enumerate(found):
+            assert path.exists()  # until the last one is safe
+            ticket.save(tmp_path / f"ticket-{i}")
+        return found
+
     with monkeypatch.context() as patch:
         patch.setattr(Path, "unlink", dying)
         with pytest.raises(KeyboardInterrupt):
-            search.many(model, Blobs(), **options)
+            saved()
     expected = search.many(model, Blobs(), sparsities=SPARSITIES, seeds=SEEDS)
-    found = search.many(model, Blobs(), **options)
+    found = saved()
     assert [t.hash for t in found] == [t.hash for t in expected]
-    assert list(tmp_path.iterdir()) == []
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"ticket-{i}" for i in range(len(found))]
 
 
 @pytest.mark.usefixtures("no_stacks")
@@ -105,4 +112,6 @@ def test_killed_between_and_inside_searches_they_go_on(left: int, tmp_path: Path
     found = search.many(model, again, sparsities=SPARSITIES, seeds=SEEDS, checkpoint=path)
     assert [t.hash for t in found] == [t.hash for t in expected]
     assert [t.meta for t in found] == [t.meta for t in expected]
-    assert list(tmp_path.iterdir()) == []
+    for ticket in found:
+        ticket.save(tmp_path / "ticket")
+    assert [p.name for p in tmp_path.iterdir()] == ["ticket"]

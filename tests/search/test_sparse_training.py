@@ -245,6 +245,7 @@ def test_a_killed_run_goes_on_to_the_same_ticket(
         ticket = search(model, Blobs(), **options)
         assert ticket.hash == expected.hash and ticket.meta == expected.meta
         assert same(dict(ticket.weights), dict(expected.weights))
+        ticket.save(tmp_path / "ticket")
         assert not checkpoint.exists()
 
 

@@ -1,0 +1,44 @@
+"""The checkpoint of a search stays until its ticket lies on a disk."""
+
+import contextlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Unsaved:
+    """What a ticket's search can be ended from again, for as long as nobody has saved the ticket.
+
+    Args:
+        paths: its files as they are now, and folders, which go if they are empty by then; in the order of going.
+        waiting: the tickets of the search that are not saved yet, one set for all of them.
+        ticket: which of them this one is.
+    """
+
+    paths: tuple[Path, ...]
+    waiting: set[int]
+    ticket: int
+    seen: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, paths: Iterable[Path | None], tickets: int = 1) -> "list[Unsaved]":
+        """One for each ticket of a search."""
+        known = tuple(path for path in paths if path is not None and path.exists())
+        waiting, seen = set(range(tickets)), {path: _identity(path) for path in known}
+        return [cls(known, waiting, i, seen) for i in range(tickets)]
+
+    def saved(self) -> None:
+        """Removes the files once all tickets are safe; those that another run has written since stay."""
+        self.waiting.discard(self.ticket)
+        for path in () if self.waiting else self.paths:
+            with contextlib.suppress(OSError):  # a file too many is no harm
+                if path.is_dir():
+                    path.rmdir()
+                elif _identity(path) == self.seen[path]:
+                    path.unlink()
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    status = path.stat()
+    return status.st_dev, status.st_ino, status.st_mtime_ns, status.st_size
