@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test test-integrations lint bench gpu compare-gpu clean
+.PHONY: demo test test-integrations fuzz lint bench gpu compare-gpu clean
 .DELETE_ON_ERROR:
 
 demo: .venv/.demo
@@ -15,6 +15,10 @@ test: lint
 # In the loops of timm, transformers, accelerate, lightning and peft; nothing is downloaded but the packages.
 test-integrations: .venv/.test-integrations
 	SPARSECORE_INTEGRATIONS=1 $(BIN)/python -m pytest -n 2 tests/integrations
+
+# Hostile files, options, calls, full disks and kills: make fuzz ARGS='--seed 1 --kind "search *"'
+fuzz: .venv/.test
+	$(BIN)/python -m tests.hostile $(ARGS)
 
 lint: .venv/.test
 	$(BIN)/ruff check .

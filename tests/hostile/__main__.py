@@ -5,8 +5,10 @@ import sys
 import tempfile
 import zlib
 from collections import Counter
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from .files import KINDS, prepared, spoiling
 from .kill import killing
 from .sandbox import Input, Outcome, Run, outcomes
 from .typed import before_typing, typing
-from .works import WORKS, referred
+from .works import drawn, referred
 
 
 def kinds(cache: Path) -> dict[str, Run]:
@@ -32,14 +34,16 @@ def kinds(cache: Path) -> dict[str, Run]:
     }
 
 
-def needed(chosen: dict[str, Run], cache: Path) -> list[Input]:
-    """What is made before: valid files, and what commands come to undisturbed."""
-    made = [Input(name, 0, prepared(name, cache)) for name in chosen if name in KINDS]
-    if "options" in chosen:
+def needed(inputs: Sequence[Input], cache: Path) -> list[Input]:
+    """What is made before: valid files, and what the commands that will be disturbed come to undisturbed."""
+    names = dict.fromkeys(given.kind for given in inputs)
+    made = [Input(name, 0, prepared(name, cache)) for name in names if name in KINDS]
+    if "options" in names:
         made.append(Input("options", 0, before_typing(cache)))
-    if {"full disk", "kill"} & chosen.keys():
-        made += [Input(f"undisturbed {name}", 0, referred(name, cache)) for name in WORKS]
-    return made
+    disturbed = {drawn(Random(g.seed)) for g in inputs if g.kind in ("full disk", "kill")}
+    return made + [
+        Input(f"undisturbed {name}", 0, referred(name, cache)) for name in sorted(disturbed)
+    ]
 
 
 def seed_of(kind: str, seed: int, index: int) -> int:
@@ -61,20 +65,21 @@ def main() -> int:
         chosen = {name: run for name, run in kinds(cache).items() if fnmatch(name, given.kind)}
         if not chosen:
             parser.error(f"--kind: expected one of {', '.join(kinds(cache))}")
-        counts = {name: Counter[str]() for name in chosen}
-        for found in outcomes(needed(chosen, cache), at_once=given.at_once, seconds=60):
-            if found.how != "fine":
-                tell(found, "(before any input) ")
-                chosen.pop(found.input.kind, None)
-                counts.setdefault(found.input.kind, Counter())["failed"] += 1
-        seeds = range(-(-given.count // max(len(chosen), 1)))
         inputs = [
             Input(name, seed_of(name, given.seed, index), run)
-            for index in seeds
+            for index in range(-(-given.count // len(chosen)))
             for name, run in chosen.items()
         ][: given.count]
         if given.only is not None:
             inputs = [Input(name, given.only, run) for name, run in chosen.items()]
+        counts = {name: Counter[str]() for name in chosen}
+        lacking = set()
+        for found in outcomes(needed(inputs, cache), at_once=given.at_once, seconds=60):
+            if found.how != "fine":
+                tell(found, "(before any input) ")
+                lacking.add(found.input.kind)
+                counts.setdefault(found.input.kind, Counter())["failed"] += 1
+        inputs = [i for i in inputs if i.kind not in lacking]
         for found in outcomes(inputs, at_once=given.at_once):
             counts[found.input.kind][found.how] += 1
             if found.how == "failed":

@@ -12,7 +12,7 @@ from random import Random
 from .faults import Changes, full
 from .judge import Failure, contents
 from .sandbox import Run
-from .works import WORKS, Passes, check_again, reference_of
+from .works import WORKS, Passes, check_again, drawn, reference_of
 
 _NEWNS, _REMOUNT, _PRIVATE = 0x20000, 32, 1 << 18 | 1 << 14
 
@@ -22,7 +22,7 @@ def filling(cache: Path) -> Run:
 
     def run(seed: int, folder: Path) -> str:
         rng = Random(seed)
-        name = rng.choice(sorted(WORKS))
+        name = drawn(rng)
         known = reference_of(name, cache)
         print(name)
         way = rng.choice(["refused once", "refused from then on", "small files", "small disk"])

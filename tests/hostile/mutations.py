@@ -261,7 +261,7 @@ def of_json(value: Any, rng: Random) -> Any:
                 -value,
                 value + 1,
                 value - 1,
-                value * 1e9,
+                value * 10**9,
                 value * 1_000_000,
                 str(value),
                 rng.choice(NUMBERS),

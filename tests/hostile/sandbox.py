@@ -104,6 +104,8 @@ def _child(given: Input, folder: Path, said: int) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever reads it is at its end
         os.dup2(said, 1)
         os.dup2(said, 2)
+        # Python's own streams may be somebody else's by now (pytest's).
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
         os.chdir(folder)
         code = _CODES[given.run(given.seed, folder)]
     except BaseException:

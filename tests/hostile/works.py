@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import torch
@@ -187,6 +188,11 @@ WORKS: dict[str, Work] = {
         lambda: command([*PLAN, *EAGER]), lambda: None, make_tickets, unit=1000
     ),
 }  # fmt: skip
+
+
+def drawn(rng: Random) -> str:
+    """The work of a try: its seed's first draw."""
+    return rng.choice(sorted(WORKS))
 
 
 def referred(name: str, cache: Path) -> Run:
