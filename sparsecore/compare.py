@@ -1,11 +1,10 @@
 """Accuracy against sparsity for several methods and seeds, one resumable cell at a time."""
 
-import csv
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -13,8 +12,11 @@ from typing import Any
 import matplotlib
 import torch
 from rich.table import Table
+from typing_extensions import TypedDict
 
-from . import safefile
+from . import safefile, schema
+from .cells import FIELDS as FIELDS
+from .cells import Cell, Row, read_rows, short, write_rows
 from .data import Dataset, corrupted, require_in_memory
 from .experiment import (
     Setup,
@@ -34,47 +36,12 @@ from .search.sparse_training import AbstractSparseTraining
 from .sparsities import check_sparsity
 from .telling import short_search
 from .tickets import Ticket, dense_state
+from .writing import FileError, held, put, sweep
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 FILES = ("setup.json", "results.csv", "accuracy.png")  # what a folder holds besides its folders
-FIELDS: tuple[str, ...] = (
-    "method",
-    "sparsity",
-    "seed",
-    "accuracy",
-    "kept_weights",
-    "search_seconds",
-    "train_seconds",
-    "device",
-    "torch",
-)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One training run: a method (`cts`, or a control of it such as `cts+shuffle`), a sparsity, a seed."""
-
-    method: str
-    sparsity: float
-    seed: int
-
-    @property
-    def base(self) -> str:
-        """The method without its control."""
-        return self.method.partition("+")[0]
-
-    @property
-    def key(self) -> str:
-        return f"{self.method}-{short(self.sparsity)}-{self.seed}"
-
-
-def short(sparsity: float) -> str:
-    """A sparsity in as few digits as tell it from others."""
-    text = f"{sparsity:g}"
-    return text if float(text) == sparsity else repr(sparsity)
-
 
 _DIGESTS = {
     "data_digest": "images or labels than those now in the data",
@@ -101,12 +68,20 @@ def file_stem(method: str, windows: bool = os.name == "nt") -> str:
     return method.replace(":", ";") if windows else method
 
 
+class _Known(TypedDict):
+    """Of a ticket's provenance, what comparisons need."""
+
+    search: str
+    setup: schema.Facts
+    search_seconds: schema.Seconds
+
+
 class Comparison:
     """A folder of finished cells: `results.csv`, `tickets/`, `setup.json`, `accuracy.png`.
 
-    Cells found in results.csv are not run again.
+    Cells found in results.csv are not run again.  One process at a time goes on with a folder.
 
-    Errors: ValueError for a folder of another setup, or with files of the same names that are no comparison's.
+    Errors: ValueError for a folder of another setup; FileError for files of the same names that are no comparison's.
     """
 
     def __init__(self, folder: Path, setup: Setup, engine: str = "auto") -> None:
@@ -122,8 +97,10 @@ class Comparison:
                 f"{folder} holds cells of another setup (different: {', '.join(differ)}); "
                 "give another --out or remove it"
             )
-        self.rows = self._read()
+        self.rows = read_rows(self._results)
         (folder / "tickets").mkdir(parents=True, exist_ok=True)
+        for part in (folder, folder / "tickets"):
+            sweep(part)
         self.caveats: dict[str, str] = {}  # of this run's tickets, by method and sparsity
 
     def run(
@@ -145,7 +122,8 @@ class Comparison:
         cells = [Cell("dense", 0.0, seed) for seed in seeds]
         cells += [Cell(m, s, seed) for seed in seeds for s in sparsities for m in methods]
         self._check_searches([cell for cell in cells if cell.key not in self.rows], dataset)
-        with progress.task("cells", total=len(cells)) as advance:
+        with held(self._results), progress.task("cells", total=len(cells)) as advance:
+            self.rows = read_rows(self._results)  # another process may have gone on until now
             for cell in cells:
                 if cell.key not in self.rows:
                     self._append(self._measure(cell, dataset, device, progress))
@@ -154,7 +132,7 @@ class Comparison:
 
     def _measure(
         self, cell: Cell, dataset: Dataset, device: torch.device, progress: Progress
-    ) -> dict[str, str]:
+    ) -> Row:
         setup, epochs = self.setup, self.setup.train_epochs
         if cell.method == "dense":
             model = self._start(setup, cell.seed, dataset, device, progress)
@@ -192,7 +170,7 @@ class Comparison:
         stem = file_stem(method)
         path = self.folder / "tickets" / f"{stem}-{short(cell.sparsity)}-{cell.seed}.safetensors"
         if path.exists():
-            ticket = Ticket.load(path)
+            ticket = self._known(path, cell)
         else:
             start = self.setup.start_of(cell.base)
             model = self._start(start, cell.seed, dataset, device, progress)
@@ -208,6 +186,18 @@ class Comparison:
             self.caveats[f"{method}, {100 * cell.sparsity:g} %"] = told
         return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
 
+    def _known(self, path: Path, cell: Cell) -> Ticket:
+        """A ticket that an earlier run has found.  Errors: FileError for another's."""
+        ticket = Ticket.load(path)
+        schema.facts(ticket.meta, _Known, str(path))
+        own = asdict(self.setup.start_of(cell.base)) | {"image_size": None}
+        told = ticket.meta["setup"] | {"image_size": None}  # a folder's may be its images' median
+        if ticket.meta["search"] != cell.base or told != json.loads(json.dumps(own)):
+            raise FileError(
+                f"{path}: expected the ticket of {cell.base} that this comparison found, got another; remove it"
+            )
+        return ticket
+
     def _start(
         self, setup: Setup, seed: int, dataset: Dataset, device: torch.device, progress: Progress
     ) -> torch.nn.Module:
@@ -215,7 +205,8 @@ class Comparison:
         path = self.folder / f"rewind-{setup.rewind_epochs:g}-{seed}.safetensors"
         if path.exists():
             model = new_model(setup, dataset, seed)
-            model.load_state_dict(safefile.read(path, kind="weights")[0])
+            found = safefile.read(path, kind="weights")[0]
+            model.load_state_dict(schema.tensors(found, model.state_dict(), str(path)))
             return model.to(device)
         model = rewind_point(setup, dataset, seed, device, progress, engine=self.engine)
         safefile.write(path, dense_state(model), {}, kind="weights")
@@ -227,11 +218,12 @@ class Comparison:
         if not path.exists():
             return None
         try:
-            found = json.loads(path.read_text())
-        except ValueError:
+            found = json.loads(path.read_bytes())
+        except (ValueError, RecursionError):
             found = None
-        if not isinstance(found, dict):
-            raise ValueError(
+        digests = [found.get(name) for name in _DIGESTS] if isinstance(found, dict) else [0]
+        if not all(digest is None or isinstance(digest, str) for digest in digests):
+            raise FileError(
                 f"{path}: expected what a comparison wrote, got something else; give another --out or remove it"
             )
         return found
@@ -247,12 +239,10 @@ class Comparison:
                     f"{self.folder} holds cells of other {what}; give another --out or remove it"
                 )
             self.files[name] = now
-        text = json.dumps(asdict(self.setup) | self.files, indent=2) + "\n"
+        text = (json.dumps(asdict(self.setup) | self.files, indent=2) + "\n").encode()
         path = self.folder / "setup.json"
-        if not path.exists() or path.read_text() != text:
-            part = path.with_suffix(".part")
-            part.write_text(text)
-            part.replace(path)
+        if not path.exists() or path.read_bytes() != text:
+            put(path, text)
 
     def _check_searches(self, cells: Sequence[Cell], dataset: Dataset) -> None:
         """Errors: ValueError for a cell that could not be searched, before any is."""
@@ -264,39 +254,13 @@ class Comparison:
             for method, sparsity in sorted(searched):
                 check_found(self.setup, model, dataset, method, sparsity)
 
-    def _read(self) -> dict[str, dict[str, str]]:
-        path = self.folder / "results.csv"
-        if not path.exists():
-            return {}
-        text = path.read_text()
-        if text and not text.startswith(",".join(FIELDS[:4])):
-            raise ValueError(
-                f"{path}: expected the results of a comparison, got something else; give another --out or remove it"
-            )
-        complete = text[: text.rfind("\n") + 1]  # a killed run may have left half a line
-        if complete != text:
-            path.write_text(complete)
-        found = {}
-        for number, row in enumerate(csv.DictReader(complete.splitlines()), 2):
-            try:
-                key = Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key
-                _ = [float(row[name]) for name in ("accuracy", "search_seconds")]
-            except (TypeError, ValueError):
-                raise ValueError(
-                    f"{path}: expected a row of a comparison in line {number}, got something else; remove the line"
-                ) from None
-            found[key] = row
-        return found
+    @property
+    def _results(self) -> Path:
+        return self.folder / "results.csv"
 
-    def _append(self, row: dict[str, str]) -> None:
-        path = self.folder / "results.csv"
-        new = not path.exists() or path.stat().st_size == 0
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if new:
-                writer.writeheader()
-            writer.writerow(row)
-        self.rows[Cell(row["method"], float(row["sparsity"]), int(row["seed"])).key] = row
+    def _append(self, row: Row) -> None:
+        write_rows(self._results, [*self.rows.values(), row])
+        self.rows[Cell.of(row).key] = row
 
     def summary(self, what: str = "accuracy") -> dict[str, dict[float, list[float]]]:
         """A numeric field of all finished cells, accuracy in %, by method and sparsity."""

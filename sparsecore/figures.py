@@ -4,6 +4,7 @@ Nothing here touches matplotlib's global state: a `Figure` of its own draws with
 """
 
 import csv
+import io
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from math import isnan
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from .connectivity import STABLE, LinearPath
 from .printable import printable
+from .writing import put
 
 _SIZE = (6.4, 4.2)  # inches, as of `compare`'s picture
 _MOST = 400  # inches of a picture's side: renderers have a largest one
@@ -27,15 +29,16 @@ _LONGEST = 60  # characters of a name in a picture
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """A header and a line per row; a field that a row lacks, or that is None, stays empty.
 
-    Errors: ValueError for no rows.
+    Errors: ValueError for no rows, FileError if it cannot be written.
     """
     rows = _some(list(rows), "rows")
     fields = list(dict.fromkeys(key for row in rows for key in row))
     # Bytes of names that are no text have no place in UTF-8.
-    with path.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, fields, restval="", lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    put(path, text.getvalue().encode(errors="backslashreplace"))
     return path
 
 
@@ -240,5 +243,6 @@ def save(figure: Figure, file: Path) -> Path:
     """Draws the figure into a PNG; returns its path."""
     with warnings.catch_warnings():  # a name in a script that the font lacks has boxes
         warnings.filterwarnings("ignore", "Glyph .* missing from")
-        figure.savefig(file, dpi=150)
+        figure.savefig(picture := io.BytesIO(), dpi=150)
+    put(file, picture.getvalue())
     return file
