@@ -27,7 +27,7 @@ from .progress import QUIET, Progress
 from .recipe import Recipe as Recipe
 from .recipe import require_trainable
 from .telling import tell_loss
-from .training_run import AfterStep, Facts, History, Run, Saved, parts_between
+from .training_run import AfterStep, Facts, History, Run, Saved, epoch_of, parts_between
 from .training_run import Step as Step
 from .watching import number_in
 from .writing import FileError, alone, append
@@ -199,8 +199,8 @@ def _check_reach(
     if not meta["epochs"] or meta["epochs"][0]["epoch"] < start:
         raise FileError(f"{path}: expected epochs from {start:g} on, got none or others")
     reached = meta["epochs"][-1]["epoch"]
-    kept = {key.split("/")[1] for key in tensors if key.startswith("snapshot/")}
-    lost = [e for e in snapshots if start <= e <= reached and str(e) not in kept]
+    kept = {epoch_of(key) for key in tensors if key.startswith("snapshot/")}
+    lost = [e for e in snapshots if start <= e <= reached and e not in kept]
     if reached > stop or lost:
         raise ValueError(
             f"{path} is at epoch {reached:g} and holds no state of epoch {min(lost, default=stop):g}: "

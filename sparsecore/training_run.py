@@ -270,14 +270,20 @@ class Run:
     def _states(self, tensors: dict[str, Tensor]) -> dict[float, dict[str, Tensor]]:
         """Snapshots by epoch."""
         states: dict[float, dict[str, Tensor]] = {}
-        for key, value in _below("snapshot/", tensors).items():
-            epoch, _, name = key.partition("/")
-            try:
-                states.setdefault(float(epoch), {})[name] = value
-            except ValueError:
-                raise FileError(f"snapshot: expected an epoch, got {epoch[:40]!r}") from None
+        for key, value in tensors.items():
+            name = key.split("/", 2)[2] if key.count("/") > 1 else ""
+            states.setdefault(epoch_of(key), {})[name] = value
         own = self.model.state_dict()
         return {e: schema.tensors(state, own, f"snapshot {e:g}") for e, state in states.items()}
+
+
+def epoch_of(key: str) -> float:
+    """Of a snapshot's key in a checkpoint, snapshot/EPOCH/NAME.  Errors: FileError for one of something else."""
+    text = key.split("/")[1]
+    try:
+        return float(text)
+    except ValueError:
+        raise FileError(f"snapshot: expected an epoch, got {text[:40]!r}") from None
 
 
 def _below(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
