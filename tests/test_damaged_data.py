@@ -15,33 +15,14 @@ import numpy as np
 import pytest
 import torch
 from command_line import images, one_error
+from data_files import TEST, TRAIN, idx, mnist
 from PIL import Image
 
 from sparsecore import data, folders, named_data
 from sparsecore.cli import main
 from sparsecore.data import DataError
 
-TRAIN, TEST = 30, 10
 FILES = [file for pair in named_data._IDX_FILES for file in pair]
-
-
-def idx(values: np.ndarray, kind: int = 8) -> bytes:
-    return (
-        bytes((0, 0, kind, values.ndim))
-        + struct.pack(f">{values.ndim}I", *values.shape)
-        + values.tobytes()
-    )
-
-
-def mnist(root: Path, side: int = 28, folder: str = "MNIST/raw") -> Path:
-    """A small set of noise in the files of MNIST; returns their folder."""
-    raw, rng = root / folder, np.random.default_rng(0)
-    raw.mkdir(parents=True)
-    for part, count in (("train", TRAIN), ("t10k", TEST)):
-        pixels = rng.integers(0, 256, (count, side, side), dtype=np.uint8)
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(idx(pixels))
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(idx(np.arange(count, dtype=np.uint8) % 10))
-    return raw
 
 
 def cifar(
