@@ -1,5 +1,11 @@
 """Find a sparse ticket in a network and train it."""
 
+from .interrupts import end_quietly_while_importing
+
+end_quietly_while_importing()
+
+# isort: split
+# ruff: noqa: E402
 from . import (
     connectivity,
     control,

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from . import figures, schema
 from .analysed import Case, Results, TicketFile, with_case, with_results
-from .compare import Comparison
+from .compare import Comparison, comparison_kept
 from .connectivity import (
     LinearPath,
     barrier,
@@ -27,6 +27,7 @@ from .console import console
 from .experiment import Setup, batches_of_setup, data_of, start_model
 from .fields import choose
 from .gates import GATES, AbstractGate
+from .interrupts import goes_on, kept_in
 from .layer import weight_key
 from .needs import check_memory
 from .options import Device, Seed, StartWeights, device_of, listed, numbers, seeds_from, with_setup
@@ -126,11 +127,12 @@ def instability_(
 ) -> None:
     """Train a ticket twice with different data orders: do the runs stay linearly connected?"""
     setup = case.setup
-    with Progress() as progress:
+    name = f"instability-{case.ticket.hash[:12]}-{seed}"
+    with goes_on(kept_in(case.out / name)), Progress() as progress:
         found = instability(
             case.model, replace(setup.recipe, epochs=round(setup.total_epochs)), case.batches,
             case.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
-            folder=case.file(f"instability-{case.ticket.hash[:12]}-{seed}"), progress=progress,
+            folder=case.file(name), progress=progress,
         ).path  # fmt: skip
     console.print(_told(found))
     case.wrote(
@@ -164,7 +166,7 @@ def rewind(
     results.check({"--weights": setup.weights_file}, setup.data)
     data = data_of(setup, data_dir)
     check_memory(setup, data, target)
-    with Progress() as progress:
+    with goes_on(kept_in(results.out / f"rewind-{seed}")), Progress() as progress:
         scan = rewind_by_instability(
             start_model(setup, data, seed).to(target), recipe,
             lambda s: batches_of_setup(setup, data, recipe, s, target)[0],
@@ -205,10 +207,11 @@ def rounds_(
             "and the folder of one search"
         )
     sparsities = [1 - r.density for r in rounds]
-    with Progress() as progress:
+    name = f"rounds-{rounds[0].run[:12]}"
+    with goes_on(kept_in(case.out / name)), Progress() as progress:
         paths = round_paths(
             case.model, rounds, case.test, points=points, train_batches=case.batches(0),
-            folder=case.file(f"rounds-{rounds[0].run[:12]}"), progress=progress,
+            folder=case.file(name), progress=progress,
         )  # fmt: skip
     angles = angular_distances(rounds)
     barriers = {s: barrier(p) for s, p in zip(sparsities[1:], paths, strict=True)}
@@ -256,7 +259,7 @@ def sanity(
     setup = with_weights(case.setup, weights)
     case.check({"the ticket": case.path, "--weights": setup.weights_file})
     comparison = Comparison(case.file("sanity"), setup)
-    with Progress() as progress:
+    with goes_on(comparison_kept(case.out / "sanity")), Progress() as progress:
         comparison.run(
             case.dataset, [method, *(f"{method}+{c}" for c in chosen)], [sparsity],
             wanted, case.device, progress,
@@ -397,7 +400,8 @@ def width(
         check_memory(own, data, target, methods=[method])
     found: dict[float, list[float]] = {}
     rows = []
-    with Progress() as bars:
+    kept = (comparison_kept(results.out / f"width-{factor:g}") for factor in factors)
+    with goes_on(lambda: min((advice() for advice in kept), key=len)), Progress() as bars:
         for factor, own in sized.items():
             comparison = Comparison(results.file(f"width-{factor:g}"), own)
             comparison.run(data, [method], [sparsity], wanted, target, bars)

@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,11 +11,11 @@ import torch
 import typer
 from safetensors.torch import save as to_bytes
 
-from . import analyses, safefile
+from . import analyses
 from . import data as datasets
 from .checkpoints import OtherRunError
 from .checkpoints import read as read_checkpoint
-from .compare import FILES, Comparison, check_method
+from .compare import FILES, Comparison, check_method, comparison_kept
 from .console import console, run, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
@@ -30,6 +31,7 @@ from .experiment import (
     train_on,
 )
 from .fields import choose
+from .interrupts import GOES_ON, Stop, goes_on, kept_in, stopped_by_signals
 from .methods import METHODS
 from .metrics_file import lines_of
 from .needs import check_memory
@@ -52,9 +54,9 @@ from .options import (
     seeds_from,
     with_setup,
 )
-from .paths import check_cache, check_paths
+from .paths import check_cache, check_paths, require_room
 from .plans import check_plan
-from .printable import shell_word
+from .printable import shell_word, tell
 from .progress import Progress
 from .provenance import data_of_ticket, setup_of, tell_other_data, with_data
 from .recipes import recipe_for
@@ -64,6 +66,7 @@ from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 from .training_plan import plan_for
+from .writing import put
 
 _MOST_RUNS = 100_000  # of a comparison
 
@@ -122,9 +125,13 @@ def search(
         names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
         warnings.warn(f"not used by {method}: {names}", stacklevel=2)
     check_memory(own, data, target, methods=[method])
+    fresh = new_model(own, data, seed)
+    require_room(out, fresh.state_dict())
     if own.rewind_epochs:
-        check_found(setup, new_model(own, data, seed), data, method, sparsity)
-    with Progress() as progress:
+        check_found(setup, fresh, data, method, sparsity)
+    del fresh
+    kept = (dense_part, search_part, *([] if rounds is None else [rounds]))
+    with goes_on(kept_in(*kept)), Progress() as progress:
         try:
             start = rewind_point(own, data, seed, target, progress, dense_part, engine)
         except OtherRunError:
@@ -218,8 +225,10 @@ def train(
     check_memory(setup, dataset, target, recipe=chosen)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
-    with Progress() as progress:
+    with goes_on(lambda: _kept_by_training(checkpoint)), Progress() as progress:
         model = model_of(loaded, dataset, target)
+        for file in (save, checkpoint):
+            require_room(file, loaded.weights)
         planned = plan_for(model, plan, dataset, chosen, cache, engine)
         history = train_on(
             planned.model,
@@ -237,20 +246,25 @@ def train(
         f"{history.accuracy:.2f} % test accuracy at {100 * loaded.sparsity:.3f} % sparsity, "
         f"{history.seconds:.1f} s"
     )
-    if save is not None:
-        safefile.put(save, to_bytes(dense_state(planned.restored())))
-    write_json(
-        json_file,
-        {
-            "accuracy": history.accuracy,
-            "sparsity": loaded.sparsity,
-            "seconds": history.seconds,
-            "sanity": sanity,
-            "plan": plan,
-            "engine": history.engine,
-            "epochs": history.epochs,
-        },
-    )
+    result = {
+        "accuracy": history.accuracy,
+        "sparsity": loaded.sparsity,
+        "seconds": history.seconds,
+        "sanity": sanity,
+        "plan": plan,
+        "engine": history.engine,
+        "epochs": history.epochs,
+    }
+    with ExitStack() as stack:  # where one cannot be written, the other still is
+        stack.callback(write_json, json_file, result)
+        if save is not None:
+            put(save, to_bytes(dense_state(planned.restored())))
+
+
+def _kept_by_training(checkpoint: Path | None) -> str:
+    if checkpoint is None:
+        return f"nothing is kept without --checkpoint FILE; with it, {GOES_ON}"
+    return kept_in(checkpoint)()
 
 
 @app.command()
@@ -375,7 +389,7 @@ def report(
         setup, dataset, device, methods=list(dict.fromkeys(m.partition("+")[0] for m in methods))
     )
     comparison = Comparison(out, setup, engine)
-    with Progress() as progress:
+    with goes_on(comparison_kept(out)), Progress() as progress:
         comparison.run(dataset, methods, sparsities, seeds, device, progress)
     picture = comparison.plot()
     console.print(comparison.table())
@@ -427,9 +441,13 @@ def demo(
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command.  Exit code 2 and one line for bad input, 130 when interrupted."""
-    with warnings_at_the_end():
-        return run(app, argv)
+    """Runs a command.  Exit code 2 and one line for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
+    try:
+        with stopped_by_signals(), warnings_at_the_end():
+            return run(app, argv)
+    except Stop as stop:  # before a command began, or after its end
+        tell(str(stop))
+        return stop.code
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -30,6 +30,7 @@ from .experiment import (
 )
 from .fields import choose
 from .figures import save, shown
+from .interrupts import kept_in
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
 from .search.sparse_training import AbstractSparseTraining
@@ -61,6 +62,11 @@ def check_method(setup: Setup, text: str) -> str:
             "leave the control out"
         )
     return text
+
+
+def comparison_kept(folder: Path) -> Callable[[], str]:
+    """What a signal leaves of a comparison in a folder: finished cells, tickets and rewind points."""
+    return lambda: kept_in(folder / "results.csv", folder / "tickets", *folder.glob("rewind-*"))()
 
 
 def file_stem(method: str, windows: bool = os.name == "nt") -> str:

@@ -13,6 +13,7 @@ import typer
 from PIL import Image
 
 from .data import DataWarning
+from .interrupts import Stop
 from .printable import Screen, one_line, tell
 from .start_weights import WeightsWarning
 from .telling import ShortSearchWarning, SparsityWarning
@@ -88,14 +89,15 @@ def _mend(error: RuntimeError | MemoryError) -> str | None:
 
 
 def run(app: Callable[..., Any], argv: list[str] | None) -> int:
-    """Runs a typer app.  Exit code 2 and one line for bad input or output that was lost, 130 when interrupted."""
+    """Runs a typer app.  Exit code 2 and one line for bad input or output that was lost, 130 and 143 after Ctrl-C and
+    SIGTERM, with one line."""
     console.begin()
     code, message = _outcome(app, argv)
     console.end()
     if not message and not code and console.failure is not None:
         code, message = 2, f"standard output could not be written: {console.failure}"
     if message:
-        tell(message if code == 130 else f"error: {message}")
+        tell(f"error: {message}" if code == 2 else message)
     return code
 
 
@@ -107,8 +109,10 @@ def _outcome(app: Callable[..., Any], argv: list[str] | None) -> tuple[int, str]
     except (ValueError, OSError) as error:
         # A user's mistake or a full disk; anything else is a bug and keeps its traceback.
         message = str(error) or type(error).__name__
+    except Stop as stop:
+        return stop.code, str(stop)
     except (KeyboardInterrupt, typer.Abort):
-        return 130, "interrupted; run the same command again to go on"
+        return 130, "interrupted"
     except (RuntimeError, MemoryError) as error:
         if (mend := _mend(error)) is None:
             raise
