@@ -276,6 +276,7 @@ class Batches:
         facts: what a checkpoint of a run on them tells apart, beside their first batch and the model's values.
     """
 
+    @checked
     def __init__(
         self,
         dataset: Dataset,

@@ -10,7 +10,7 @@ import math
 import sys
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from inspect import get_annotations, signature
+from inspect import Parameter, get_annotations, signature
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
@@ -67,13 +67,15 @@ def of_kinds(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The arguments, texts as paths where paths are asked for.  Errors: as `checked`."""
     try:
-        bound = _signature(function).bind(*args, **kwargs)
+        parameters = _signature(function)
+        bound = parameters.bind(*args, **kwargs)
     except TypeError:  # the call says it better
         return args, kwargs
     hints = _hints(function)
     name = "" if function.__name__.startswith("__") else f"{function.__name__} "
     for key, value in bound.arguments.items():
-        if key in hints:
+        kind = parameters.parameters[key].kind
+        if key in hints and kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD):
             bound.arguments[key] = _checked(f"{name}{key}", value, hints[key])
     return bound.args, bound.kwargs
 
@@ -92,6 +94,11 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
     if isinstance(value, str) and Path in (hint, *get_args(hint)) and str not in get_args(hint):
         return Path(value)
     if not _fits(value, hint):
+        items = get_args(hint)
+        if isinstance(value, Mapping) and issubclass(get_origin(hint) or object, Mapping):
+            for key, item in value.items():  # the one that is wrong says more than all of them
+                if _fits(key, items[0]):
+                    _checked(f"{name}[{key!r}]", item, items[1])
         raise KindError(f"{name}: expected {_words(hint)}, got {_kind(value)}")
     if type(value) is int and not -(2**63) <= value < 2**64 and _is_number(hint):
         raise ValueError(
@@ -149,9 +156,11 @@ def _fits(value: Any, hint: Any) -> bool:
 def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     """Whether it is a container of that kind, with such items; or an object of that class."""
     if getattr(kind, "_is_protocol", False):
-        return True
+        return all(hasattr(value, name) for name in vars(kind) if not name.startswith("_"))
     if kind is dict:
         kind = Mapping
+    if kind is torch.Size:  # a tuple is one
+        kind, inner = tuple, (int,)
     if kind in (tuple, list):
         kind = Sequence
     if issubclass(kind, (str, bytes)) or not issubclass(kind, Iterable) or kind is Tensor:
@@ -196,7 +205,7 @@ def _is_float(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return math.isfinite(value) and value == math.floor(value)
+    return abs(value) < 2**64 and value == math.floor(value)
 
 
 def _kind(value: Any) -> str:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from . import accidents, loss_functions
 from .batches import TARGETS, Batch, kind_of, parts_of, size_of
 from .calls import first_line, forward, of_the_users
+from .kinds import check_fields
 from .outputs import (
     auxiliary_in,
     class_axis,
@@ -81,6 +82,7 @@ class Loss:
             )
         if callable(self.fn):
             loss_functions.check_function(self.fn, self.role, self.name)
+        check_fields(self)
         if self.label_smoothing and not self.is_cross_entropy:
             raise ValueError(
                 f"label_smoothing: expected a loss of cross-entropy to smooth, got {self.name}; set "

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from . import kernels
+from .batches import kind_of
 from .gated_product import gated_weight
 from .gates import AbstractGate
 from .granularity import Granularity, Weight
+from .kinds import checked
 from .masked_product import Bits, MaskedWeight
 from .zeros import Keeper
 
@@ -39,8 +41,8 @@ class Masked(nn.Module):
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
-        if mask.dtype != torch.bool:
-            raise TypeError(f"mask: expected a bool tensor, got {mask.dtype}; use `scores > 0`")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError(f"mask: expected a bool tensor, got {kind_of(mask)}; use `scores > 0`")
         self.register_buffer("mask", mask)
         self._bits = Bits()
 
@@ -90,6 +92,7 @@ class Planned(nn.Module):
     Errors: those of `kernels.plan_of`, for formats that cannot do this.
     """
 
+    @checked
     def __init__(
         self,
         mask: Bool[Tensor, "n k *taps"],
@@ -260,6 +263,7 @@ class Gated(nn.Module):
     seed: Int64[Tensor, "1"]
     step: Int64[Tensor, "1"]
 
+    @checked
     def __init__(
         self,
         shape: torch.Size,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import capture, kernels
+from .batches import kind_of
 from .calls import forward_example
 from .claims import sole
 from .convert import require_sparse_layers, sparse_layers
@@ -103,6 +104,10 @@ def plan_(
     """
     found = require_sparse_layers(model)
     check_plan(plan)
+    if example and not any(isinstance(t, Tensor) for t in tree_leaves(example)):
+        raise ValueError(
+            f"plan_: expected the model's inputs of a training step, tensors, got {kind_of(example[0])}"
+        )
     if plan != "mask":
         require_one_rank("plan_", "use plan='mask'")
     layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}

@@ -198,6 +198,7 @@ def check_possible(
     masks_from_scores(level, shapes, sparsity, granularity, densities)
 
 
+@checked
 def check_extent(shapes: Mapping[str, torch.Size], granularity: Granularity) -> None:
     """Errors: ValueError for units that are larger than every layer, in one direction: no choice is left there."""
     height = max(shape[0] for shape in shapes.values())

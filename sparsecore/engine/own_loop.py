@@ -11,6 +11,7 @@ from .. import capture
 from ..batches import Batch, kind_of
 from ..kinds import checked
 from ..losses import LossLike
+from ..recipe import require_trainable
 from .auto import launch
 from .engine import check_engine, stamp
 from .feeds import Given
@@ -68,6 +69,7 @@ class TrainStep:
         accumulate: int = 1,
         penalty: Penalty | None = None,
     ) -> None:
+        require_trainable(model)
         device = next(model.parameters()).device
         wanted = check_engine(engine) not in ("eager", "compile")
         self._graphs = wanted and capture.possible_on(device)
@@ -134,7 +136,8 @@ def graphed(model: nn.Module, *example: Tensor) -> nn.Module:
                 f"graphed: expected tensors, one for each input, got {kind_of(given)}; "
                 "TrainStep takes batches of any kind"
             )
-    if not capture.possible_on(next(model.parameters()).device):
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    if not capture.possible_on(device):
         return model
     model.forward = _Passes(model, example)
     return model

@@ -11,7 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
 from ..batches import Batch, cut, require_samples, size_of
-from ..loss_functions import LossError
+from ..loss_functions import LossError, mean_of
 from ..losses import LossLike, loss_of
 from ..zeros import scaling
 from .engine import (
@@ -61,6 +61,8 @@ class TrainingStep(AbstractStep):
         timeline: Timeline | None = None,
         average: tuple[AveragedModel, float] | None = None,
     ) -> None:
+        if not accumulate >= 1:
+            raise ValueError(f"accumulate: expected at least 1 part of a batch, got {accumulate}")
         self.model, self.loss, self.optimizer = model, loss_of(loss), optimizer
         self.accumulate, self.amp, self.clip_norm = accumulate, amp, clip_norm
         self.penalty, self.timeline, self.average = penalty, timeline, average
@@ -91,7 +93,8 @@ class TrainingStep(AbstractStep):
             self.unreached = [p for p in self.unreached if p.grad is None]
         torch.clear_autocast_cache()
         if self.penalty is not None:
-            self.scaler.scale(self.penalty(self.model)).backward()
+            own = mean_of(self.penalty(self.model), self.model.parameters(), "penalty")
+            self.scaler.scale(own).backward()
         if self.clip_norm is not None:
             moved = self._moved()
             with scaling(moved):

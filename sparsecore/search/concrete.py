@@ -75,7 +75,7 @@ class ConcreteSearch(AbstractGateSearch):
         objective that needs more than class scores.
         """
         seeds = [self.seed] * len(sparsities) if seeds is None else seeds
-        if len(seeds) != len(sparsities) or not sparsities:
+        if len(seeds) != len(sparsities) or len(sparsities) == 0:
             raise ValueError(
                 f"many: expected as many seeds as sparsities, at least one of each, got {len(seeds)} "
                 f"and {len(sparsities)}"
