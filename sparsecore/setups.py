@@ -65,6 +65,7 @@ class Setup:
         choose("search dtype", self.search_dtype, DTYPES)
         check_epochs("rewind epochs", self.rewind_epochs)
         check_epochs("train epochs", self.train_epochs)
+        check_epochs("rewind and train epochs", self.total_epochs)
         if not 1 <= self.search_batch < 2**31:
             raise ValueError(f"search batch: expected 1 to 2**31 - 1, got {self.search_batch}")
         for name in ("search_lr", "gain_lr", "tau"):

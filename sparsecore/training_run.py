@@ -27,7 +27,7 @@ from .evaluating import evaluate as evaluate
 from .loss_functions import own_parameters
 from .losses import Loss
 from .process import between_steps
-from .recipe import Recipe, optimizer_for
+from .recipe import Recipe, optimizer_for, rates
 from .writing import FileError
 
 
@@ -137,10 +137,8 @@ class Run:
         if recipe.amp == "fp16" and self.device.type == "cpu":
             raise ValueError("recipe amp: fp16 needs a GPU; use bf16 on the CPU")
         self.feed = feed_of(batches, self.device)
-        # The middle of a step: a warm-up never starts with a step of size 0.
-        middles = [(i + 0.5) / self.steps for i in range(self.steps)]
-        rates = [recipe.lr_at(e + m, total) for e in range(math.ceil(stop)) for m in middles]
-        self.timeline = Timeline({"lr": rates or [recipe.lr]}, self.device)
+        lr = rates(recipe, total, stop, self.steps)
+        self.timeline = Timeline({"lr": lr if len(lr) else [recipe.lr]}, self.device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = optimizer_for(parameters, recipe, lr=self.timeline.now["lr"])
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")

@@ -76,7 +76,7 @@ def test_a_ticket_that_trains_or_one_line(
     ])  # fmt: skip
     if code == 0:
         assert Ticket.load(out).sparsity == pytest.approx(0.5, abs=0.01)
-        code = main(["train", str(out), "--engine", "eager"])
+        code = main(["train", str(out), "--data", f"folder:{pictures}", "--engine", "eager"])
     lines = capsys.readouterr().err.splitlines()
     told = [line for line in lines if not line.startswith("warning: ")]
     if code == 0:

@@ -243,10 +243,13 @@ class Timeline:
         now: by name [1], of the present step; always the same tensors.
     """
 
-    def __init__(self, tables: Mapping[str, Iterable[float]], device: torch.device) -> None:
+    def __init__(self, tables: Mapping[str, Iterable[float] | Tensor], device: torch.device) -> None:
         # A CPU reads them as Python's own numbers; fused kernels take float32.
         made = {"dtype": torch.float64 if device.type == "cpu" else torch.float32, "device": device}
-        self.tables = {name: torch.tensor([*values], **made) for name, values in tables.items()}
+        self.tables = {
+            name: torch.as_tensor(values if isinstance(values, Tensor) else [*values], **made)
+            for name, values in tables.items()
+        }
         self.now = {name: table[:1].clone() for name, table in self.tables.items()}
         self.index = torch.zeros(1, dtype=torch.int64, device=device)
         self.last = min(len(table) for table in self.tables.values())
