@@ -93,6 +93,12 @@ def unpack_optimizer(
         raise safefile.FileError(
             f"optimizer: expected {', '.join(slots)} of {len(parameters)} parameters, got {', '.join(entries)[:80]}"
         )
+    if state and isinstance(
+        optimizer, torch.optim.SGD
+    ):  # wants a buffer of all or none: 0 is what one begins as
+        for index, parameter in enumerate(parameters):
+            if index not in state and parameter.requires_grad:
+                state[index] = {"momentum_buffer": torch.zeros_like(parameter)}
     own = [dict(group) for group in optimizer.param_groups]
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

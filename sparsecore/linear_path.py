@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from . import checkpoints
+from . import checkpoints, schema
 from .batches import EpochBatches
 from .batchnorm import recompute_statistics_, running_norms
 from .convert import plain_state
@@ -21,6 +22,7 @@ from .engine.evaluation import Evaluation
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
 from .progress import QUIET, Progress
+from .writing import FileError, alone
 
 STABLE = 2.0  # percent: Frankle et al. call a smaller instability stable
 State = Mapping[str, Tensor]
@@ -84,6 +86,7 @@ def threshold_of(threshold: float | None, of: Of) -> float:
     return STABLE if threshold is None else threshold
 
 
+@alone("checkpoint")
 def path_errors(
     model: nn.Module,
     a: State,
@@ -132,7 +135,7 @@ def path_errors(
     if checkpoint is not None:
         data = [batches, batches if train_batches is None else train_batches]
         run = _fingerprint(probe, [a, b], data, points, limit, loss=by)
-        rows = _measured(checkpoint, run)
+        rows = _measured(checkpoint, run, points)
     evaluation = Evaluation(
         probe, batches, engine="auto", times=points - len(rows), loss=True, by=by
     )
@@ -191,14 +194,22 @@ def _fingerprint(
     return "".join(parts)
 
 
-def _measured(path: Path, run: str) -> list[tuple[float, float, float]]:
+class _Saved(TypedDict):
+    run: str
+    rows: list[tuple[schema.Fraction, schema.Number, schema.Number]]  # alpha, error, loss
+
+
+def _measured(path: Path, run: str, points: int) -> list[tuple[float, float, float]]:
     """The points that an interrupted measurement has behind it."""
     if not path.exists():
         return []
-    _, meta = checkpoints.read(path)
+    _, meta = checkpoints.read(path, _Saved)
     if not checkpoints.same_run(meta["run"], run):
-        raise ValueError(
+        raise checkpoints.OtherRunError(
             f"{path} belongs to another path: expected one between these states on this data, with as "
             "many points; remove it or name another"
         )
-    return [tuple(row) for row in meta["rows"]]
+    rows = meta["rows"]
+    if [alpha for alpha, *_ in rows] != [i / (points - 1) for i in range(len(rows))][:points]:
+        raise FileError(f"{path}: expected the points of this path in turn, got others; remove it")
+    return rows

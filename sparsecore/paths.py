@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from torch import Tensor
+
 from .folders import is_class_folder
+from .writing import FileError, is_stream, sweep, target_of
 
 Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for
 
@@ -72,6 +76,19 @@ def check_cache(path: Path | None, others: Paths) -> None:
         )
 
 
+def require_room(path: Path | None, state: Mapping[str, Tensor]) -> None:
+    """Errors: ValueError for a disk without room for a state_dict, before hours of work lead to it."""
+    if path is None or is_stream(path):
+        return
+    needed = sum(value.numel() * value.element_size() for value in state.values())
+    free = shutil.disk_usage(_real(path).parent).free
+    if needed > free:
+        raise ValueError(
+            f"{path}: expected {needed / 1e6:,.0f} MB of room for weights, got {free / 1e6:,.0f} MB free; make room, or "
+            "name a place on another disk"
+        )
+
+
 def _given(paths: Paths | None) -> dict[str, Path]:
     return {name: path for name, path in (paths or {}).items() if path is not None}
 
@@ -83,7 +100,7 @@ def _real(path: Path) -> Path:
 def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> None:
     if path.is_dir():
         raise ValueError(f"{name} {path}: expected the name of a file, got a folder")
-    if path.exists() and not path.is_file():
+    if is_stream(path):
         if stream:
             return
         raise ValueError(f"{name} {path}: expected the name of a file, got a pipe or device")
@@ -93,8 +110,12 @@ def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> Non
     if not parent.is_dir():
         raise ValueError(f"{name} {path}: its folder does not exist; create {parent}")
     _check_writable(name, path, parent)
-    if stream and path.exists() and not os.access(path, os.W_OK):
+    if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"{name} {path}: expected a file that can be written, got a protected one")
+    try:
+        target_of(path)
+    except FileError as error:
+        raise ValueError(f"{name} {error}") from None
 
 
 def _check_folder(name: str, path: Path) -> None:
@@ -107,6 +128,7 @@ def _check_folder(name: str, path: Path) -> None:
 
 
 def _check_writable(name: str, path: Path, folder: Path) -> None:
+    sweep(folder)
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass

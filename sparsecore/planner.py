@@ -14,15 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import torch
 from torch import Tensor
+from typing_extensions import TypedDict
 
 from . import capture, kernels
 from .costs import Facts, Machine, Times, predicted, rounds, seconds, stored
 from .kernels import Layer
 from .products import Products, dense_products, products_of, runs
+from .schema import Range
+from .schema import facts as facts_of
+from .writing import FileError, put
 
 _WORTH = 0.95  # another format must take less than this share of the floor's time
 _HOPELESS = 1.6  # what should take this many times the best prediction is not measured
@@ -100,16 +104,11 @@ class Cache:
             return read(self.entries[key])
         except (KeyError, TypeError, ValueError, AttributeError):
             pass  # new, or of another version
-        made = make()
+        made = json.loads(json.dumps(make()))  # as it will be read
         self.entries = self._read() | self.entries | {key: made}  # other programs write it too
-        part = self.path.with_name(f"{self.path.name}.{os.getpid()}")
-        try:
+        with suppress(OSError, FileError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.entries, indent=1))
-            part.replace(self.path)
-        except OSError:
-            with suppress(OSError):
-                part.unlink(missing_ok=True)
+            put(self.path, json.dumps(self.entries, indent=1).encode())
         return read(made)
 
 
@@ -158,14 +157,15 @@ def order(x: Tensor) -> tuple[int, ...]:
     return tuple(sorted(sides, key=lambda d: (-x.stride(d), d)))
 
 
+_Speed = Annotated[float, Range(1, 1e30)]
+
+
 def machine(device: torch.device, dtype: torch.dtype, cache: Cache) -> Machine:
     """The device's speed, measured once and remembered."""
     key = f"machine | {where(device)} | {dtype}"
 
     def read(entry: Any) -> Machine:
-        if not all(speed > 0 for speed in entry.values()):
-            raise ValueError(key)
-        return Machine(**entry)
+        return Machine(**facts_of(entry, dict[str, _Speed], key))
 
     return cache.get(key, lambda: asdict(Machine.measured(device, dtype)), read)
 
@@ -216,14 +216,33 @@ def choose(
         return asdict(_weigh(mask, layer, x, grad, captured, names, facts, of))
 
     def read(entry: Any) -> Choice:
+        entry = facts_of(entry, _Remembered, key)
         times = {w: {n: Times(*t) for n, t in entry[w].items()} for w in ("measured", "predicted")}
-        formats = None if entry["formats"] is None else tuple(entry["formats"])
-        known = {n + end for n in names for end in ("", *kernels.BLOCK_TILES)}
-        if formats is not None and (len(formats) != 3 or not set(formats) <= known):
+        formats, known = (
+            entry["formats"],
+            {n + e for n in names for e in ("", *kernels.BLOCK_TILES)},
+        )
+        if not (formats is None or set(formats) <= known) or entry["update"].keys() != {
+            "kept",
+            "dense",
+        }:
             raise ValueError(key)
         return Choice(formats, entry["reason"], update=entry["update"], **times)
 
     return cache.get(key, make, read)
+
+
+_Time = Annotated[float, Range(0, 1e9)]  # seconds
+
+
+class _Remembered(TypedDict):
+    """What the cache holds of a choice."""
+
+    formats: tuple[str, str, str] | None
+    reason: str
+    update: dict[str, _Time]
+    measured: dict[str, tuple[_Time, _Time, _Time]]
+    predicted: dict[str, tuple[_Time, _Time, _Time]]
 
 
 def _sides(name: str) -> tuple[int, int]:

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from . import safefile
+from . import safefile, schema
+from .kinds import checked
 from .layer import weight_key
 from .tickets import layer_order, pack_mask, unpack_mask
 
 
-class RoundError(ValueError):
+class RoundError(safefile.FileError):
     """Rounds that cannot be read or written: which file, what is wrong with it, how to mend it."""
 
 
@@ -65,7 +67,7 @@ class Round:
         tensors = {f"mask/{name}": pack_mask(mask) for name, mask in self.masks.items()}
         tensors |= {f"start/{key}": value for key, value in self.start.items()}
         tensors |= {f"trained/{key}": value for key, value in self.trained.items()}
-        meta = {name: getattr(self, name) for name in _FACTS}
+        meta = {name: getattr(self, name) for name in _Facts.__annotations__}
         shapes = {name: list(mask.shape) for name, mask in self.masks.items()}
         order = {"shapes": shapes, "layers": list(self.masks)}
         try:
@@ -77,8 +79,6 @@ class Round:
     def load(cls, path: str | Path) -> "Round":
         """Reads what `save` wrote.  Errors: RoundError for a missing, foreign or damaged file."""
         path = Path(path)
-        if not path.exists():
-            raise RoundError(f"{path}: expected a file that Round.save wrote, found nothing there")
         try:
             tensors, meta = safefile.read(path, kind="round")
             return cls._from_parts(tensors, meta)
@@ -106,23 +106,19 @@ class Round:
         for name, mask in masks.items():
             if expected[weight_key(name, expected)] != mask.shape:
                 raise ValueError(f"expected a mask of {name}'s shape, got {tuple(mask.shape)}")
-        meta = {"engine": "", **meta}  # older rounds do not say
-        for name, kind in _FACTS.items():
-            if not isinstance(meta[name], kind):
-                raise ValueError(f"{name}: expected {kind}, got {meta[name]!r}")
-        facts = {name: meta[name] for name in _FACTS}
+        facts = schema.facts({"engine": "", **meta}, _Facts, "round")  # older rounds do not say
         return cls(masks=masks, start=parts["start"], trained=parts["trained"], **facts)
 
 
-# What a file's JSON says, and of which type.
-_FACTS: dict[str, Any] = {
-    "index": int,
-    "density": float,
-    "seconds": float,
-    "accuracy": float | None,
-    "run": str,
-    "engine": str,
-}
+class _Facts(TypedDict):
+    """What a file's JSON says."""
+
+    index: schema.Count
+    density: schema.Fraction
+    seconds: schema.Seconds
+    accuracy: float | None
+    run: str
+    engine: str
 
 
 def round_path(folder: Path, index: int) -> Path:
@@ -132,7 +128,12 @@ def round_path(folder: Path, index: int) -> Path:
 
 def round_files(folder: Path) -> list[Path]:
     """The files of the folder's rounds in order, none if there are none.  Errors: RoundError for a gap."""
-    found = set(folder.glob("round-*.safetensors"))  # not the ones that a kill left half written
+    try:
+        found = set(
+            folder.glob("round-*.safetensors")
+        )  # not the ones that a kill left half written
+    except OSError as error:
+        raise RoundError(f"{folder}: expected a folder of rounds ({error.strerror})") from None
     paths = [round_path(folder, index) for index in range(len(found))]
     for path in paths:
         if path not in found:
@@ -143,6 +144,7 @@ def round_files(folder: Path) -> list[Path]:
     return paths
 
 
+@checked
 def load_rounds(folder: str | Path) -> list[Round]:
     """The rounds that a search kept in a folder, from the dense one on.
 

@@ -42,7 +42,11 @@ def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Errors: FileError for a missing, foreign, damaged or newer file.
     """
-    if not path.is_file():
+    try:
+        there = path.is_file()
+    except OSError as error:
+        raise FileError(f"{path}: expected a {kind} file ({error.strerror})") from None
+    if not there:
         raise FileError(f"{path}: expected a {kind} file, found {_what_is(path)}")
     damaged = f"{path}: expected a sparsecore {kind} file (safetensors), got"
     try:

@@ -2,19 +2,20 @@
 
 import contextlib
 import hashlib
-import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median_low
+from typing import Annotated
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+from typing_extensions import TypedDict
 
-from . import safefile
+from . import safefile, schema
 from .images import WHITES, DataError, ImageFiles, deep_grey, read_header
 
 SAMPLE = 2048  # images that are looked at, evenly over all
@@ -107,6 +108,12 @@ def moments(images: Tensor | ImageFiles, rows: Tensor | None = None) -> Moments:
     return tuple(mean.tolist()), tuple(variance.sqrt().clamp_min(_STD_FLOOR).tolist())
 
 
+class _Remembered(TypedDict):
+    key: str
+    size: Annotated[int, schema.Range(1, 16_384)]
+    whites: dict[str, Annotated[int, schema.Range(1, 65_535)]]
+
+
 def remembered(
     root: Path, paths: Sequence[Path], image_size: int | None, others: Sequence[Path] = ()
 ) -> Survey | None:
@@ -116,14 +123,16 @@ def remembered(
         return None
     try:
         tensors, meta = safefile.read(path, kind="moments")
-        size, whites = int(meta["size"]), {mode: int(meta["whites"][mode]) for mode in WHITES}
-        mean, std = (tuple(tensors[name].tolist()) for name in ("mean", "std"))
-        fits = len(mean) == len(std) == 3 and all(map(math.isfinite, mean + std)) and min(std) > 0
-    except (ValueError, KeyError, TypeError, AttributeError):  # damaged or foreign: looked at again
+        meta = schema.facts(meta, _Remembered, str(path))
+        three = torch.zeros(3, dtype=torch.float64)
+        found = schema.tensors(tensors, {"mean": three, "std": three}, str(path))
+    except safefile.FileError:  # damaged or foreign: looked at again
         return None
-    if not fits or size < 1 or meta.get("key") != _key(root, paths, image_size, others):
+    mean, std = (tuple(found[name].tolist()) for name in ("mean", "std"))
+    known = meta["key"] == _key(root, paths, image_size, others)
+    if not (known and meta["whites"].keys() == set(WHITES) and min(std) > 0):
         return None
-    return Survey(size, whites, (mean, std))
+    return Survey(meta["size"], meta["whites"], (mean, std))
 
 
 def remember(

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import foreign, safefile
+from . import foreign, safefile, schema
 from .claims import sole
 from .convert import plain_state, require_sparse_layers
 from .granularity import NM, Granularity, Weight, parse_granularity
@@ -212,6 +212,7 @@ class Ticket:
             _check_names("weights", self.weights, own)
             _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
             _check_values(own)
+            _check_castable(self.weights, own)
         require_own_memory(model)
         for name, mask in self.masks.items():
             layers[name]._require_parameter("apply_")
@@ -294,14 +295,16 @@ class Ticket:
         parts["score"] = {name: parts["score"][name] for name in known} | parts["score"]
         for name, score in parts["score"].items():
             expected = granularity.units(masks[name].shape)
-            if score.shape != expected:
-                raise ValueError(f"scores of {name}: expected {tuple(expected)} of them")
+            if score.shape != expected or score.dtype != torch.float32 or score.isnan().any():
+                raise ValueError(
+                    f"scores of {name}: expected {tuple(expected)} numbers of float32, got others"
+                )
         return cls(masks, parts["weight"], provenance, parts["score"] or None)
 
     @checked
     def shuffled(self, seed: int) -> "Ticket":
         """Each layer keeps as many units, at random places: the layerwise shuffle control."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(int(seed))
         noise = {
             name: torch.rand(self.granularity.units(mask.shape), generator=generator)
             for name, mask in self.masks.items()
@@ -414,6 +417,15 @@ def _check_values(state: Mapping[str, Tensor]) -> None:
             f"{', '.join(bare[:4])}; call model.to_empty(device=...) first, or apply_(..., weights=False) and load a "
             "state_dict afterwards"
         )
+
+
+def _check_castable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Errors: TicketError for numbers of another kind than the model's, or that are not finite where its are."""
+    for key, value in weights.items():
+        try:
+            schema.castable(value, own[key], f"the ticket's weight {key}")
+        except safefile.FileError as error:
+            raise TicketError(str(error)) from None
 
 
 def _some(names: Any) -> str:

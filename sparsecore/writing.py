@@ -209,7 +209,7 @@ def held(path: Path | None) -> Iterator[None]:
 
     Errors: FileError, which says who holds it.
     """
-    if path is None or is_stream(path):
+    if path is None or _is_nobodys(path):
         yield
         return
     real = Path(os.path.realpath(path))
@@ -228,6 +228,13 @@ def held(path: Path | None) -> Iterator[None]:
             if not count:
                 del _held[lock]
                 _unlock(lock, descriptor)
+
+
+def _is_nobodys(path: Path) -> bool:
+    try:
+        return is_stream(path)
+    except OSError as error:  # a name that is too long, a folder that nobody may look into
+        raise FileError(f"{path}: expected a file or a place for one ({error.strerror})") from None
 
 
 def alone(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .. import capture
 from ..planner import cache_of, where
+from ..schema import Seconds, facts
 from .engine import AbstractStep, Engine, EngineError, Way, changed, check_engine, counted
 from .feeds import Fed, Feed, Given
 
@@ -150,7 +151,7 @@ class _Auto:
             return False
 
         def read(entry: Any) -> Tried:
-            return Tried(float(entry["step"]), float(entry["first"]))
+            return Tried(**facts(entry, dict[str, Seconds], "times"))
 
         try:
             step = self.make(way)

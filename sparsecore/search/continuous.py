@@ -354,7 +354,7 @@ class _ContinuousEpochs(StepEpochs):
         control = {f"control/{name}": value for name, value in self.step.control.items()}
         return control | {f"net/{name}": p.detach() for name, p in self.net.named_parameters()}
 
-    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any], epochs: int) -> None:
         found, moments = checkpoints.apart(tensors, "optimizer/")
         found, gates = checkpoints.apart(found, "gates/")
         own = self._own()

@@ -274,7 +274,7 @@ class _PopupEpochs(StepEpochs):
     def _scores(self) -> dict[str, Tensor]:
         return {f"scores/{name}": g.logits.detach() for name, g in self.gated.items()}
 
-    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any], epochs: int) -> None:
         found, moments = checkpoints.apart(tensors, "optimizer/")
         own = self._scores()
         found = schema.tensors(found, own, "search")

@@ -53,8 +53,15 @@ class Epochs(ABC):
         """Tensors by name, and JSON."""
 
     @abstractmethod
-    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-        """Puts back what `state` gave.  Errors: FileError, before anything is changed, for what it could not have."""
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any], epochs: int) -> None:
+        """Puts back what `state` gave after so many epochs.
+
+        Errors: FileError, before anything is changed, for what it could not have given then.
+        """
+
+    def told(self, index: int, record: Record) -> bool:
+        """Whether a file's record may be that of epoch `index`."""
+        return record["epoch"] == index + 1
 
 
 def run_epochs(
@@ -92,10 +99,13 @@ def _resume(search: Epochs, path: Path | None, run: str, epochs: int) -> tuple[l
         return [], 0.0
     tensors, meta = read_own(path, run, _Saved)
     records = schema.facts(meta["records"], list[search.record_kind], f"{path}: records")
-    if len(records) > epochs:
-        raise FileError(f"{path}: expected records of {epochs} epochs, got {len(records)}")
+    if len(records) > epochs or not all(search.told(i, r) for i, r in enumerate(records)):
+        raise FileError(
+            f"{path}: expected records of up to {epochs} epochs in turn, got others; remove it, and the search begins "
+            "anew"
+        )
     try:
-        search.load(tensors, schema.facts(meta["search"], search.rest_kind, "search"))
+        search.load(tensors, schema.facts(meta["search"], search.rest_kind, "search"), len(records))
     except FileError as error:
         raise FileError(f"{path}: {error}; remove it, and the search begins anew") from None
     return records, meta["seconds"]

@@ -48,6 +48,9 @@ class _Rest(TypedDict):
     engine: str
 
 
+_COUNTS = ("step", "draw/")  # tensors that count steps
+
+
 class GateEpochs(Epochs):
     """Epochs of gate steps; a record holds "objective" (the mean) and of each ticket "tickets"."""
 
@@ -164,6 +167,14 @@ class GateEpochs(Epochs):
                 pattern.drawn = drawn[name]
                 layers[name].pattern = pattern
 
+    def told(self, index: int, record: Record) -> bool:
+        tickets = record["tickets"]
+        return len(tickets) == len(self.members) and all(
+            t["progress"]["epoch"] == index + 1
+            and t["progress"]["layers"].keys() == self.gated.keys()
+            for t in tickets
+        )
+
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: value.contiguous() for name, value in self.step.tensors().items()}
         memory = self.step.net.memory
@@ -172,10 +183,13 @@ class GateEpochs(Epochs):
         return tensors, {"dropped": self.dropped, "engine": str(self.engine.way)}
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, torch.Tensor], rest: dict[str, Any], epochs: int) -> None:
         own, tensors = self.step.tensors(), dict(tensors)
         teacher = tensors.pop("teacher", None)
         found = schema.tensors(tensors, own, "search", ("v/", "exp_avg_sq/", "step"))
+        for name, value in found.items():  # what is drawn and aimed at is looked up by them
+            if name.startswith(_COUNTS) and bool((value != epochs * self.length).any()):
+                raise FileError(f"{name}: expected {epochs * self.length} steps, got others")
         if teacher is not None:
             self._remember(teacher)
         for name, value in own.items():

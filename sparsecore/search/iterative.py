@@ -183,7 +183,7 @@ class _Rounds(Epochs):
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         return dict(self.standing), {}
 
-    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
+    def load(self, tensors: dict[str, Tensor], rest: dict[str, Any], epochs: int) -> None:
         found = schema.tensors(tensors, self.standing, "search")
         for name, s in self.standing.items():
             s.copy_(found[name])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checkpoints
+from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..convert import require_dense_parameters
 from ..engine import check_engine
@@ -320,6 +320,11 @@ class _Files:
                 f"{path} does not follow from the round before it: remove it and the rounds after "
                 "it, and the search makes them again"
             )
+        try:
+            for what, state in (("start", found.start), ("trained", found.trained)):
+                schema.tensors(state, asked.start, f"{path}: {what}")
+        except FileError as error:
+            raise SearchError(f"{error}; remove it and the rounds after it") from None
         # A file sorts by name; equal magnitudes go to the earlier layer, on the way there and back alike.
         return found.ordered_as(asked)
 
