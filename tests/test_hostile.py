@@ -30,7 +30,7 @@ def test_no_hostile_input_breaks_a_promise() -> None:
 
 
 def ended(run, seconds: float = 12.0) -> Outcome:
-    (found,) = outcomes([Input("k", 0, run)], seconds=seconds)
+    (found,) = outcomes([Input("k", 0, run, seconds)])
     return found
 
 

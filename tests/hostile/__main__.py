@@ -16,10 +16,13 @@ import torch
 from . import api, damage
 from .disk import filling
 from .files import KINDS, prepared, spoiling
-from .kill import killing
-from .sandbox import Input, Outcome, Run, outcomes
+from .kill import interrupting, killing
+from .sandbox import SECONDS, Input, Outcome, Run, outcomes
+from .together import together
 from .typed import before_typing, typing
 from .works import drawn, referred
+
+DISTURBED = ("full disk", "kill", "interrupt", "two at once")  # commands that write
 
 
 def kinds(cache: Path) -> dict[str, Run]:
@@ -31,19 +34,25 @@ def kinds(cache: Path) -> dict[str, Run]:
         "Python": api.run,
         "full disk": filling(cache),
         "kill": killing(cache),
+        "interrupt": interrupting(cache),
+        "two at once": together(cache),
     }
 
 
 def needed(inputs: Sequence[Input], cache: Path) -> list[Input]:
     """What is made before: valid files, and what the commands that will be disturbed come to undisturbed."""
     names = dict.fromkeys(given.kind for given in inputs)
-    made = [Input(name, 0, prepared(name, cache)) for name in names if name in KINDS]
+    made = {name: prepared(name, cache) for name in names if name in KINDS}
     if "options" in names:
-        made.append(Input("options", 0, before_typing(cache)))
-    disturbed = {drawn(Random(g.seed)) for g in inputs if g.kind in ("full disk", "kill")}
-    return made + [
-        Input(f"undisturbed {name}", 0, referred(name, cache)) for name in sorted(disturbed)
-    ]
+        made["options"] = before_typing(cache)
+    disturbed = {drawn(Random(g.seed)) for g in inputs if g.kind in DISTURBED}
+    made |= {f"undisturbed {name}": referred(name, cache) for name in sorted(disturbed)}
+    return [Input(name, 0, run, seconds=60) for name, run in made.items()]
+
+
+def limit_of(kind: str) -> float:
+    """Seconds of a try: those of a command, or of the three that one is which is disturbed and done again."""
+    return SECONDS * (3 if kind in DISTURBED else 1)
 
 
 def seed_of(kind: str, seed: int, index: int) -> int:
@@ -65,16 +74,20 @@ def main() -> int:
         chosen = {name: run for name, run in kinds(cache).items() if fnmatch(name, given.kind)}
         if not chosen:
             parser.error(f"--kind: expected one of {', '.join(kinds(cache))}")
+        tries = range(-(-given.count // len(chosen)) if given.only is None else 1)
         inputs = [
-            Input(name, seed_of(name, given.seed, index), run)
-            for index in range(-(-given.count // len(chosen)))
+            Input(
+                name,
+                seed_of(name, given.seed, index) if given.only is None else given.only,
+                run,
+                limit_of(name),
+            )
+            for index in tries
             for name, run in chosen.items()
         ][: given.count]
-        if given.only is not None:
-            inputs = [Input(name, given.only, run) for name, run in chosen.items()]
         counts = {name: Counter[str]() for name in chosen}
         lacking = set()
-        for found in outcomes(needed(inputs, cache), at_once=given.at_once, seconds=60):
+        for found in outcomes(needed(inputs, cache), at_once=given.at_once):
             if found.how != "fine":
                 tell(found, "(before any input) ")
                 lacking.add(found.input.kind)

@@ -28,6 +28,14 @@ def stop() -> None:
     raise Stopped
 
 
+def interrupt() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 class Changes:
     """Counts how often a file in the folder is opened to be written, made safe (fsync), renamed or removed.
 

@@ -54,7 +54,8 @@ def listening() -> Iterator[Said]:
 
 
 def command(argv: list[str]) -> str:
-    """Runs `sparsecore ARGV` here: "fine" for exit code 0, "refused" for 2 and one line, without control characters.
+    """Runs `sparsecore ARGV` here: "fine" for exit code 0, "refused" for 2 and one line, without control characters,
+    "interrupted" for 130 or 143 and a line that says so.
 
     What it raises, no command may; a Failure tells of other ends.
     """
@@ -69,12 +70,15 @@ def command(argv: list[str]) -> str:
 
 
 def judged(code: int, said: Said, argv: list[str]) -> str:
-    """ "fine" or "refused".  Errors: Failure, with what was said."""
+    """ "fine", "refused" or "interrupted".  Errors: Failure, with what was said."""
     how, lines = "", [x for x in said.err.split("\n") if x and not x.startswith("warning: ")]
     if code == 0:
         how = "fine" if not any(x.startswith(("error", "Traceback")) for x in lines) else ""
     elif code == 2:
         how = "refused" if len(lines) == 1 and lines[0].startswith("error: ") else ""
+    elif code in (130, 143):
+        word = "interrupted" if code == 130 else "terminated"
+        how = "interrupted" if len(lines) == 1 and lines[0].startswith(word) else ""
     if not how:
         told = "\n".join([" ".join(["sparsecore", *argv])[:2000], said.out, said.err])
         raise Failure(f"expected 0, or 2 and one line, got {code} and {len(lines)} lines: {told}")

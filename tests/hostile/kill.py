@@ -1,5 +1,6 @@
 """Kills and interrupts: the same command again goes on, comes to the same, and leaves nothing of the killed one."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -8,7 +9,7 @@ import traceback
 from pathlib import Path
 from random import Random
 
-from .faults import Changes, kill
+from .faults import Changes, interrupt, kill, terminate
 from .judge import Failure
 from .sandbox import Run
 from .works import WORKS, Passes, check_again, drawn, reference_of
@@ -29,7 +30,28 @@ def killing(cache: Path) -> Run:
             seconds = 60.0 if by_change else rng.uniform(0.05, known.seconds)
             print(f"{name}: killed at change {at}" if by_change else f"{name}: after {seconds:g} s")
             _killed(name, folder, at, seconds)
+            if WORKS[name].saved():
+                passes.forget()
         return check_again(name, cache, passes, times)
+
+    return run
+
+
+def interrupting(cache: Path) -> Run:
+    """One of the works, which Ctrl-C or (a command) SIGTERM ends."""
+
+    def run(seed: int, folder: Path) -> str:
+        rng = Random(seed)
+        name, passes = drawn(rng), Passes()
+        shutil.copytree(cache / "inputs" / name, folder, dirs_exist_ok=True)
+        at = 1 + rng.randrange(reference_of(name, cache).changes)
+        act = interrupt if "." in name else rng.choice([interrupt, terminate])
+        print(f"{name}: {act.__name__} at change {at}")
+        with contextlib.suppress(KeyboardInterrupt), Changes(folder).fault(act, at):
+            WORKS[name].run()
+        if WORKS[name].saved():
+            passes.forget()
+        return check_again(name, cache, passes, faults=1)
 
     return run
 

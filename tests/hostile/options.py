@@ -152,11 +152,12 @@ def prepare(folder: Path) -> None:
         assert main([*command, "--engine", "eager"]) == 0
 
 
+_OFTEN = ("search", "search", "train", "compare", "analyze width")
+_WIDTH = ["--model-option", "width=0.1"]
 _SMALL = [
     "--data",
     "digits",
-    "--model-option",
-    "width=0.1",
+    *_WIDTH,
     "--rewind-epochs",
     "1",
     "--epochs",
@@ -168,14 +169,22 @@ _SEARCH = ["--search-epochs", "1", "--method", "cts", "--sparsity", "0.5"]
 def argv(seed: int, folder: Path) -> list[str]:
     """A command line, the same for a seed; to be run with `folder` (as `prepare` leaves it) as the current one."""
     rng = random.Random(seed)
-    name = rng.choice([*_commands()])
+    name = rng.choice([*_commands(), *_OFTEN * 6])
     line = _base(name, folder)
     options = _commands()[name]
     for option in rng.sample(sorted(options), min(len(options), rng.choice((1, 1, 1, 2, 3)))):
-        line += _given(option, options[option], rng, folder)
+        line = _added(line, _given(option, options[option], rng, folder))
     if rng.random() < 0.05:
         line += [rng.choice(TEXTS)]  # an argument too many, or an option that there is not
     return line
+
+
+def _added(line: list[str], more: list[str]) -> list[str]:
+    """A line with more options; another model has no use for the small case's."""
+    if "--model" in more and _WIDTH[1] in line:
+        at = line.index(_WIDTH[1])
+        line = line[: at - 1] + line[at + 1 :]
+    return line + more
 
 
 def _base(name: str, folder: Path) -> list[str]:

@@ -24,11 +24,12 @@ Run = Callable[[int, Path], str]  # (seed, an empty folder) -> "fine" or "refuse
 
 @dataclass(frozen=True)
 class Input:
-    """One try: `run(seed, folder)` of a kind."""
+    """One try: `run(seed, folder)` of a kind, which may take so many seconds."""
 
     kind: str
     seed: int
     run: Run
+    seconds: float = SECONDS
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,8 @@ class Outcome:
 class _Try:
     """A running child."""
 
-    def __init__(self, given: Input, seconds: float) -> None:
-        self.input, self.end = given, time.monotonic() + seconds
-        self.seconds = seconds
+    def __init__(self, given: Input) -> None:
+        self.input, self.end = given, time.monotonic() + given.seconds
         self.folder = Path(tempfile.mkdtemp(prefix="hostile-"))
         self.read, said = os.pipe()  # which no limit of files' sizes stops
         os.set_blocking(self.read, False)
@@ -67,7 +67,7 @@ class _Try:
                 self.said += piece
         if pid == 0:
             if not self.killed and time.monotonic() > self.end:
-                self._kill(f"took more than {self.seconds:g} s")
+                self._kill(f"took more than {self.input.seconds:g} s")
             elif not self.killed and _resident(self.pid) > self.most:
                 self._kill("took more than 1 GB of memory")
             return None
@@ -135,15 +135,13 @@ def _resident(pid: int) -> int:
     return max([own, *(_resident(int(child)) for child in children)])
 
 
-def outcomes(
-    inputs: Iterable[Input], *, at_once: int = 2, seconds: float = SECONDS
-) -> Iterator[Outcome]:
+def outcomes(inputs: Iterable[Input], *, at_once: int = 2) -> Iterator[Outcome]:
     """How each input ended, in the order in which they end."""
     waiting, running = iter(inputs), list[_Try]()
     try:
         while True:
             while len(running) < at_once and (given := next(waiting, None)) is not None:
-                running.append(_Try(given, seconds))
+                running.append(_Try(given))
             if not running:
                 return
             ended = [(t, found) for t in running if (found := t.outcome()) is not None]

@@ -36,12 +36,14 @@ class Work:
         run: does it in the current folder: "fine" or "refused".
         result: what it has come to, as JSON, from the files that it wrote.
         make: what it needs.
+        saved: whether its result is safe, so that nothing is lost if it begins anew.
         unit: how many passes backward may be lost by a fault: those of an epoch, or of what is kept as a whole.
     """
 
     run: Callable[[], str]
     result: Callable[[], Any]
     make: Callable[[], None] = lambda: None
+    saved: Callable[[], bool] = lambda: Path("t").exists()
     unit: int = 4
 
 
@@ -70,6 +72,9 @@ class Passes:
             return run(*args, **kwargs)
 
         torch.autograd._engine_run_backward = counted  # pyright: ignore[reportAttributeAccessIssue]
+
+    def forget(self) -> None:
+        self.memory[:8] = bytes(8)
 
     @property
     def count(self) -> int:
