@@ -108,7 +108,12 @@ def kind_of(value: Any) -> str:
 
 def on(device: torch.device, batch: Batch) -> Batch:
     """The batch with its tensors there; itself where they are."""
-    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, batch)
+    return tree_map(lambda t: trainable(t).to(device) if isinstance(t, Tensor) else t, batch)
+
+
+def trainable(t: Tensor) -> Tensor:
+    """The tensor, or a copy of one made under `torch.inference_mode`, which no backward takes."""
+    return t.clone() if t.is_inference() else t
 
 
 def of_samples(batch: Batch, rows: Any) -> Batch:

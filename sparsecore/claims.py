@@ -11,12 +11,12 @@ from inspect import signature
 from threading import Lock, get_ident
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
-import torch
 from torch import nn
 
 from .batches import kind_of
 from .kinds import KindError, of_kinds
 from .patterns import Dense, Gated, Masked, Planned
+from .process import torch_that_trains
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,7 +92,7 @@ def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]
             if len(args) <= place and "model" not in kwargs:
                 return function(*args, **kwargs)  # which says what it lacks
             model: Any = args[place] if len(args) > place else kwargs["model"]
-            require_trainable_tensors(require_module(model, what), what)
+            require_trainable_tensors(require_module(model, what), what, values=differentiates)
             given, named = of_kinds(function, args, kwargs)
             with claimed(model, what), torch_that_trains(differentiates):
                 return function(*given, **named)
@@ -109,22 +109,18 @@ def require_module(model: Any, what: str) -> nn.Module:
     return model
 
 
-def require_trainable_tensors(model: nn.Module, what: str) -> None:
-    """Errors: ValueError for a parameter or buffer that PyTorch will never let train."""
+def require_trainable_tensors(model: nn.Module, what: str, *, values: bool) -> None:
+    """Errors: ValueError for a parameter or buffer that PyTorch will never let train, or, if `values` are looked at,
+    that has none.
+    """
     for name, t in (*model.named_parameters(), *model.named_buffers()):
         if t.is_inference():
             raise ValueError(
                 f"{what}: expected a model that can train, got {name} made under torch.inference_mode(), which never "
                 "can; make, load and copy the model outside of it"
             )
-
-
-@contextmanager
-def torch_that_trains(differentiates: bool) -> Iterator[None]:
-    """Outside of inference mode, and with gradients if they are taken."""
-    if not torch.is_inference_mode_enabled():
-        with torch.set_grad_enabled(differentiates or torch.is_grad_enabled()):
-            yield
-        return
-    with torch.inference_mode(False), torch.set_grad_enabled(differentiates):
-        yield
+        if values and t.is_meta:
+            raise ValueError(
+                f"{what}: expected a model with values, got {name} on the meta device; make it on another, or "
+                "model.to_empty(device='cpu') and load weights"
+            )

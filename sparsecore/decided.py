@@ -12,6 +12,7 @@ from typing_extensions import Self
 from . import kernels
 from .kinds import checked
 from .patterns import Formats, Masked, Planned
+from .process import leaving_trainable
 from .zeros import Keeper, is_sharded, plain_python, require_one_mask, zero_outside_
 
 _LEAVE_ZEROS = (parametrizations._WeightNorm, parametrizations._SpectralNorm)  # they scale
@@ -34,6 +35,7 @@ class DecidedLayer(nn.Module):
     # Whether modules other than sparse layers compute with the parameter.
     shared = False
 
+    @leaving_trainable
     @checked
     def set_mask_(self, mask: Tensor) -> Self:
         """Fixes the mask (bool, the weight's shape) and zeroes the pruned entries for good.
@@ -70,6 +72,7 @@ class DecidedLayer(nn.Module):
         if not self._kept_by(pattern):
             zero_outside_(raw.data, pattern.mask)
 
+    @leaving_trainable
     def plan_(self, formats: Formats | None = None, choose: Any = None) -> Self:
         """From a mask over a dense parameter to the kept weights alone: pattern `Planned`.
 
@@ -98,6 +101,7 @@ class DecidedLayer(nn.Module):
         self._become(pattern, values)
         return self
 
+    @leaving_trainable
     def unplan_(self) -> Self:
         """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
         if isinstance(self.pattern, Planned):
@@ -106,6 +110,7 @@ class DecidedLayer(nn.Module):
             self._decide(pattern)
         return self
 
+    @leaving_trainable
     @checked
     def remask_(self, mask: Tensor, grown: Tensor | None = None) -> Tensor:
         """Another mask under the same formats, as dynamic sparse training wants it; returns the old mask.

@@ -168,7 +168,7 @@ def _holds(value: Any, kind: type, inner: tuple[Any, ...]) -> bool:
     if isinstance(value, (str, bytes)):
         return False
     if isinstance(value, (np.ndarray, Tensor)) and not issubclass(kind, Mapping):
-        return value.ndim > 0
+        return value.ndim > 0 and (not inner or inner[0] in (Any, int, float, bool, Tensor))
     if not isinstance(value, kind):
         return False
     if not isinstance(value, Collection) or len(value) > _MOST:

@@ -21,6 +21,7 @@ from . import kernels
 from .computed import ComputedWeight
 from .decided import DecidedLayer
 from .patterns import Dense, Gated, Masked, Planned
+from .process import leaving_trainable
 from .stored import StoredLayer
 from .zeros import (
     SHARDED,
@@ -236,6 +237,7 @@ class SparseLayer(DecidedLayer, StoredLayer):
         sparse.pattern = Dense()
         return sparse
 
+    @leaving_trainable
     def to_dense(self) -> nn.Module:
         """A plain layer with the same keys: the pattern is applied to the weight once and dropped.
 

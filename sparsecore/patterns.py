@@ -16,6 +16,7 @@ from .gates import AbstractGate
 from .granularity import Granularity, Weight
 from .kinds import checked
 from .masked_product import Bits, MaskedWeight
+from .process import leaving_trainable, torch_that_trains
 from .zeros import Keeper
 
 Formats = str | tuple[str, ...]  # of all products, or of forward, dX and dW
@@ -41,6 +42,8 @@ class Masked(nn.Module):
 
     def __init__(self, mask: Bool[Tensor, "n k *taps"]) -> None:
         super().__init__()
+        with torch_that_trains():
+            mask = mask.clone() if isinstance(mask, Tensor) and mask.is_inference() else mask
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {kind_of(mask)}; use `scores > 0`")
         self.register_buffer("mask", mask)
@@ -92,6 +95,7 @@ class Planned(nn.Module):
     Errors: those of `kernels.plan_of`, for formats that cannot do this.
     """
 
+    @leaving_trainable
     @checked
     def __init__(
         self,
@@ -263,6 +267,7 @@ class Gated(nn.Module):
     seed: Int64[Tensor, "1"]
     step: Int64[Tensor, "1"]
 
+    @leaving_trainable
     @checked
     def __init__(
         self,

@@ -2,15 +2,19 @@
 and switches that are thrown and put back.  Threads take turns at the first and share the second.
 """
 
+import functools
 import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock, get_ident
 from types import TracebackType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P, R = ParamSpec("P"), TypeVar("R")
 
 _FORKED = ("cpu", "cuda")  # whose generators are put back; others are the process's
 
@@ -176,6 +180,28 @@ class Shared:
                 assert self._context is not None
                 self._context.__exit__(None, None, None)
                 self._context = None
+
+
+@contextmanager
+def torch_that_trains(differentiates: bool = False) -> Iterator[None]:
+    """Outside of inference mode, and with gradients if they are taken."""
+    if not torch.is_inference_mode_enabled():
+        with torch.set_grad_enabled(differentiates or torch.is_grad_enabled()):
+            yield
+        return
+    with torch.inference_mode(False), torch.set_grad_enabled(differentiates):
+        yield
+
+
+def leaving_trainable(function: Callable[P, R]) -> Callable[P, R]:
+    """A function whose tensors can train, under `torch.inference_mode` too."""
+
+    @functools.wraps(function)
+    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch_that_trains(False):
+            return function(*args, **kwargs)
+
+    return outside
 
 
 if hasattr(os, "register_at_fork"):  # a loader's workers are forked

@@ -156,6 +156,12 @@ def require_trainable(model: nn.Module) -> None:
             else "none"
         )
         raise ValueError(f"model: expected parameters that require gradients, got {got}")
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.is_complex():
+            raise ValueError(
+                f"model: expected real parameters, as optimisers here take them, got {name} of "
+                f"{str(p.dtype).removeprefix('torch.')}; freeze it, or hold it as torch.view_as_real"
+            )
 
 
 def optimizer_for(

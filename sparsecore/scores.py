@@ -116,6 +116,7 @@ def grasp(
     without a second derivative (hardsigmoid).
     """
     with _differentiable(model) as weights, _plain_attention:
+        _require_real("grasp", weights)
         by = loss_of(loss)
         parts = _few_samples(model, _read(batches, model), per_class, seed, by)
         count = sum(size_of(part) for part in parts)
@@ -171,6 +172,7 @@ def synflow(
     weights are all 0 (the head of torchvision's ViT at first) lets nothing pass.
     """
     layers = require_dense_parameters(model)
+    _require_real("synflow", {name: layer.raw_weight for name, layer in layers.items()})
     _refuse_embeddings(model, layers)
     inputs = parts_of(_first(_read(batches, model)))[0]
     net = _positive(model)
@@ -270,6 +272,15 @@ def _read(batches: Iterable[Batch], model: nn.Module) -> Iterator[Batch]:
     for batch in batches:
         require_samples(batch)
         yield on(device, batch)
+
+
+def _require_real(score: str, weights: Mapping[str, Tensor]) -> None:
+    for name, weight in weights.items():
+        if weight.is_complex():
+            raise ValueError(
+                f"{score}: expected real weights, got complex ones in {name}; leave it dense: "
+                f"sparsify_(model, '!{name}')"
+            )
 
 
 def _refuse_embeddings(model: nn.Module, layers: Mapping[str, nn.Module]) -> None:

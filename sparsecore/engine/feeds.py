@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
-from ..batches import Batch, DataEnded, EpochBatches, Numbered, size_of
+from ..batches import Batch, DataEnded, EpochBatches, Numbered, size_of, trainable
 from ..data import Batches
 
 Fed = tuple[Batch, Tensor | None]  # a batch, and the numbers of its samples where they have some
@@ -153,7 +153,8 @@ class Given(Feed):
             given = self.memory
         else:
             given = [
-                t.to(self.device, non_blocking=True) if isinstance(t, Tensor) else t for t in given
+                trainable(t).to(self.device, non_blocking=True) if isinstance(t, Tensor) else t
+                for t in given
             ]
         self.now = tree_unflatten(given, spec)
         return usual

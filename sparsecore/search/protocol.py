@@ -25,7 +25,7 @@ def require_full_precision(layers: Mapping[str, SparseLayer]) -> None:
     """Errors: ValueError for weights in half precision, which gates of float32 do not multiply."""
     for name, layer in layers.items():
         dtype = layer.raw_weight.dtype
-        if dtype in (torch.bfloat16, torch.float16):
+        if dtype in (torch.bfloat16, torch.float16) or dtype.is_complex:
             raise ValueError(
                 f"layer {name}: expected weights of float32 under gates, got {str(dtype).removeprefix('torch.')}; "
                 "search in float32, and convert the model afterwards"
