@@ -105,6 +105,8 @@ def _outcome(app: Callable[..., Any], argv: list[str] | None) -> tuple[int, str]
     """The exit code, and what is wrong."""
     try:
         code = app(argv, standalone_mode=False)
+        if code == 130:  # how some versions of typer answer to Ctrl-C
+            raise KeyboardInterrupt
         return code if isinstance(code, int) else 0, ""
     except (ValueError, OSError) as error:
         # A user's mistake or a full disk; anything else is a bug and keeps its traceback.

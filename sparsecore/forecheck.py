@@ -9,7 +9,7 @@ from .convert import require_sparse_layers
 from .objectives import Net, features
 from .recipe import MOST_EPOCHS
 from .scores import grasp
-from .search import Iterative, OneShot
+from .search import Iterative, OneShot, Rewinding
 from .sparsities import by_layer, check_possible, check_sparsity
 
 
@@ -27,6 +27,8 @@ def check_search(search: Any, model: nn.Module, sparsity: float, x: Tensor) -> N
     if check_sparsity(sparsity) == 0 and not isinstance(search, OneShot | Iterative):
         raise ValueError("sparsity: expected 0 < sparsity < 1 for a search, got 0")
     shapes = {name: layer.weight_shape for name, layer in layers.items()}
+    if isinstance(search, Rewinding):
+        search.count(sparsity)
     distribution = search.distribution if isinstance(search, OneShot) else None
     densities = by_layer(distribution, shapes, sparsity, search.granularity)
     check_possible(shapes, sparsity, search.granularity, densities)

@@ -13,9 +13,8 @@ from torch.nn.modules import module as hooks
 from .memory import require_bytes
 from .process import seeded
 
-MOST_MODULES = (
-    5_000  # several times those of torchvision's deepest; each takes its time, whatever its size
-)
+# Twice those of torchvision's deepest; each takes its time, whatever its size.
+MOST_MODULES = 3_000
 SMALLER = "take a smaller model, by other options, or --image-size"
 
 
