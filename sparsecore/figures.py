@@ -24,22 +24,29 @@ from .writing import put
 _SIZE = (6.4, 4.2)  # inches, as of `compare`'s picture
 _MOST = 400  # inches of a picture's side: renderers have a largest one
 _LONGEST = 60  # characters of a name in a picture
+_LETTER = 0.08  # inches of one
 
 
 def write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> Path:
     """A header and a line per row; a field that a row lacks, or that is None, stays empty.
 
+    Texts are printable, each in its line: what would break a row, or is no text, is an escape (`printable`).
+
     Errors: ValueError for no rows, FileError if it cannot be written.
     """
     rows = _some(list(rows), "rows")
+    rows = [{_cell(key): _cell(value) for key, value in row.items()} for row in rows]
     fields = list(dict.fromkeys(key for row in rows for key in row))
-    # Bytes of names that are no text have no place in UTF-8.
     text = io.StringIO()
     writer = csv.DictWriter(text, fields, restval="", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    put(path, text.getvalue().encode(errors="backslashreplace"))
+    put(path, text.getvalue().encode())
     return path
+
+
+def _cell(value: Any) -> Any:
+    return printable(value, len(value)) if isinstance(value, str) else value
 
 
 def draw_paths(file: Path, paths: Mapping[str, LinearPath], title: str = "") -> Path:
@@ -144,13 +151,18 @@ def draw_layers(file: Path, sparsities: Mapping[str, Mapping[str, float]], title
     tickets = _some(sparsities, "sparsities")
     layers = list(dict.fromkeys(layer for ticket in tickets.values() for layer in ticket))
     figure, axes = _axes(title, "", "weights removed, %")
-    figure.set_figwidth(min(max(_SIZE[0], 0.4 * len(layers)), _MOST))
+    names, legend = [*map(shown, layers)], max(len(shown(label)) for label in tickets)
+    # Long names want room of their own: bars would have none.
+    figure.set_figwidth(
+        min(max(_SIZE[0], 0.4 * len(layers)) + _LETTER * max(0, legend - 20), _MOST)
+    )
+    figure.set_figheight(_SIZE[1] + _LETTER * max(0, max(map(len, names)) - 20))
     width = 0.8 / len(tickets)
     for i, (label, by_layer) in enumerate(tickets.items()):
         offset = (i - (len(tickets) - 1) / 2) * width
         places = [layers.index(layer) + offset for layer in by_layer]
         axes.bar(places, [100 * s for s in by_layer.values()], width, label=shown(label))
-    axes.set_xticks(range(len(layers)), [*map(shown, layers)], rotation=90)
+    axes.set_xticks(range(len(layers)), names, rotation=90)
     axes.grid(False, axis="x")
     figure.legend(loc="outside right upper")  # bars may fill the axes
     return save(figure, file)

@@ -23,9 +23,7 @@ MOST = 4_000  # characters of one line: a name may have as many as a file has ro
 # points that are none or somebody's own.
 _OBEYED = {"Cc", "Cf", "Cs", "Cn", "Co", "Zl", "Zp"}
 _JOINERS = "\u200c\u200d"  # words of some scripts, and emoji, are written with them
-_PLAIN = str.maketrans(
-    {"×": "x", "±": "+-", "…": "...", "·": "*", "–": "-", "—": "-", "α": "alpha"}
-)
+_PLAIN = {"×": "x", "±": "+-", "…": "...", "·": "*", "–": "-", "—": "-", "α": "alpha"}
 _BREAK = re.compile(r"[ \t]*\r?\n[ \t\r\n]*")
 
 
@@ -56,6 +54,10 @@ def _is_shown(c: str) -> bool:
     return c.isprintable() or c in _JOINERS or unicodedata.category(c) not in _OBEYED
 
 
+def _has(encoding: str, c: str) -> bool:
+    return bool(c.encode(encoding, "ignore"))
+
+
 def _escaped(c: str) -> str:
     code = ord(c)
     if 0xDC80 <= code <= 0xDCFF:  # how Python holds an undecodable byte
@@ -80,17 +82,28 @@ class Screen(Console):
     def __init__(self, *, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False)
         self.failure: OSError | None = None
+        self._strict: str | None = None
 
     def begin(self) -> None:
         """A new command: what became of another one's output is forgotten."""
         self.quiet, self.failure = False, None
+        self._strict = self._on_letters_it_lacks("backslashreplace")
 
     def end(self) -> None:
         """All of it is written, what others have printed too."""
         try:
             self.file.flush()
+            self._on_letters_it_lacks(self._strict)
         except OSError as error:
             self._lost(None if isinstance(error, BrokenPipeError) else error)
+
+    def _on_letters_it_lacks(self, errors: str | None) -> str | None:
+        """What the stream does for others, who write help: typer; returns what it did."""
+        before = getattr(self.file, "errors", None)
+        if errors is not None and not self.encoding.startswith("utf"):
+            with contextlib.suppress(AttributeError):
+                self.file.reconfigure(errors=errors)  # pyright: ignore[reportAttributeAccessIssue]
+        return before
 
     def render_str(self, text: str, **options: Any) -> Text:  # pyright: ignore[reportIncompatibleMethodOverride]
         options |= {"markup": False, "emoji": False}
@@ -132,7 +145,9 @@ class Screen(Console):
         encoding = self.encoding
         if text.isascii() or encoding.startswith("utf"):
             return text
-        return text.translate(_PLAIN).encode(encoding, "backslashreplace").decode(encoding)
+        lacking = {c: _PLAIN.get(c, c) for c in set(text) if not _has(encoding, c)}
+        text = text.translate(str.maketrans(lacking))
+        return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def tell(line: str) -> None:
