@@ -16,7 +16,7 @@ from typing_extensions import NotRequired, get_type_hints, is_typeddict
 from .writing import FileError
 
 _WHOLE = 2**63  # whole numbers are an int64's
-_FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ def at_least_0(value: Tensor, what: str) -> None:
 
 def castable(found: Tensor, own: Tensor, what: str) -> Tensor:
     """A tensor as `tensor` takes it, but for the width of floating point.  Errors: FileError."""
-    if found.dtype in _FLOATS and own.dtype in _FLOATS:
+    if found.dtype in FLOATS and own.dtype in FLOATS:
         found = found.to(own.dtype)
     return tensor(found, own, what)
 

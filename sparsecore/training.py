@@ -24,8 +24,8 @@ from .loaders import batches_of
 from .losses import LossLike, loss_of
 from .process import seeded
 from .progress import QUIET, Progress
+from .recipe import MOST_EPOCHS, require_trainable
 from .recipe import Recipe as Recipe
-from .recipe import require_trainable
 from .telling import tell_loss
 from .training_run import AfterStep, Facts, History, Run, Saved, epoch_of, parts_between
 from .training_run import Step as Step
@@ -108,6 +108,10 @@ def train(
     stop = recipe.epochs if stop_epoch is None else stop_epoch
     if not 0 <= start_epoch <= stop:
         raise ValueError(f"start_epoch: expected 0 to {stop:g}, the end, got {start_epoch}")
+    if not stop <= MOST_EPOCHS:
+        raise ValueError(f"stop_epoch: expected at most {MOST_EPOCHS:,}, got {stop}")
+    if total_epochs is not None and not 0 <= total_epochs <= MOST_EPOCHS:
+        raise ValueError(f"total_epochs: expected 0 to {MOST_EPOCHS:,}, got {total_epochs}")
     history = History()
     fingerprint, saved = "", None
     if checkpoint is not None:
@@ -123,7 +127,7 @@ def train(
         _check_reach(checkpoint, saved, start_epoch, stop, snapshots)
         try:
             run.load(saved, history)
-        except FileError as error:
+        except ValueError as error:
             raise FileError(f"{checkpoint}: {error}; remove it to begin anew") from None
     if metrics is not None:
         metrics_file.catch_up(metrics, history.epochs)

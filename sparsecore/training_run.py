@@ -18,6 +18,7 @@ from .engine import (
     Evaluation,
     Timeline,
     TrainingStep,
+    Way,
     feed_of,
     launch,
     takes_images,
@@ -252,6 +253,7 @@ class Run:
         ends = [record["epoch"] for record in meta["epochs"]]
         if not ends or ends != sorted(set(ends)):
             raise FileError("training: expected records of ever later epochs, got others")
+        Way.of(meta["engine"])
         found, moments = checkpoints.apart(tensors, "optimizer/")
         found, snapshots = checkpoints.apart(found, "snapshot/")
         found = schema.tensors(found, self._own(), "training")

@@ -299,5 +299,5 @@ def _told(note: bytes) -> str:
         pid, host, since, command = json.loads(note)
         words = " ".join(str(word) for word in command)[:80]
         return f"process {int(pid)} on {host}, {words!r} since {since}"
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         return "another process"

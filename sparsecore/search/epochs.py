@@ -99,9 +99,9 @@ def _resume(search: Epochs, path: Path | None, run: str, epochs: int) -> tuple[l
         return [], 0.0
     tensors, meta = read_own(path, run, _Saved)
     records = schema.facts(meta["records"], list[search.record_kind], f"{path}: records")
-    if len(records) > epochs or not all(search.told(i, r) for i, r in enumerate(records)):
+    if not 0 < len(records) <= epochs or not all(search.told(i, r) for i, r in enumerate(records)):
         raise FileError(
-            f"{path}: expected records of up to {epochs} epochs in turn, got others; remove it, and the search begins "
+            f"{path}: expected records of 1 to {epochs} epochs in turn, got others; remove it, and the search begins "
             "anew"
         )
     try:

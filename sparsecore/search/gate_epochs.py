@@ -204,7 +204,8 @@ class GateEpochs(Epochs):
             raise FileError(
                 "teacher: expected none for data that differs from epoch to epoch, got some"
             )
-        if table.ndim < 2 or len(table) != len(order) or not schema.all_finite(table):
+        plain = table.dtype in schema.FLOATS and table.ndim > 1 and len(table) == len(order)
+        if not (plain and schema.all_finite(table)):
             raise FileError(
                 f"teacher: expected finite scores of {len(order)} samples, got {tuple(table.shape)} or others"
             )

@@ -1,0 +1,217 @@
+"""Files are whole or not there, over files alone, and one process at a time writes them."""
+
+import os
+import stat
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from sparsecore import writing
+from sparsecore.writing import FileError, append, held, put
+
+fcntl = pytest.importorskip("fcntl")
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@pytest.fixture
+def umask(request: pytest.FixtureRequest):
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0o077, 0o022, 0o007], indirect=True)
+def test_a_new_file_has_the_users_umask_and_an_old_one_its_own(umask: int, tmp_path: Path) -> None:
+    put(tmp_path / "new", b"1")
+    assert mode(tmp_path / "new") == 0o666 & ~umask
+    (tmp_path / "new").chmod(0o640)
+    put(tmp_path / "new", b"2")
+    assert mode(tmp_path / "new") == 0o640 and (tmp_path / "new").read_bytes() == b"2"
+
+
+def test_where_a_link_leads_is_written_and_the_link_stays(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    for data in (b"1", b"2"):  # to nothing yet, and to a file
+        put(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "there" / "file").read_bytes() == data
+    assert len(list((tmp_path / "there").iterdir())) == 1
+
+
+def folder(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+def protected(path: Path) -> Path:
+    path.write_text("kept")
+    path.chmod(0o444)
+    return path
+
+
+def to_a_device(path: Path) -> Path:
+    path.symlink_to("/dev/null")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (folder, "got a folder"),
+        (pipe, "got a pipe or device"),
+        (to_a_device, "got a pipe or device"),
+        (protected, "got a protected one"),
+        (lambda path: Path("/dev/null"), "got a pipe or device"),
+        (lambda path: path / "x" / "y", "No such file"),
+        (lambda path: path.with_name("n" * 300), "name too long"),
+    ],
+    ids=["folder", "pipe", "link", "protected", "device", "nowhere", "long"],
+)
+def test_nothing_but_a_file_is_written_over(
+    make: Callable[[Path], Path], said: str, tmp_path: Path
+) -> None:
+    path = make(tmp_path / "x")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(FileError, match=f"(?i){said}"):
+        put(path, b"data")
+    assert sorted(tmp_path.iterdir()) == before and Path("/dev/null").is_char_device()
+
+
+@pytest.mark.parametrize("name", ["write", "fsync", "replace", "chmod"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_fails_leaves_the_old_file_and_nothing_else(
+    name: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    put(path, b"old")
+
+    def fails(*_: object, **__: object) -> None:
+        raise error
+
+    if name == "write":
+
+        class Full:
+            def __init__(self, descriptor: int, _: str) -> None:
+                self.descriptor = descriptor
+
+            def __enter__(self) -> "Full":
+                return self
+
+            def __exit__(self, *_: object) -> None:
+                os.close(self.descriptor)
+
+            write = fails
+
+        monkeypatch.setattr(os, "fdopen", Full)
+    else:
+        monkeypatch.setattr(os if name == "fsync" else Path, name, fails)
+    with pytest.raises(FileError if isinstance(error, OSError) else KeyboardInterrupt):
+        put(path, b"new")
+    monkeypatch.undo()
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_leftovers_of_killed_writes_go_at_the_next_one_and_others_stay(tmp_path: Path) -> None:
+    script = (
+        "import os, sys; from pathlib import Path; from sparsecore import writing\n"
+        "os.fsync = lambda d: os.kill(os.getpid(), 9)\n"
+        "writing.put(Path(sys.argv[1]), b'half')"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "file"], check=False)
+    left = list(tmp_path.iterdir())
+    assert len(left) == 1 and left[0].read_bytes() == b"half"
+    (tmp_path / ".notes.sparsecore-part").mkdir()
+    own, descriptor = writing._new_part(tmp_path / "other")  # what somebody still writes
+    put(tmp_path / "another", b"")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        [own.name, "another", ".notes.sparsecore-part"]
+    )
+    os.close(descriptor)
+    put(tmp_path / "another", b"")
+    assert not own.exists()
+
+
+def test_a_text_is_appended_whole_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "lines"
+    append(path, "one\n")
+    append(path, "two\n")
+    assert path.read_text() == "one\ntwo\n"
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(FileError, match="lines could not be written: No space left"):
+        append(path, "three\n")
+    assert path.read_text() == "one\ntwo\n"
+    append(Path("/dev/null"), "four\n")
+
+
+HOLDING = (
+    "import sys; from pathlib import Path; from sparsecore.writing import held\n"
+    "with held(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
+)
+
+
+def test_one_process_at_a_time_and_the_line_says_which(tmp_path: Path) -> None:
+    path = tmp_path / "results"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLDING, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdin is not None and other.stdout is not None
+    assert other.stdout.readline() == b"held\n"
+    with pytest.raises(FileError, match=rf"in use by process {other.pid} on .* since "), held(path):
+        pass
+    other.kill()  # a lock ends with its process
+    other.wait()
+    with held(path), held(path):
+        assert len(list(tmp_path.iterdir())) == 1
+        found: list[str] = []
+
+        def another() -> None:
+            try:
+                with held(path):
+                    found.append("held")
+            except FileError as error:
+                found.append(str(error))
+
+        thread = threading.Thread(target=another)
+        thread.start()
+        thread.join()
+        assert "in use by another thread" in found[0]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("note", [b"", b"\x1b[2J", b"[1]", b'["x", 1, 2, 3]', b"[" * 2000])
+def test_who_holds_a_lock_may_say_anything(note: bytes) -> None:
+    assert writing._told(note) == "another process"
+
+
+def test_where_no_lock_can_be_files_are_used_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "lockf", none)
+    monkeypatch.setattr(fcntl, "flock", none)
+    with held(tmp_path / "x"):
+        put(tmp_path / "x", b"1")
+    assert (tmp_path / "x").read_bytes() == b"1"
+    with held(None), held(Path("/dev/null")):
+        pass
