@@ -19,17 +19,26 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def require_bytes(
-    what: str, needed: float, mend: str, device: torch.device | str = "cpu", of: str = ""
+    what: str,
+    needed: float,
+    mend: str,
+    device: torch.device | str = "cpu",
+    of: str = "",
+    *,
+    free: int | None = None,
 ) -> None:
     """Errors: ValueError, with both numbers, where `what` needs more bytes than `device` has left.
 
-    of: what the bytes are made of, in words.
+    Args:
+        of: what the bytes are made of, in words.
+        free: how many were left; None: as many as are now.
     """
-    free = free_bytes(device)
+    free = free_bytes(device) if free is None else free
     if needed > free:
+        made = f" ({of})" if of else ""
         raise ValueError(
-            f"{what}: expected at most the {gib(free)} of memory that are free on {device}, got at least {gib(needed)}"
-            f"{f' ({of})' if of else ''}; {mend}"
+            f"{what}: expected at most the {gib(free)} of memory that are free on {device}, got at least "
+            f"{gib(needed)}{made}; {mend}"
         )
 
 

@@ -124,11 +124,10 @@ def bounded(*, modules: int, memory: int | None = None) -> Iterator[None]:
             return
         seen.add(id(tensor))
         size += _bytes(tensor)
-        if size > memory:
-            try:
-                require_bytes("model", size, SMALLER)
-            except ValueError as error:
-                raise ModelTooLarge(str(error)) from None
+        try:
+            require_bytes("model", size, SMALLER, free=memory)
+        except ValueError as error:
+            raise ModelTooLarge(str(error)) from None
 
     handles = [
         hooks.register_module_module_registration_hook(note_module),
