@@ -26,14 +26,15 @@ from .needs import check_image_size
 from .progress import QUIET, Progress
 from .provenance import setup_of
 from .recipe import Recipe
-from .recipes import build
+from .recipes import build, outline_of
 from .search import Rewinding
 from .setups import Setup as Setup
 from .sparsities import check_extent, check_sparsity
 from .start_weights import TRAINED, read_state, start_from_, start_trained_
-from .tickets import Ticket
+from .tickets import Ticket, TicketError
 from .training import History, evaluate, train
 
+_LARGE = 256 << 20  # bytes: a model of more is built for a ticket of such alone
 SANITIES = (
     "shuffle",
     "reinit",
@@ -262,8 +263,19 @@ def train_on(
 
 
 def model_of(ticket: Ticket, dataset: Dataset, device: torch.device) -> nn.Module:
-    """The model a ticket was found in, at the ticket's start weights and under its masks."""
-    return ticket.apply_(new_model(setup_of(ticket), dataset, seed=0)).to(device)
+    """The model a ticket was found in, at the ticket's start weights and under its masks.
+
+    Errors: TicketError for a ticket of another model, one that is far larger before it is built.
+    """
+    setup = setup_of(ticket)
+    known = outline_of(setup.model, dataset.shape, dataset.classes, setup.model_options)
+    own = sum(weight.nbytes for weight in ticket.weights.values())
+    if known is not None and known.weights > 2 * own + _LARGE:
+        raise TicketError(
+            f"the ticket is for another model: it has {own / 2**20:,.0f} MiB of weights, and {setup.model}, which it "
+            f"names, has {known.weights / 2**20:,.0f}"
+        )
+    return ticket.apply_(new_model(setup, dataset, seed=0)).to(device)
 
 
 def apply_sanity(ticket: Ticket, sanity: str, dataset: Dataset, seed: int) -> Ticket:

@@ -144,10 +144,8 @@ def test_messages(name: str, capsys: pytest.CaptureFixture[str]) -> None:
 def renamed(ticket: Ticket, name: str) -> Ticket:
     """The ticket with a name in all places that a file names things."""
     names = {old: f"{name}{i}" for i, old in enumerate(ticket.masks)}
-    facts = dict.fromkeys(
-        ("method", "search", "objective", "control", "gate", "torch", "data", "dense"), name
-    )
-    facts["dense"] = {name: 3}
+    told = ("method", "search", "objective", "control", "gate", "torch", "data")
+    facts: dict[str, Any] = {key: name for key in told} | {"dense": {name: 3}}  # noqa: C420
     facts["setup"] = ticket.meta["setup"] | {
         "model": name,
         "data": name,

@@ -310,6 +310,18 @@ def test_facts_of_any_kind_end_in_one_line(
     assert not [event for event, _ in seen if event in FETCHED]
 
 
+def test_a_model_far_larger_than_its_ticket_is_not_built(
+    found: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images(Path("pictures"), size=224, count=2)
+    ticket = naming(
+        found, Path("t"), model="torchvision:vit_h_14", model_options={}, train_samples=None
+    )
+    monkeypatch.setattr(experiment, "build", lambda *_, **__: 1 / 0)
+    assert main(["train", ticket, "--data", "folder:pictures", "--epochs", "0"]) == 2
+    assert "the ticket is for another model: it has 0 MiB of weights" in one_error(capsys)
+
+
 def test_a_ticket_of_a_comparison_names_nothing_either(
     found: Path, home: Path, seen: list[tuple[str, str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
