@@ -87,6 +87,8 @@ class AbstractGateSearch(ABC):
             ("search epochs", self.epochs, self.epochs is None or self.epochs >= 1, "at least 1"),
             ("search lr", self.lr, 0 < self.lr < math.inf, "a positive number"),
             ("gain_lr", self.gain_lr, 0 <= self.gain_lr < math.inf, "0 (no gains) or more"),
+            ("lr_drop", self.lr_drop, 0 <= self.lr_drop <= 1, "a factor of 0 to 1"),
+            ("lr_drop_at", self.lr_drop_at, 0 <= self.lr_drop_at <= 1, "a fraction of 0 to 1"),
             ("start_density", start, start is None or 0 < start < 1, "null or 0 < density < 1"),
             ("ramp", self.ramp, self.ramp is None or 0 <= self.ramp <= 1, "0 <= ramp <= 1"),
             (

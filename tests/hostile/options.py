@@ -269,7 +269,7 @@ def _value(option: str, known: Any, rng: random.Random, folder: Path) -> str:
         "plan": ("block:0x0", "block:100000x100000", "block:3x3", "csr", "compact", f"block:{DIGITS}x1", "block:", "state"),
         "layers": ("*", "!*", "[", "**", "1", "!1", "[13]", "[!1]", "1" * 1_000, "*" * 1_000),
         "seeds": ("0", "-1", "10001", "2147483648", DIGITS, "1.5"),
-        "search_batch": ("2147483647", "2147483648", "1", "0", "-1", DIGITS),
+        "search_batch": ("2147483647", "2147483648", "64", "0", "-1", DIGITS),
         "image_size": ("0", "-1", "16384", "16385", "8", "9", DIGITS),
         "train_samples": ("1", "0", "-1", "1438", "1439", "9223372036854775808", DIGITS),
         "points": ("1", "2", "10001", "1000000", "-1", DIGITS),
