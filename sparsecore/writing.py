@@ -61,7 +61,8 @@ def put(path: Path, data: bytes) -> None:
         raise FileError(f"{path} could not be written: {error.strerror or error}") from None
     finally:  # after an interrupt too
         if part is not None:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a sweep will do it
+                part.unlink()
 
 
 def append(path: Path, text: str) -> None:
