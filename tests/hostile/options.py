@@ -21,14 +21,16 @@ LONG = "x" * 100_000
 DIGITS = "9" * 400
 # Of which a number is made, and what looks like one.
 NUMBERS = (
-    "inf", "-inf", "nan", "1e400", "-1e400", "1e308", "1e39", "1e-39", "5e-324", "-0.0", "0", "-1", "2147483647", "2147483648",
+    "inf", "-inf", "nan", "1e400", "-1e400", "1e308", "1e39", "1e-39", "5e-324", "-0.0", "0", "-1", "2147483647",
+    "2147483648",
     "9223372036854775807", "9223372036854775808", "-9223372036854775809", "1000000000", "1000001", DIGITS, "-" + DIGITS,
     "0." + DIGITS, "0x10", "1_0", "٣", "½", "1e", "1,5", "1.5", "True", "null", "", " ", "\t",
 )  # fmt: skip
 TEXTS = (
     "", " ", "\t", "=", "==", "a=b=c", "[", "]", "**", "*", "!", "!!", "?", "(", "(?P<", "[!", "[]", "{}", "[1, 2]",
-    '{"a": 1}', "%s%n", "{0}", "\x00", "\\x00", "\x1b[31mred", "[red]", "[/red]", "a\nb", "\ud800", "é", "💥", "-", "--",
-    "-1", ":", "::", "+", "+shuffle", ",", ",,,", "null", "NaN", "../..", "~", "$HOME", LONG, "[" * 100_000, "x=" * 20_000,
+    '{"a": 1}', "%s%n", "{0}", "\x00", "\\x00", "\x1b[31mred", "[red]", "[/red]", "a\nb", "\ud800", "é", "💥", "-",
+    "--", "-1", ":", "::", "+", "+shuffle", ",", ",,,", "null", "NaN", "../..", "~", "$HOME", LONG, "[" * 100_000,
+    "x=" * 20_000,
 )  # fmt: skip
 KEYS = (
     "lr",
@@ -50,13 +52,16 @@ JSON = (
 )  # fmt: skip
 GRANULARITIES = (
     "block:100000x100000", "block:0x1", "block:1x", "block:-1x1", "block:2x2x2", f"block:{DIGITS}x1", "block:4096x1",
-    "block:٣x٣", "block:1x9223372036854775808", "vector:0", "vector:", "vector:100000", f"vector:{DIGITS}", "vector:1.5",
+    "block:٣x٣", "block:1x9223372036854775808", "vector:0", "vector:", "vector:100000", f"vector:{DIGITS}",
+    "vector:1.5",
     "3:2", "0:4", "1:10000000000", "2:4", "1:1", f"1:{DIGITS}", f"{DIGITS}:{DIGITS}", "1:2:4", ":", "channel:2",
     "channel", "weight ", "Weight", "block:4x4", "1:64",
 )  # fmt: skip
 CONTROLS = (
-    "fixed=-1", "fixed=", "fixed=1e39", "fixed=1e400", "fixed=0x10", "gradbalance=3", "gradbalance=0", "gradbalance=1e300",
-    "band=500", "band=0", "band=-3", "band=1e-300", "lagrangian=0", "lagrangian=-1", "lagrangian=1e39", "lagrangian=1e-320",
+    "fixed=-1", "fixed=", "fixed=1e39", "fixed=1e400", "fixed=0x10", "gradbalance=3", "gradbalance=0",
+    "gradbalance=1e300",
+    "band=500", "band=0", "band=-3", "band=1e-300", "lagrangian=0", "lagrangian=-1", "lagrangian=1e39",
+    "lagrangian=1e-320",
     "fixed=1=2", f"fixed={DIGITS}", "fixed=null", "band=3", "lagrangian=0.01", "fixed=0.5",
 )  # fmt: skip
 MODELS = (
@@ -85,7 +90,8 @@ TORCHVISION = {
     ),
     "squeezenet1_1": ("version=9", "dropout=-1", "dropout=[]"),
     "vit_b_16": (
-        "num_layers=1000000", "hidden_dim=1000000008", "mlp_dim=1000000000", "num_heads=0", "image_size=1", "patch_size=0",
+        "num_layers=1000000", "hidden_dim=1000000008", "mlp_dim=1000000000", "num_heads=0", "image_size=1",
+        "patch_size=0",
         "representation_size=1000000000000", "dropout=3",
     ),
     "convnext_tiny": ("layer_scale=1e300", "stochastic_depth_prob=5", "block_setting=[]", "block_setting=[[1,2,3]]"),
@@ -93,16 +99,23 @@ TORCHVISION = {
     "vgg11": ("init_weights=[]", "dropout=2", "features=1", "cfg=A", "batch_norm=1"),
 }  # fmt: skip
 RECIPES = (
-    "lr=1e300", "lr=1e39", "lr=1e-300", "lr=-1", "lr=0", "lr=null", "lr=true", "lr=[]", "momentum=1", "momentum=0.99999999999999999",
-    "weight_decay=1e300", "weight_decay=1e39", "batch=0", "batch=-1", "batch=2147483648", "batch=9223372036854775807", "batch=1.5",
-    "epochs=1000001", "epochs=9223372036854775807", "milestones=[]", "milestones=0.5", "milestones=[[0.5]]", "milestones=[2]",
-    "milestones=null", "gamma=1e-320", "gamma=0", "warmup_epochs=1e308", "warmup_epochs=5e-324", "label_smoothing=1", "ema=1",
-    "ema=5e-324", "clip_norm=1e308", "clip_norm=5e-324", "clip_norm=0", "accumulate=1000", "accumulate=0", "amp=fp32", "amp=fp16",
-    "amp=[]", "augment=3", "augment=null", "optimizer=lion", "optimizer=[]", "optimizer=sgd", "schedule=", "nesterov=true",
+    "lr=1e300", "lr=1e39", "lr=1e-300", "lr=-1", "lr=0", "lr=null", "lr=true", "lr=[]", "momentum=1",
+    "momentum=0.99999999999999999",
+    "weight_decay=1e300", "weight_decay=1e39", "batch=0", "batch=-1", "batch=2147483648", "batch=9223372036854775807",
+    "batch=1.5",
+    "epochs=1000001", "epochs=9223372036854775807", "milestones=[]", "milestones=0.5", "milestones=[[0.5]]",
+    "milestones=[2]",
+    "milestones=null", "gamma=1e-320", "gamma=0", "warmup_epochs=1e308", "warmup_epochs=5e-324", "label_smoothing=1",
+    "ema=1",
+    "ema=5e-324", "clip_norm=1e308", "clip_norm=5e-324", "clip_norm=0", "accumulate=1000", "accumulate=0", "amp=fp32",
+    "amp=fp16",
+    "amp=[]", "augment=3", "augment=null", "optimizer=lion", "optimizer=[]", "optimizer=sgd", "schedule=",
+    "nesterov=true",
     "stable", "stable=1", "nope=1", "lr", "=", "=1", "lr=0.1=2", "batch=64",
 )  # fmt: skip
 LISTS = (
-    ",".join(["0.5"] * 100_000), ",".join(f"0.{i}" for i in range(1, 100_000)), "0.5,0.5", "0.5,", ",", "1", "0", "-0.5", "nan",
+    ",".join(["0.5"] * 100_000), ",".join(f"0.{i}" for i in range(1, 100_000)), "0.5,0.5", "0.5,", ",", "1", "0",
+    "-0.5", "nan",
     "0.5;0.6", "0.5 0.6", "1e-320", "0.99999999999999999", "0.9999999", "1e400", "[0.5]", "0.5,x", "½",
 )  # fmt: skip
 # Values of fields, in the forms of all of them; which field may have them is drawn too.
@@ -119,8 +132,10 @@ FIELD_VALUES = (
 )
 _METHOD_FIELDS = (
     "epochs", "lr", "gain_lr", "lr_drop", "lr_drop_at", "start_density", "ramp", "seed", "control", "gate", "objective",
-    "pace", "rate", "rewind", "repel", "rounds", "batches_per_round", "score", "granularity", "distribution", "zeta", "drop",
-    "interval", "stop", "begin", "end", "updates", "weights", "momentum", "weight_decay", "final_temperature", "initial",
+    "pace", "rate", "rewind", "repel", "rounds", "batches_per_round", "score", "granularity", "distribution", "zeta",
+    "drop",
+    "interval", "stop", "begin", "end", "updates", "weights", "momentum", "weight_decay", "final_temperature",
+    "initial",
     "layerwise", "engine", "dtype", "channels_last", "recipe", "start_epoch", "nope",
 )  # fmt: skip
 # Options that are files and folders.
@@ -197,7 +212,8 @@ def _base(name: str, folder: Path) -> list[str]:
         "train": [ticket, "--epochs", "1", "--engine", "eager"],
         "info": [ticket],
         "plan": [ticket, "--plan", "mask"],
-        "compare": [*_SMALL, "--search-epochs", "1", "--methods", "magnitude", "--sparsities", "0.5", "--seeds", "1", *out,
+        "compare": [*_SMALL, "--search-epochs", "1", "--methods", "magnitude", "--sparsities", "0.5", "--seeds", "1",
+        *out,
                     "--engine", "eager"],
         "demo": ["--device", "meta", *out],  # which takes a minute where nothing is wrong
         "analyze path": [ticket, weights, weights, *few, *out],
@@ -263,17 +279,20 @@ def _value(option: str, known: Any, rng: random.Random, folder: Path) -> str:
         "sparsities": LISTS,
         "candidates": LISTS,
         "widths": LISTS,
-        "data": ("folder:images", "folder:", "folder:none", "folder:[", "digits ", "mnist-", "folder:ticket.safetensors"),
+        "data": ("folder:images", "folder:", "folder:none", "folder:[", "digits ", "mnist-",
+        "folder:ticket.safetensors"),
         "model_option": (*MODEL_OPTIONS, *(o for options in TORCHVISION.values() for o in options)),
         "device": ("cuda", "cuda:7", "cuda:99999999999999999999", "cpu:7", "meta", "mps", "cuda:-1", "cuda:", "xpu"),
-        "plan": ("block:0x0", "block:100000x100000", "block:3x3", "csr", "compact", f"block:{DIGITS}x1", "block:", "state"),
+        "plan": ("block:0x0", "block:100000x100000", "block:3x3", "csr", "compact", f"block:{DIGITS}x1", "block:",
+        "state"),
         "layers": ("*", "!*", "[", "**", "1", "!1", "[13]", "[!1]", "1" * 1_000, "*" * 1_000),
         "seeds": ("0", "-1", "10001", "2147483648", DIGITS, "1.5"),
         "search_batch": ("2147483647", "2147483648", "64", "0", "-1", DIGITS),
         "image_size": ("0", "-1", "16384", "16385", "8", "9", DIGITS),
         "train_samples": ("1", "0", "-1", "1438", "1439", "9223372036854775808", DIGITS),
         "points": ("1", "2", "10001", "1000000", "-1", DIGITS),
-        "methods": ("magnitude," * 100_000, "magnitude,magnitude", "random+shuffle", "+", ",", "magnitude+", "random+nope"),
+        "methods": ("magnitude," * 100_000, "magnitude,magnitude", "random+shuffle", "+", ",", "magnitude+",
+        "random+nope"),
         "checks": ("shuffle,shuffle", ",", "nope", "shuffle," * 100_000),
         "objective": ("task", "features", "gram"),
         "tau": ("1e-300", "1e300", "1e-30", "0.5"),
