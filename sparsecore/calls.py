@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from .batches import TARGETS, Several, kind_of, size_of, target_key
+from .batches import TARGETS, Several, kind_of, size_of, target_key, trainable
 
 _WRAPPERS = (DataParallel, DistributedDataParallel, AveragedModel)
 _INFINITE = 1 << 30
@@ -120,6 +120,7 @@ def forward_example(model: nn.Module, example: Sequence[Any]) -> Any:
 
     Errors: as `forward`.
     """
+    example = tree_map(lambda t: trainable(t) if isinstance(t, Tensor) else t, tuple(example))
     return forward(model, example[0] if len(example) == 1 else Several(example))
 
 
