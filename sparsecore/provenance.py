@@ -14,6 +14,7 @@ from typing import Any, TypeVar, get_type_hints
 from . import data as datasets
 from . import schema
 from .data import DataError, Dataset, DataWarning, folder_of
+from .needs import check_image_size
 from .recipe import Recipe
 from .setups import Setup
 from .start_weights import TRAINED
@@ -90,6 +91,7 @@ def data_of_ticket(setup: Setup, data: str | None, data_dir: Path | None) -> Dat
         raise DataError(
             f"data: the ticket says that it was found on {setup.data[:200]}, which is not in {where}; {mend}"
         )
+    check_image_size(setup)
     found = datasets.load(
         setup.data, data_dir, download=data is not None, image_size=setup.image_size
     )

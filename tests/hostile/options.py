@@ -195,8 +195,8 @@ def argv(seed: int, folder: Path) -> list[str]:
 
 
 def _added(line: list[str], more: list[str]) -> list[str]:
-    """A line with more options; another model has no use for the small case's."""
-    if "--model" in more and _WIDTH[1] in line:
+    """A line with more options; another model has no use for the small case's, and none is given twice."""
+    if {"--model", "--model-option"} & {*more} and _WIDTH[1] in line:
         at = line.index(_WIDTH[1])
         line = line[: at - 1] + line[at + 1 :]
     return line + more
