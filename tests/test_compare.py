@@ -2,7 +2,10 @@
 
 import errno
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from helpers import Blobs, mlp
 
 import sparsecore as sc
-from sparsecore import data, experiment, safefile
+from sparsecore import cells, compare, data, experiment, safefile, writing
 from sparsecore.batches import DataEnded
 from sparsecore.compare import Comparison
 from sparsecore.experiment import Setup
@@ -24,6 +27,7 @@ from sparsecore.search import (
     SearchError,
 )
 from sparsecore.training import Recipe
+from sparsecore.writing import FileError
 
 METHODS = [
     "joint:epochs=2",
@@ -149,3 +153,83 @@ def test_an_older_folder_goes_on(tmp_path: Path, expected: dict) -> None:
     path.write_text(json.dumps(known | {"search_batch": 64}))
     with pytest.raises(ValueError, match=r"another setup \(different: search_batch"):
         run(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["setup.json", "results.csv"])
+def test_small_files_are_whole_or_not_there(
+    name: str, tmp_path: Path, expected: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put = writing.put
+
+    def full(path: Path, data: bytes) -> None:
+        def fails(_: int) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            if path.name == name:
+                patch.setattr(writing.os, "fsync", fails)
+            put(path, data)
+
+    with monkeypatch.context() as patch:
+        for module in (compare, cells):
+            patch.setattr(module, "put", full)
+        with pytest.raises(FileError, match=f"{name} could not be written: No space left"):
+            run(tmp_path)
+    assert not (tmp_path / name).exists()
+    assert not [p for p in tmp_path.rglob(".*") if p.is_file()]
+    assert run(tmp_path) == expected
+
+
+def test_one_process_at_a_time_goes_on_with_a_folder(tmp_path: Path, expected: dict) -> None:
+    script = (
+        "import sys; from pathlib import Path; from sparsecore.writing import held\n"
+        "with held(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "results.csv"]
+    other = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert other.stdin is not None and other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(FileError, match=f"results.csv: in use by process {other.pid} on"):
+        run(tmp_path)
+    other.stdin.close()
+    other.wait()
+    assert run(tmp_path) == expected
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        "snip,0.9,0,nan,1,1,1,cpu,2",
+        "snip,0.9,0,101,1,1,1,cpu,2",
+        "snip,1.5,0,90,1,1,1,cpu,2",
+        "snip,0.9,0.5,90,1,1,1,cpu,2",
+        "snip,0.9,0,90,-1,1,1,cpu,2",
+        "snip,0.9,0,90,1,inf,1,cpu,2",
+        "snip,0.9,0,90",
+        "snip,0.9,0,90,1,1,1,cpu,2,more",
+        "",
+        "x" * 200_000,
+        "\ufffd\0",
+    ],
+    ids=range(11),
+)
+def test_rows_of_others_are_refused(row: str, tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text(",".join(cells.FIELDS) + "\n" + row + "\n")
+    before = path.read_bytes()
+    with pytest.raises(FileError, match="row of a comparison in line 2"):
+        Comparison(tmp_path, SETUP)
+    assert path.read_bytes() == before
+
+
+def test_a_ticket_of_another_search_is_refused(tmp_path: Path) -> None:
+    run(tmp_path)
+    path = next(p for p in (tmp_path / "tickets").iterdir() if p.name.startswith("synflow"))
+    ticket = sc.Ticket.load(path)
+    rows = tmp_path / "results.csv"
+    rows.write_text("".join(x for x in rows.read_text().splitlines(True) if "synflow" not in x))
+    other = ticket.meta["setup"] | {"model": "lenet-300-100", "search_batch": 17}
+    for meta in ({"setup": other}, {"search": "random"}, {"search_seconds": "1"}):
+        replace(ticket, meta=ticket.meta | meta).save(path)
+        with pytest.raises(FileError, match="expected"):
+            run(tmp_path)
