@@ -140,6 +140,8 @@ def of_contents(contents: Contents, rng: Random) -> bytes:
     """One to three changes of tensors and facts."""
     if contents.format is not None and rng.random() < 0.08:
         return contents.sealed(_raw(contents.meta, rng))
+    if rng.random() < 0.35:
+        return _subtle(contents, rng).sealed()
     for _ in range(rng.choice([1, 1, 1, 2, 3])):
         if contents.tensors and (contents.format is None or rng.random() < 0.5):
             contents = replace(contents, tensors=_of_tensors(contents.tensors, rng))
@@ -154,6 +156,56 @@ def of_contents(contents: Contents, rng: Random) -> bytes:
         return contents.sealed()
     except (SafetensorError, ValueError, KeyError):  # a dtype or name that no file can hold
         return of_bytes(Contents({}).sealed(), rng)
+
+
+def _subtle(contents: Contents, rng: Random) -> Contents:
+    """Contents that look right: values of the same kind, tensors of the same shape."""
+    tensors = dict(contents.tensors)
+    if tensors and (contents.format is None or rng.random() < 0.6):
+        name = rng.choice(sorted(tensors))
+        t = tensors[name]
+        alike = [n for n, o in tensors.items() if o.shape == t.shape and o.dtype == t.dtype]
+        other = rng.choice(sorted(alike))
+        if rng.random() < 0.3:
+            tensors[name], tensors[other] = tensors[other], t
+        elif t.dtype == torch.bool:
+            tensors[name] = ~t
+        elif t.is_floating_point():
+            tensors[name] = t * rng.choice([-1, 0, 1e-30, 1e3, 1e9, 1e30]) + rng.choice(
+                [0, 0, 1, -1, 1e6]
+            )
+        else:
+            tensors[name] = (
+                t + rng.choice([1, -1, 2, 100])
+                if rng.random() < 0.7
+                else t.flip(0)
+                if t.ndim
+                else t * 0
+            )
+        return replace(contents, tensors=tensors)
+    if contents.format is None:
+        return contents
+    leaves = [path for path in _places(contents.meta) if path]
+    if not leaves:
+        return contents
+    path = rng.choice(leaves)
+    value, others = _at(contents.meta, path), [_at(contents.meta, p) for p in leaves]
+    alike = [o for o in others if type(o) is type(value) and o != value]
+    if isinstance(value, bool):
+        value = not value
+    elif isinstance(value, (int, float)) and rng.random() < 0.7:
+        value = rng.choice([value + 1, value - 1, -value, value * 10, type(value)(0), value * 1000])
+    elif isinstance(value, list) and rng.random() < 0.7:
+        value = rng.choice([value[::-1], value[:-1], value[1:], value + value, value + value[-1:]])
+    elif alike:
+        value = rng.choice(alike)
+    return replace(contents, meta=_put(contents.meta, path, value))
+
+
+def _at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
 
 
 def _of_tensors(tensors: dict[str, Tensor], rng: Random) -> dict[str, Tensor]:
