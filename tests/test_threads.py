@@ -66,7 +66,8 @@ def loader() -> DataLoader:
 
 def in_threads(*runs: Callable[[], Any]) -> list[Any]:
     """What each gives, or raises, begun together."""
-    begin, found = Barrier(len(runs)), [None] * len(runs)
+    found: list[Any] = [None] * len(runs)
+    begin = Barrier(len(runs))
 
     def one(i: int) -> None:
         begin.wait()
@@ -86,7 +87,8 @@ def in_threads(*runs: Callable[[], Any]) -> list[Any]:
 
 def states() -> tuple[Any, ...]:
     """The process's generators, and its switches."""
-    _, keys, *rest = np.random.get_state()
+    drawn: Any = np.random.get_state()
+    _, keys, *rest = drawn
     switches = torch.backends.mha.get_fastpath_enabled(), torch.backends.cuda.flash_sdp_enabled()
     numbers = (
         torch.get_rng_state().tolist(),
@@ -151,7 +153,7 @@ def test_a_model_that_is_searched_is_refused_and_the_search_ends_as_if_alone(nam
         search = sc.OneShot(snip)
     alone = search(dropping(), Blobs(), sparsity=0.5)
     ticket = sc.OneShot(magnitude)(dropping(), [], sparsity=0.5)
-    model = dropping()
+    model: Any = dropping()
     before = {k: v.clone() for k, v in model.state_dict().items() if isinstance(v, Tensor)}
     refused = {
         "search": lambda: sc.OneShot(snip)(model, Blobs(), sparsity=0.5),
