@@ -155,6 +155,7 @@ def test_a_rewind_point_on_replaced_images_is_refused(
     monkeypatch.chdir(tmp_path)
     images(Path("pictures"))
     interrupted(monkeypatch, *VIT)
+    capsys.readouterr()
     # One pixel of a test image, which no training batch has.
     image = Image.open("pictures/a/0.png")
     image.putpixel((0, 0), (1, 2, 3))
