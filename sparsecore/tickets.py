@@ -32,9 +32,9 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().cpu().clone() for key, value in plain_state(model).items()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Ticket:
-    """A sparse subnetwork.
+    """A sparse subnetwork.  One is equal to itself alone; `hash` tells whether masks are.
 
     Args:
         masks: bool by sparse layer, each of its weight's shape.
@@ -208,6 +208,10 @@ class Ticket:
         found = {name: layer.weight_shape for name, layer in layers.items()}
         _check_names("sparse layers", self.masks, found, subset=True)
         _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
+        if other := [n for n, m in self.masks.items() if m.dtype != torch.bool]:
+            raise TicketError(
+                f"masks: expected bool tensors, got {self.masks[other[0]].dtype} for {other[0]}"
+            )
         if weights:
             _check_names("weights", self.weights, own)
             _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
