@@ -187,7 +187,7 @@ def calls() -> dict[str, Callable[[Any], Any]]:
         given[place] = value
         sc.TrainStep(*given)(*step)
 
-    found: dict[str, Callable[[Any], Any]] = {
+    found: dict[str, Any] = {
         "apply_ model": t.apply_,
         "apply_ plan": lambda v: t.apply_(sc.sparsify_(mlp()), plan=v),
         "apply_ example": lambda v: t.apply_(sc.sparsify_(mlp()), v, plan="state"),
@@ -219,7 +219,7 @@ def calls() -> dict[str, Callable[[Any], Any]]:
         "Ticket.reinitialised": t.reinitialised,
         "set_mask_": lambda v: layer().set_mask_(v),
         "Masked": Masked,
-        "Planned": Planned,
+        "Planned": lambda v: Planned(v),
         "Gated": lambda v: Gated((24, 12), Concrete(), density=v),  # type: ignore[arg-type]
         "graphed": lambda v: sc.graphed(v, x),
     }
@@ -367,7 +367,7 @@ def test_an_example_made_in_a_mode(
 
 @modes
 def test_layers_made_and_changed_in_a_mode_train(mode: Any) -> None:
-    model = sc.sparsify_(mlp())
+    model: Any = sc.sparsify_(mlp())
     masks = [rand(*layer.weight_shape) < 0.5 for layer in sc.sparse_layers(model).values()]
     for change in ("set_mask_", "plan_", "remask_", "unplan_"):
         with mode():
@@ -402,7 +402,8 @@ def test_a_search_in_a_mode_finds_the_same_ticket(mode: Any, name: str) -> None:
 
 @modes
 def test_training_in_a_mode(mode: Any) -> None:
-    model, alone = dropping(), dropping()
+    model: Any = dropping()
+    alone: Any = dropping()
     with mode():
         sc.train(model, Blobs(), Blobs(), Recipe(lr=0.05, epochs=1))
         sc.evaluate(model, Blobs())
