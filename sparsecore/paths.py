@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .folders import is_class_folder
+from .safefile import check_name
 from .writing import FileError, is_stream, sweep, target_of
 
 Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for
@@ -84,8 +85,8 @@ def require_room(path: Path | None, state: Mapping[str, Tensor]) -> None:
     free = shutil.disk_usage(_real(path).parent).free
     if needed > free:
         raise ValueError(
-            f"{path}: expected {needed / 1e6:,.0f} MB of room for weights, got {free / 1e6:,.0f} MB free; make room, or "
-            "name a place on another disk"
+            f"{path}: expected {needed / 1e6:,.0f} MB of room for weights, got {free / 1e6:,.0f} MB free; make room, "
+            "or name a place on another disk"
         )
 
 
@@ -113,6 +114,8 @@ def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> Non
     if path.exists() and not os.access(path, os.W_OK):
         raise ValueError(f"{name} {path}: expected a file that can be written, got a protected one")
     try:
+        if not stream:
+            check_name(path)
         target_of(path)
     except FileError as error:
         raise ValueError(f"{name} {error}") from None

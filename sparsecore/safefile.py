@@ -28,6 +28,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *,
     """
     if (odd := _no_text(tensors)) is not None:
         raise FileError(f"{path}: expected names of plain text, got {odd!r}; rename the layer")
+    check_name(path)
     plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     text = _canonical(dict(meta))
     entry = {"format": f"sparsecore/{kind}", "version": VERSION, "digest": _digest(plain, text)}
@@ -90,6 +91,12 @@ def _deep(value: Any) -> bool:
 def _no_text(names: Iterable[str]) -> str | None:
     """The first name that would do more to a screen than be read."""
     return next((name for name in names if not name.isprintable()), None)
+
+
+def check_name(path: Path) -> None:
+    """Errors: FileError for bytes that are no text: safetensors opens no such file."""
+    if any("\udc80" <= letter <= "\udcff" for letter in str(path)):
+        raise FileError(f"{path}: expected a name in UTF-8, got other bytes; name another")
 
 
 def _canonical(meta: Any) -> str:
