@@ -178,7 +178,7 @@ def calls() -> dict[str, Callable[[Any], Any]]:
     t, x, few = ticket(), randn(4, 12), Blobs(count=16, batch=8)
     masked = lambda: t.apply_(sc.sparsify_(mlp()))  # noqa: E731
     once, step = Recipe(epochs=1, lr=0.01), next(few.epoch(0))
-    layer = lambda: sc.sparsify_(mlp())[0]  # noqa: E731
+    layer = lambda: next(iter(sc.sparse_layers(sc.sparsify_(mlp())).values()))  # noqa: E731
     optimizer = lambda m: torch.optim.SGD(m.parameters(), 0.1)  # noqa: E731
 
     def stepped(value: Any, place: int) -> None:
@@ -219,7 +219,7 @@ def calls() -> dict[str, Callable[[Any], Any]]:
         "Ticket.reinitialised": t.reinitialised,
         "set_mask_": lambda v: layer().set_mask_(v),
         "Masked": Masked,
-        "Planned": lambda v: Planned(v),
+        "Planned": lambda v: Planned(v),  # pyright: ignore
         "Gated": lambda v: Gated((24, 12), Concrete(), density=v),  # type: ignore[arg-type]
         "graphed": lambda v: sc.graphed(v, x),
     }
@@ -377,7 +377,7 @@ def test_layers_made_and_changed_in_a_mode_train(mode: Any) -> None:
     with mode():
         small = sc.compact(model, randn(2, 12))
         dense, model[0].pattern = model[0].to_dense(), Masked(masks[0].clone())
-        model[2].pattern = Gated(model[2].weight_shape, Concrete(), density=0.5)
+        model[2].pattern = Gated(model[2].weight_shape, Concrete(), density=0.5)  # pyright: ignore
     assert_trains(small.model)
     assert_trains(model)
     assert not dense.weight.is_inference()
