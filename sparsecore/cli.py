@@ -31,7 +31,7 @@ from .experiment import (
     train_on,
 )
 from .fields import choose
-from .interrupts import GOES_ON, Stop, goes_on, kept_in, stopped_by_signals
+from .interrupts import Stop, goes_on, kept_by_training, kept_in, stopped_by_signals
 from .methods import METHODS
 from .metrics_file import lines_of
 from .needs import check_memory
@@ -225,7 +225,7 @@ def train(
     check_memory(setup, dataset, target, recipe=chosen)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
-    with goes_on(lambda: _kept_by_training(checkpoint)), Progress() as progress:
+    with goes_on(kept_by_training(checkpoint)), Progress() as progress:
         model = model_of(loaded, dataset, target)
         for file in (save, checkpoint):
             require_room(file, loaded.weights)
@@ -259,12 +259,6 @@ def train(
         stack.callback(write_json, json_file, result)
         if save is not None:
             put(save, to_bytes(dense_state(planned.restored())))
-
-
-def _kept_by_training(checkpoint: Path | None) -> str:
-    if checkpoint is None:
-        return f"nothing is kept without --checkpoint FILE; with it, {GOES_ON}"
-    return kept_in(checkpoint)()
 
 
 @app.command()

@@ -55,6 +55,13 @@ def kept_in(*places: Path) -> Callable[[], str]:
     return advice
 
 
+def kept_by_training(checkpoint: Path | None) -> Callable[[], str]:
+    """The same of a training, which keeps nothing without a checkpoint."""
+    if checkpoint is None:
+        return lambda: f"nothing is kept without --checkpoint FILE; with it, {GOES_ON}"
+    return kept_in(checkpoint)
+
+
 @contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Signals raise `Stop` inside; a second one, while the first is dealt with, ends the process."""
