@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from safetensors.torch import save as to_bytes
 
@@ -15,8 +14,8 @@ from . import analyses
 from . import data as datasets
 from .checkpoints import OtherRunError
 from .checkpoints import read as read_checkpoint
-from .compare import FILES, Comparison, check_method, comparison_kept
-from .console import console, run, show, warnings_at_the_end, write_json
+from .cli_compare import compare, demo
+from .console import command, console, run, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
 from .engine import check_engine
 from .experiment import (
@@ -48,18 +47,14 @@ from .options import (
     TicketData,
     Version,
     device_of,
-    listed,
-    numbers,
     recipe_with,
-    seeds_from,
     with_setup,
 )
 from .paths import check_cache, check_paths, require_room
 from .plans import check_plan
-from .printable import shell_word, tell
+from .printable import tell
 from .progress import Progress
 from .provenance import data_of_ticket, setup_of, tell_other_data, with_data
-from .recipes import recipe_for
 from .search import Rewinding
 from .setups import Setup, check_epochs, unused_options
 from .sparsities import check_sparsity
@@ -67,8 +62,6 @@ from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 from .training_plan import plan_for
 from .writing import put
-
-_MOST_RUNS = 100_000  # of a comparison
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -155,12 +148,6 @@ def search(
     there = [] if data_dir is None else ["--data-dir", str(data_dir)]
     show([f"ticket  {out}", f"next    {command('train', out, *named, *there)}"])
     write_json(json_file, result | {"sparsity": ticket.sparsity, "hash": ticket.hash})
-
-
-def command(name: str, ticket: Path, *options: str) -> str:
-    """A command on a ticket, to be copied into a shell."""
-    file = f"./{ticket}" if str(ticket).startswith("-") else str(ticket)
-    return " ".join(map(shell_word, ["sparsecore", name, file, *options]))
 
 
 def _unused_rounds(setup: Setup, method: str, rounds: Path | None) -> list[str]:
@@ -271,7 +258,7 @@ def info(
     """Show a ticket's layers, live rows and columns, and where it comes from; --json has all of it."""
     device_of(
         device
-    )  # it looks at the file alone, and a device that there is not is a slip all the same
+    )  # the file alone is looked at; one that this machine lacks is a slip all the same
     check_paths({"the ticket": ticket}, written={"--json": json_file})
     loaded = Ticket.load(ticket)
     table, rows = layers_of(loaded, str(ticket))
@@ -323,115 +310,8 @@ def plan(
     write_json(json_file, {"plan": plan, "batch": chosen.batch, "layers": rows})
 
 
-@app.command()
-@with_setup
-def compare(
-    setup: Setup,
-    data_dir: Path | None,
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="With commas; METHOD:KEY=VALUE sets its own fields, METHOD+shuffle, +reinit or +invert "
-            "is a control."
-        ),
-    ] = "joint,cts,snip,magnitude,random",
-    sparsities: Annotated[str, typer.Option(help="With commas.")] = "0.95,0.98,0.99",
-    seeds: Annotated[int, typer.Option(help="How many, counted up from --seed.")] = 3,
-    out: Annotated[Path, typer.Option(help="Folder of the results; run again to go on.")] = Path(
-        "runs/compare"
-    ),
-    engine: EngineName = "auto",
-    device: Device = "auto",
-    seed: Seed = 0,
-    json_file: Json = None,
-) -> None:
-    """Compare methods over sparsities and seeds: a table, a CSV and a plot."""
-    target = device_of(device)
-    check_engine(engine, target)
-    chosen = [check_method(setup, method) for method in listed(methods, "methods")]
-    wanted = [check_sparsity(s) for s in numbers(sparsities, "sparsities")]
-    if not chosen:
-        raise ValueError("compare: expected at least one method, got none")
-    counted = seeds_from(seed, seeds)
-    if (runs := len(chosen) * len(wanted) * len(counted)) > _MOST_RUNS:
-        raise ValueError(
-            f"compare: expected at most {_MOST_RUNS:,} runs, got {runs:,}; take fewer methods, sparsities or seeds"
-        )
-    report(setup, data_dir, chosen, wanted, counted, out, target, json_file, engine)
-
-
-def report(
-    setup: Setup,
-    data_dir: Path | None,
-    methods: list[str],
-    sparsities: list[float],
-    seeds: range,
-    out: Path,
-    device: torch.device,
-    json_file: Path | None,
-    engine: str = "auto",
-) -> None:
-    """Runs a comparison and shows where everything is."""
-    check_paths(
-        {"--weights": setup.weights_file},
-        written={"--json": json_file, **{f"the comparison's {name}": out / name for name in FILES}},
-        folders={"--out": out, "the comparison's tickets": out / "tickets"},
-        data=datasets.folder_of(setup.data),
-    )
-    dataset = data_of(setup, data_dir)
-    check_memory(
-        setup, dataset, device, methods=list(dict.fromkeys(m.partition("+")[0] for m in methods))
-    )
-    comparison = Comparison(out, setup, engine)
-    with goes_on(comparison_kept(out)), Progress() as progress:
-        comparison.run(dataset, methods, sparsities, seeds, device, progress)
-    picture = comparison.plot()
-    console.print(comparison.table())
-    for cells, told in comparison.caveats.items():
-        console.line(f"{cells}: {told}")
-    tickets = sorted((out / "tickets").glob("*.safetensors"))
-    show(covered_of(Ticket.load(tickets[0])) if tickets else [])
-    for what, path in (
-        ("rows", out / "results.csv"),
-        ("tickets", out / "tickets"),
-        ("plot", picture),
-    ):
-        console.line(f"{what:8}{path}")
-    write_json(json_file, {"rows": list(comparison.rows.values())})
-
-
-@app.command()
-def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("demo"),
-    device: Device = "cpu",
-    seed: Seed = 0,
-    json_file: Json = None,
-) -> None:
-    """A comparison on scikit-learn's handwritten digits, in a minute or two on two cores."""
-    target = device_of(device)
-    # Such small batches gain a tenth from a second core, and lose tenfold where another program has that core.
-    torch.set_num_threads(1)
-    setup = Setup(
-        model="lenet-300-100",
-        data="digits",
-        recipe=dataclasses.replace(recipe_for("lenet-300-100"), batch=64),
-        rewind_epochs=2,
-        train_epochs=40,
-        search_epochs=40,  # 23 steps each: the set is small
-        search_batch=64,
-    )
-    methods = ["joint", "cts", "cts+shuffle", "snip", "magnitude", "random"]
-    report(setup, None, methods, [0.95, 0.98, 0.99], seeds_from(seed, 2), out, target, json_file)
-    best = out / "tickets" / f"joint-0.99-{seed}.safetensors"
-    show(
-        [
-            "",
-            "Try next:",
-            f"  {command('info', best)}",
-            f"  {command('train', best)} --epochs 40 --sanity shuffle",
-            "  sparsecore compare --data fashion-mnist --sparsities 0.98,0.99,0.995",
-        ]
-    )
+app.command()(compare)
+app.command()(demo)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from .data import DataWarning
 from .interrupts import Stop
-from .printable import Screen, one_line, tell
+from .printable import Screen, one_line, shell_word, tell
 from .start_weights import WeightsWarning
 from .telling import ShortSearchWarning, SparsityWarning
 from .writing import append, is_stream, put
@@ -45,6 +45,12 @@ def show(lines: Iterable[str]) -> None:
     """Text as it is, each in a line of its own."""
     for line in lines:
         console.line(line)
+
+
+def command(name: str, ticket: Path, *options: str) -> str:
+    """A command on a ticket, to be copied into a shell."""
+    file = f"./{ticket}" if str(ticket).startswith("-") else str(ticket)
+    return " ".join(map(shell_word, ["sparsecore", name, file, *options]))
 
 
 @contextmanager

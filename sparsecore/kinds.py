@@ -14,7 +14,7 @@ from inspect import Parameter, get_annotations, signature
 from numbers import Integral, Real
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_origin
 
 import numpy as np
 import torch
@@ -22,8 +22,7 @@ from torch import Tensor
 
 from .batches import kind_of
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _MOST = 10_000  # items of a container that are looked at
 _WORDS = {
@@ -48,18 +47,18 @@ class KindError(TypeError, ValueError):
     """An argument of another kind than is asked for: a TypeError, and, as everything that is refused, a ValueError."""
 
 
-def checked(function: Callable[P, R]) -> Callable[P, R]:
+def checked(function: F) -> F:
     """The function, which refuses arguments of other kinds than its annotations say.
 
     Errors: KindError; ValueError for a whole number that 64 bits do not hold.
     """
 
     @functools.wraps(function)
-    def first(*args: P.args, **kwargs: P.kwargs) -> R:
+    def first(*args: Any, **kwargs: Any) -> Any:
         given, named = of_kinds(function, args, kwargs)
         return function(*given, **named)
 
-    return first
+    return cast(F, first)
 
 
 def of_kinds(

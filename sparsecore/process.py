@@ -9,12 +9,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock, get_ident
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-P, R = ParamSpec("P"), TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _FORKED = ("cpu", "cuda")  # whose generators are put back; others are the process's
 
@@ -193,15 +193,15 @@ def torch_that_trains(differentiates: bool = False) -> Iterator[None]:
         yield
 
 
-def leaving_trainable(function: Callable[P, R]) -> Callable[P, R]:
+def leaving_trainable(function: F) -> F:
     """A function whose tensors can train, under `torch.inference_mode` too."""
 
     @functools.wraps(function)
-    def outside(*args: P.args, **kwargs: P.kwargs) -> R:
+    def outside(*args: Any, **kwargs: Any) -> Any:
         with torch_that_trains(False):
             return function(*args, **kwargs)
 
-    return outside
+    return cast(F, outside)
 
 
 if hasattr(os, "register_at_fork"):  # a loader's workers are forked

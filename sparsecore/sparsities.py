@@ -206,8 +206,8 @@ def check_extent(shapes: Mapping[str, torch.Size], granularity: Granularity) -> 
     unit = granularity.unit
     if unit.h > height or unit.w > width:
         raise ValueError(
-            f"granularity: expected units within the layers, the largest of which have {height} rows and {width} columns, "
-            f"got {granularity}; take a smaller one"
+            f"granularity: expected units within the layers, the largest of which have {height} rows and {width} "
+            f"columns, got {granularity}; take a smaller one"
         )
 
 

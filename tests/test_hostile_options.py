@@ -254,7 +254,7 @@ def test_ctrl_c_says_what_the_same_command_does(
     assert said("sparsecore.cli.train_on", *kept) == anew
     assert said("sparsecore.cli.layers_of", "info", "t").strip() == "interrupted"
     compare = ["compare", "--data", "digits", "--out", "o"]
-    assert said("sparsecore.cli.Comparison.run", *compare) == anew
+    assert said("sparsecore.cli_compare.Comparison.run", *compare) == anew
 
 
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

@@ -243,7 +243,9 @@ class Timeline:
         now: by name [1], of the present step; always the same tensors.
     """
 
-    def __init__(self, tables: Mapping[str, Iterable[float] | Tensor], device: torch.device) -> None:
+    def __init__(
+        self, tables: Mapping[str, Iterable[float] | Tensor], device: torch.device
+    ) -> None:
         # A CPU reads them as Python's own numbers; fused kernels take float32.
         made = {"dtype": torch.float64 if device.type == "cpu" else torch.float32, "device": device}
         self.tables = {

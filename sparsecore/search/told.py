@@ -38,8 +38,7 @@ def telling(search: Method) -> Method:
     def told(
         self: Any, model: nn.Module, batches: Any, *args: Any, **kwargs: Any
     ) -> Ticket | list[Ticket]:
-        (_, _, _, *args), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
-        (_, _, _, *args), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
+        (_, _, _, *rest), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
         _require_one_rank()
         loss = loss_of(kwargs.get("loss"))
         if dense := left_behind(model):
@@ -50,7 +49,7 @@ def telling(search: Method) -> Method:
             kwargs["watch"] = functools.partial(_watched, kwargs["watch"])
         tell_loss(loss, model, stacklevel=4)
         with held(kwargs.get("checkpoint")), within_a_search() as noted, untouched(loss):
-            found = search(self, model, batches, *args, **kwargs)
+            found = search(self, model, batches, *rest, **kwargs)
         if noted is None:
             return found
         seen = coverage(model)
