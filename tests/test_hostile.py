@@ -87,7 +87,7 @@ def test_a_command_ends_by_one_line_or_is_a_failure() -> None:
     for code, err in [
         (2, ""),
         (2, "error: one\nerror: two\n"), (1, "error: one\n"), (0, "error: one\n"), (2, "Traceback\nerror: x\n"),
-        (2, "error: \x1b[31mred\n"), (2, "error: \u202egnp\n"), (130, "interrupted\n"),
+        (2, "error: \x1b[31mred\n"), (2, "error: \u202egnp\n"), (130, "error: x\n"),
     ]:  # fmt: skip
         said.err = err
         with pytest.raises(judge.Failure):
@@ -162,4 +162,4 @@ def test_mutations_depend_on_their_seed_alone(tmp_path: Path) -> None:
     safefile.write(path, {"a": torch.ones(2, 3)}, {"x": [1, 2.5]}, kind="checkpoint")
     found = [mutations.spoiled(path, Random(seed)) for seed in range(50)]
     assert found == [mutations.spoiled(path, Random(seed)) for seed in range(50)]
-    assert len(set(found)) > 40
+    assert len(set(found)) > 30

@@ -105,7 +105,8 @@ def _child(given: Input, folder: Path, said: int) -> None:
         os.dup2(said, 1)
         os.dup2(said, 2)
         # Python's own streams may be somebody else's by now (pytest's).
-        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w")  # noqa: SIM115
+        sys.stdin = open(0)  # noqa: SIM115
+        sys.stdout, sys.stderr = (open(n, "w", errors="backslashreplace") for n in (1, 2))  # noqa: PTH123, SIM115
         os.chdir(folder)
         code = _CODES[given.run(given.seed, folder)]
     except BaseException:
