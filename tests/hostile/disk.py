@@ -17,6 +17,9 @@ from .works import WORKS, Passes, check_again, drawn, reference_of
 _NEWNS, _REMOUNT, _PRIVATE = 0x20000, 32, 1 << 18 | 1 << 14
 
 
+_NEEDS_ROOM = ("open", "os.rename", "os.mkdir", "fsync")  # to remove a file does not
+
+
 def filling(cache: Path) -> Run:
     """One of the works on a disk that gets full."""
 
@@ -42,7 +45,7 @@ def filling(cache: Path) -> Run:
                     how = WORKS[name].run()
             else:
                 at, lasts = 1 + rng.randrange(known.changes), way == "refused from then on"
-                with changes.fault(full, at, lasts=lasts):
+                with changes.fault(full, at, only=_NEEDS_ROOM, lasts=lasts):
                     how = WORKS[name].run()
             now = contents(folder)
             if lost := [n for n in before if now.get(n) != before[n] and n not in known.names]:
