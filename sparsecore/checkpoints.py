@@ -71,9 +71,24 @@ def unpack_optimizer(
     A file's tensors lie row by row; what is as large as its parameter lies as that does again, which
     fused optimisers insist on.
 
+    Args:
+        model: as it will go on: its masks say which entries are held.
+
     Errors: FileError, with nothing changed, for anything that this optimiser would not have put there: native code
     trusts its state.
     """
+    state = check_optimizer(optimizer, tensors, model)
+    own = [dict(group) for group in optimizer.param_groups]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for group, mine in zip(optimizer.param_groups, own, strict=True):
+        group |= mine  # the rate that a graph reads among them
+
+
+def check_optimizer(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], model: nn.Module | None = None
+) -> dict[int, dict[str, Tensor]]:
+    """The state that `unpack_optimizer` would put back.  Errors: as `unpack_optimizer`, whatever the model's masks."""
     planned = _planned(optimizer, model)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     slots, entries = _SLOTS[type(optimizer)], dict[str, Tensor]()
@@ -99,11 +114,7 @@ def unpack_optimizer(
         for index, parameter in enumerate(parameters):
             if index not in state and parameter.requires_grad:
                 state[index] = {"momentum_buffer": torch.zeros_like(parameter)}
-    own = [dict(group) for group in optimizer.param_groups]
-    groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
-    for group, mine in zip(optimizer.param_groups, own, strict=True):
-        group |= mine  # the rate that a graph reads among them
+    return state
 
 
 def _slot(

@@ -90,8 +90,14 @@ def check_fields(value: Any) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    if isinstance(value, str) and Path in (hint, *get_args(hint)) and str not in get_args(hint):
-        return Path(value)
+    if Path in (hint, *get_args(hint)) and str not in get_args(hint):
+        return (
+            Path(value) if isinstance(value, (str, PathLike)) else _of_its_kind(name, value, hint)
+        )
+    return _of_its_kind(name, value, hint)
+
+
+def _of_its_kind(name: str, value: Any, hint: Any) -> Any:
     if not _fits(value, hint):
         items = get_args(hint)
         if isinstance(value, Mapping) and issubclass(get_origin(hint) or object, Mapping):
@@ -99,13 +105,20 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
                 if _fits(key, items[0]):
                     _checked(f"{name}[{key!r}]", item, items[1])
         raise KindError(f"{name}: expected {_words(hint)}, got {_kind(value)}")
-    if type(value) is int and not -(2**63) <= value < 2**64 and _is_number(hint):
+    if not isinstance(value, int) and _is_whole_alone(hint) and _is_a_number(value, int):
+        value = int(value)  # numpy's, 2.0
+    if type(value) is int and not -(2**63) <= value < 2**63 and _is_number(hint):
         raise ValueError(
             f"{name}: expected a number that 64 bits hold, got one of {value.bit_length()} bits"
         )
     if get_origin(hint) is tuple and isinstance(value, list):  # a frozen value's fields are hashed
         return tuple(value)
     return value
+
+
+def _is_whole_alone(hint: Any) -> bool:
+    kinds = (hint, *get_args(hint))
+    return int in kinds and float not in kinds
 
 
 def _is_number(hint: Any) -> bool:
@@ -191,7 +204,8 @@ def _does(value: Any, kind: type) -> bool:
 
 def _is_a_number(value: Any, kind: type) -> bool:
     if isinstance(value, (Tensor, np.ndarray)):
-        if value.ndim or (torch.is_tensor(value) and value.is_complex()):
+        size = value.numel() if isinstance(value, Tensor) else value.size
+        if size != 1 or (isinstance(value, Tensor) and value.is_complex()):
             return False
         return kind is not int or not _is_float(value)
     if kind is bool and (value is None or isinstance(value, np.bool_)):

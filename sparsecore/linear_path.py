@@ -210,6 +210,8 @@ def _measured(path: Path, run: str, points: int) -> list[tuple[float, float, flo
             "many points; remove it or name another"
         )
     rows = meta["rows"]
+    if not all(math.isnan(error) or 0 <= error <= 100 for _, error, _ in rows):
+        raise FileError(f"{path}: expected errors of 0 to 100 %, got others; remove it")
     if [alpha for alpha, *_ in rows] != [i / (points - 1) for i in range(len(rows))][:points]:
         raise FileError(f"{path}: expected the points of this path in turn, got others; remove it")
     return rows

@@ -44,7 +44,8 @@ class Masked(nn.Module):
         super().__init__()
         with torch_that_trains():
             mask = mask.clone() if isinstance(mask, Tensor) and mask.is_inference() else mask
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        plain = isinstance(mask, Tensor) and mask.layout == torch.strided
+        if not plain or mask.dtype != torch.bool:
             raise TypeError(f"mask: expected a bool tensor, got {kind_of(mask)}; use `scores > 0`")
         self.register_buffer("mask", mask)
         self._bits = Bits()

@@ -356,8 +356,13 @@ def remask_(
     layers = sparse_layers(model)
     require_equal_ranks(masks)
     for name, mask in masks.items():
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-            found = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        plain = isinstance(mask, Tensor) and mask.layout == torch.strided
+        if not plain or mask.dtype != torch.bool:
+            found = (
+                (mask.dtype if plain else mask.layout)
+                if isinstance(mask, Tensor)
+                else kind_of(mask)
+            )
             raise ValueError(f"remask_: expected a bool tensor for {name}, got {found}")
         layer = layers.get(name)
         if layer is None or _mask(layer) is None or mask.shape != layer.weight_shape:

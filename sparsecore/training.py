@@ -202,7 +202,10 @@ def _check_reach(
     tensors, meta = saved
     if not meta["epochs"] or meta["epochs"][0]["epoch"] < start:
         raise FileError(f"{path}: expected epochs from {start:g} on, got none or others")
+    ends = {record["epoch"] for record in meta["epochs"]}
     reached = meta["epochs"][-1]["epoch"]
+    if not ends.issuperset(range(math.floor(start) + 1, math.floor(min(reached, stop)) + 1)):
+        raise FileError(f"{path}: expected a record of every epoch, got some of them")
     kept = {epoch_of(key) for key in tensors if key.startswith("snapshot/")}
     lost = [e for e in snapshots if start <= e <= reached and e not in kept]
     if reached > stop or lost:

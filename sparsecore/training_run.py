@@ -14,6 +14,7 @@ from typing_extensions import NotRequired, TypedDict
 
 from . import checkpoints, schema
 from .batches import Batch, EpochBatches
+from .convert import sparse_layers
 from .engine import (
     Evaluation,
     Timeline,
@@ -27,6 +28,7 @@ from .engine.training_step import Penalty
 from .evaluating import evaluate as evaluate
 from .loss_functions import own_parameters
 from .losses import Loss
+from .patterns import Planned
 from .process import between_steps
 from .recipe import Recipe, optimizer_for, rates
 from .writing import FileError
@@ -258,14 +260,25 @@ class Run:
         found, snapshots = checkpoints.apart(found, "snapshot/")
         found = schema.tensors(found, self._own(), "training")
         states = self._states(snapshots)
-        checkpoints.unpack_optimizer(self.optimizer, moments, self.model)
+        checkpoints.check_optimizer(self.optimizer, moments, self.model)
+        self._check_average(found)
         self.model.load_state_dict(_below("model/", found))
+        # After the model, whose masks may be others by now: they say which moments are held.
+        checkpoints.unpack_optimizer(self.optimizer, moments, self.model)
         if self.average is not None:
             self.average.load_state_dict(_below("average/", found))
         if meta["scaler"]:  # {} where there is none
             self.scaler.load_state_dict(meta["scaler"])
         history.epochs = meta["epochs"]
         history.snapshots |= states
+
+    def _check_average(self, found: dict[str, Tensor]) -> None:
+        """Errors: FileError for an average of other places than a planned model's: they are added entry by entry."""
+        layers = [n for n, m in sparse_layers(self.model).items() if isinstance(m.pattern, Planned)]
+        for name in layers if self.average is not None else ():
+            key = f"{name}.pattern.mask".lstrip(".")
+            if not torch.equal(found[f"model/{key}"], found[f"average/module.{key}"]):
+                raise FileError(f"average: expected the mask of {name or 'the model'}, got another")
 
     def _states(self, tensors: dict[str, Tensor]) -> dict[float, dict[str, Tensor]]:
         """Snapshots by epoch."""

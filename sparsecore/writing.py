@@ -71,22 +71,32 @@ def append(path: Path, text: str) -> None:
     Errors: FileError if it cannot be written.
     """
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
-        with os.fdopen(descriptor, "wb", buffering=0) as file:
-            end = os.fstat(descriptor)
-            plain = stat.S_ISREG(end.st_mode)
+        with os.fdopen(_open(path), "wb", buffering=0) as file:
+            end = os.fstat(file.fileno())
+            plain = stat.S_ISREG(end.st_mode) and not str(path).startswith(_OWN)
             data = memoryview(text.encode())
             try:
                 while data:
                     data = data[file.write(data) :]
                 if plain:
-                    os.fsync(descriptor)
+                    os.fsync(file.fileno())
             except OSError:
                 if plain:
-                    os.ftruncate(descriptor, end.st_size)
+                    os.ftruncate(file.fileno(), end.st_size)
                 raise
     except OSError as error:
         raise FileError(f"{path} could not be written: {error.strerror or error}") from None
+
+
+def _open(path: Path) -> int:
+    """To write at the end.  What this process has open already is used where it has come to: a file behind /dev/stdout
+    that is opened again would be written over by what is printed next.
+    """
+    own = {"/dev/stdout": "1", "/dev/stderr": "2"}.get(str(path), path.name)
+    if str(path).startswith(_OWN) and own.isdigit():
+        sys.stdout.flush()
+        return os.dup(int(own))
+    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
 
 
 def is_stream(path: Path) -> bool:
@@ -109,6 +119,8 @@ def target_of(path: Path) -> Path:
 
 def _target(path: Path) -> tuple[Path, int | None]:
     """Where links lead, and the permissions of the file there."""
+    if "\0" in str(path):
+        raise FileError(f"{str(path)!r}: expected a name without NUL, got one")
     target = Path(os.path.realpath(path))
     try:
         mode = target.stat().st_mode

@@ -119,7 +119,7 @@ class ContinuousSparsification:
         Args:
             sparsity: fraction removed, in (0, 1).
             checkpoint: written after every epoch; if it exists, the search goes on from there with
-                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+                the numbers of an uninterrupted run, and it stays until the ticket is saved.
             watch: measured after every epoch on the soft network, with the weights it trained; BatchNorm
                 then takes the statistics of the batches it is measured on.
 

@@ -112,7 +112,7 @@ class EdgePopup:
         Args:
             sparsity: fraction removed, in (0, 1).
             checkpoint: written after every epoch; if it exists, the search goes on from there with
-                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+                the numbers of an uninterrupted run, and it stays until the ticket is saved.
             watch: measured after every epoch on the ticket that would be found by then.
 
         Errors: ValueError for bad arguments or a layer that would keep nothing; SearchError if the

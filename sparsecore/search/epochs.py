@@ -132,7 +132,8 @@ def read_own(path: Path, run: str, hint: Any = Owned) -> tuple[dict[str, Tensor]
     if not checkpoints.same_run(meta["run"], run):
         raise SearchError(
             f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
-            f"data and start weights, got {meta['run'][:12]}; remove it or name another"
+            f"data and start weights, got {meta['run'][:12]}; name another, or remove it if nobody wants that search's "
+            "ticket any more (saving the ticket does so)"
         )
     return tensors, meta
 

@@ -151,7 +151,7 @@ class AbstractGateSearch(ABC):
             model: with sparse layers (`sparsify_`), holding the weights the ticket shall start from.
             sparsity: fraction removed, in (0, 1).
             checkpoint: written after every epoch; if it exists, the search goes on from there with
-                the numbers of an uninterrupted run, and it is removed when the ticket is found.
+                the numbers of an uninterrupted run, and it stays until the ticket is saved.
             watch: measured after every epoch with the gates at their mean ("accuracy") and with the ticket that
                 would be found by then ("hard_accuracy"); in the provenance under "progress".
 

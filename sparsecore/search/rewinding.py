@@ -142,7 +142,7 @@ class Rewinding:
             batches: the training batches of the recipe.
             sparsity: fraction removed, in (0, 1).
             checkpoint: a folder, for what is being trained (and the rounds, if `rounds` is None).  If it
-                exists the search goes on from there; removed when the ticket is found.
+                exists the search goes on from there; it stays until the ticket is saved.
             watch: measures each round's trained network; a reused round tells what it was told then.
 
         Errors: ValueError for bad arguments; SearchError for training that cannot go on, files of another
