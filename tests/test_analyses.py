@@ -86,7 +86,8 @@ def test_runs_and_rounds_of_another_ticket_are_refused(
     other, small = tmp_path / "other.safetensors", tmp_path / "small.safetensors"
     random = [*SEARCH, "--method", "random", "--sparsity", "0.4", "--out"]
     assert main([*random, str(other), "--seed", "1"]) == 0
-    assert main([*random, str(small), "--model-option", "width=0.2"]) == 0
+    wider = [text.replace("width=0.1", "width=0.2") for text in random]
+    assert main([*wider, str(small)]) == 0
     run = tmp_path / "run"
     assert main(["train", str(folder / "ltr.safetensors"), "--save", str(run)]) == 0
     for ticket, said in (

@@ -204,7 +204,7 @@ def test_models_are_built_for_the_images(monkeypatch: pytest.MonkeyPatch) -> Non
     ):
         with pytest.raises(ValueError, match=message):
             build(f"torchvision:{name}", shape, 2)
-    with pytest.raises(ValueError, match=r"expected options that it takes, got \{'speed': 9\}"):
+    with pytest.raises(ValueError, match="expected options that it takes, got speed"):
         build("torchvision:resnet18", (3, 64, 64), 2, speed=9)
     assert "resnet18" in torchvision_models.names()
     assert not {"raft_small", "fcn_resnet50"} & {*torchvision_models.names()}
