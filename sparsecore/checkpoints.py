@@ -257,8 +257,11 @@ def write(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
 
 def read(path: Path, hint: Any = schema.Facts) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What `write` was given, its facts as `schema.facts` has them by a type.  Errors: safefile.FileError."""
-    tensors, meta = safefile.read(path, kind="checkpoint")
-    return tensors, schema.facts(_floats(meta), hint, str(path))
+    try:
+        tensors, meta = safefile.read(path, kind="checkpoint")
+        return tensors, schema.facts(_floats(meta), hint, str(path))
+    except safefile.FileError as error:
+        raise safefile.FileError(f"{error}; remove it to begin anew, or name another") from None
 
 
 # What a metric or a watched number may be, and JSON has not.

@@ -12,6 +12,7 @@ from threading import Lock, get_ident
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from .batches import kind_of
 from .kinds import KindError, of_kinds
@@ -67,8 +68,14 @@ def _parts(model: nn.Module) -> dict[int, Any]:
     found: list[Any] = []
     for module in model.modules():
         if not isinstance(module, (Dense, Gated, Masked, Planned)):
-            tensors = (*module._parameters.values(), *module._buffers.values())
-            found += [module, *(t for t in tensors if t is not None)]
+            tensors = [*module._parameters.values(), *module._buffers.values()]
+            # An activation that two models share holds nothing; whether dropout draws is a mode of its own.
+            bare = not tensors and not any(module.children()) and not isinstance(module, _DropoutNd)
+            found += (
+                [t for t in tensors if t is not None]
+                if bare
+                else [module, *(t for t in tensors if t is not None)]
+            )
     return {id(part): part for part in found}
 
 

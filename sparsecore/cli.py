@@ -50,7 +50,7 @@ from .options import (
     recipe_with,
     with_setup,
 )
-from .paths import check_cache, check_paths, require_room
+from .paths import check_cache, check_file_name, check_paths, require_room
 from .plans import check_plan
 from .printable import tell
 from .progress import Progress
@@ -61,7 +61,7 @@ from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 from .training_plan import plan_for
-from .writing import put
+from .writing import held, put
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -104,6 +104,7 @@ def search(
     setup.search(method, seed)
     check_sparsity(sparsity)
     own = setup.start_of(method)
+    check_file_name("--out", out)
     dense_part, search_part = out.with_name(out.name + ".dense"), out.with_name(out.name + ".part")
     check_paths(
         {"--weights": setup.weights_file, "the search's checkpoint": search_part},
@@ -124,7 +125,7 @@ def search(
         check_found(setup, fresh, data, method, sparsity)
     del fresh
     kept = (dense_part, search_part, *([] if rounds is None else [rounds]))
-    with goes_on(kept_in(*kept)), Progress() as progress:
+    with held(out), goes_on(kept_in(*kept)), Progress() as progress:
         try:
             start = rewind_point(own, data, seed, target, progress, dense_part, engine)
         except OtherRunError:
@@ -136,7 +137,7 @@ def search(
             setup, start, data, method, sparsity, seed, target, progress, search_part,
             rounds=rounds, watched=watch, engine=engine,
         )  # fmt: skip
-    ticket.save(out)
+        ticket.save(out)
     if own.rewind_epochs:
         dense_part.unlink(missing_ok=True)
     result = {"ticket": str(out), "method": method, "seconds": seconds}
@@ -212,7 +213,7 @@ def train(
     check_memory(setup, dataset, target, recipe=chosen)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
-    with goes_on(kept_by_training(checkpoint)), Progress() as progress:
+    with held(save), goes_on(kept_by_training(checkpoint)), Progress() as progress:
         model = model_of(loaded, dataset, target)
         for file in (save, checkpoint):
             require_room(file, loaded.weights)
@@ -303,11 +304,12 @@ def plan(
     check_memory(setup, dataset, target, recipe=chosen)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
-    table, lines, rows = plans_of(planned, f"{ticket}, batch {chosen.batch}, {target}")
+    taken = min(chosen.batch, len(dataset.train))  # what there is to measure on
+    table, lines, rows = plans_of(planned, f"{ticket}, batch {taken}, {target}")
     show([planned.told, ""])
     console.print(table)
     show(lines)
-    write_json(json_file, {"plan": plan, "batch": chosen.batch, "layers": rows})
+    write_json(json_file, {"plan": plan, "batch": taken, "layers": rows})
 
 
 app.command()(compare)

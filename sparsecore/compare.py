@@ -194,8 +194,11 @@ class Comparison:
 
     def _known(self, path: Path, cell: Cell) -> Ticket:
         """A ticket that an earlier run has found.  Errors: FileError for another's."""
-        ticket = Ticket.load(path)
-        schema.facts(ticket.meta, _Known, str(path))
+        try:
+            ticket = Ticket.load(path)
+            schema.facts(ticket.meta, _Known, str(path))
+        except FileError as error:
+            raise FileError(f"{error}; remove it, and it is searched again") from None
         own = asdict(self.setup.start_of(cell.base)) | {"image_size": None}
         told = ticket.meta["setup"] | {"image_size": None}  # a folder's may be its images' median
         if ticket.meta["search"] != cell.base or told != json.loads(json.dumps(own)):

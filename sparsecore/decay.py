@@ -1,5 +1,6 @@
 """Weight decay by groups, under any plan."""
 
+import math
 from typing import Any
 
 from torch import nn
@@ -20,8 +21,12 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     Args:
         weight_decay: of the first group; the other has 0.
 
+    Errors: ValueError for a decay below 0 or that is no number.
+
     Returns the groups that have parameters, of those that require gradients, each parameter once.
     """
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: expected a number of at least 0, got {weight_decay}")
     matrices = {
         id(layer.raw_weight)
         for layer in model.modules()

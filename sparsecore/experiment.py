@@ -196,7 +196,7 @@ def find_ticket(
     search = setup.search(method, seed)
     if rounds is not None and isinstance(search, Rewinding):
         search = replace(search, rounds=rounds)
-    if hasattr(search, "engine"):
+    if hasattr(search, "engine") and engine != "auto":  # which a method's own field may name
         search = replace(search, engine=engine)  # type: ignore[type-var]
     kind, recipe = split(method)[0], setup.recipe
     if not kind.trains:

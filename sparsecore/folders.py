@@ -54,7 +54,13 @@ def find_images(root: Path) -> ImageFolder:
     Errors: DataError for no class folders, one class alone, classes without images, classes that differ between
     splits, splits that cannot be told, a folder that cannot be read.
     """
-    if not root.exists():
+    try:
+        there = root.exists()
+    except OSError as error:
+        raise DataError(
+            f"data folder {str(root)[:80]}: expected a folder ({error.strerror})"
+        ) from None
+    if not there:
         raise DataError(f"data folder {root}: expected a folder, found nothing there")
     if not root.is_dir():
         raise DataError(f"data folder {root}: expected a folder, found a file")

@@ -105,8 +105,7 @@ def _of_its_kind(name: str, value: Any, hint: Any) -> Any:
                 if _fits(key, items[0]):
                     _checked(f"{name}[{key!r}]", item, items[1])
         raise KindError(f"{name}: expected {_words(hint)}, got {_kind(value)}")
-    if not isinstance(value, int) and _is_whole_alone(hint) and _is_a_number(value, int):
-        value = int(value)  # numpy's, 2.0
+    value = _plain(value, hint)
     if type(value) is int and not -(2**63) <= value < 2**63 and _is_number(hint):
         raise ValueError(
             f"{name}: expected a number that 64 bits hold, got one of {value.bit_length()} bits"
@@ -116,9 +115,20 @@ def _of_its_kind(name: str, value: Any, hint: Any) -> Any:
     return value
 
 
-def _is_whole_alone(hint: Any) -> bool:
+def _plain(value: Any, hint: Any) -> Any:
+    """Numbers of numpy and torch as Python's, which files can hold; 2.0 as 2 where whole ones are asked for."""
     kinds = (hint, *get_args(hint))
-    return int in kinds and float not in kinds
+    number: Any = value if isinstance(value, (np.generic, np.ndarray, Tensor, Real)) else None
+    if number is not None and not isinstance(number, int):
+        if float in kinds and not isinstance(number, float) and _is_a_number(number, float):
+            return number.item() if hasattr(number, "item") else float(number)
+        if int in kinds and float not in kinds and _is_a_number(number, int):
+            return int(number)
+    if isinstance(value, (list, tuple)) and any(isinstance(v, (np.generic, Tensor)) for v in value):
+        inner = next((k for k in get_args(hint) if k in (int, float)), None)
+        if inner is not None and not hasattr(value, "_fields"):
+            return type(value)(_plain(v, inner) for v in value)
+    return value
 
 
 def _is_number(hint: Any) -> bool:

@@ -13,6 +13,7 @@ from .batches import EpochBatches, kind_of
 from .calls import has_batchnorm
 from .data import Batches
 from .reading import NO_BATCHES, Adapter, Iterated, Made, Stream, ends_in_one, length_of
+from .recipe import MOST_STEPS
 
 _TAKEN = "a DataLoader, a list of batches, a function that makes an iterator, or an object with len() and epoch(i)"
 
@@ -58,8 +59,10 @@ def batches_of(
 
 
 def _adapted(batches: Any, steps: int | None, role: str, whole: bool) -> EpochBatches:
-    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
-        raise ValueError(f"steps_per_epoch: expected a whole number of at least 1, got {steps!r}")
+    if steps is not None and (not isinstance(steps, Integral) or not 1 <= steps <= MOST_STEPS):
+        raise ValueError(
+            f"steps_per_epoch: expected a whole number from 1 to {MOST_STEPS:,}, got {steps!r}"
+        )
     if isinstance(batches, Adapter) or callable(getattr(batches, "epoch", None)):
         if steps is not None and not (isinstance(batches, Adapter) and len(batches) == steps):
             raise ValueError(

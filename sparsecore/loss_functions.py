@@ -163,7 +163,8 @@ def explained(fn: Any, name: str, first: Any, second: Any) -> Iterator[None]:
         yield
     except (TypeError, AttributeError, RuntimeError, LookupError, ValueError) as error:
         theirs = isinstance(error, ValueError) and not _reduces(plain(fn))
-        if theirs or isinstance(error, LossError) or not of_the_users(error):
+        full = isinstance(error, torch.OutOfMemoryError)
+        if theirs or full or isinstance(error, LossError) or not of_the_users(error):
             raise
         said = f"{type(error).__name__}: {first_line(error)}"
         if isinstance(first, nn.Module):

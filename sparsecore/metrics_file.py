@@ -49,7 +49,11 @@ def catch_up(path: Path, records: Sequence[dict[str, Any]]) -> None:
     Errors: as `lines_of`, with the file as it was.
     """
     lines = lines_of(path)
-    if path.is_file() and path.read_bytes() != (whole := "".join(lines).encode()):
+    if (
+        not is_stream(path)
+        and path.exists()
+        and path.read_bytes() != (whole := "".join(lines).encode())
+    ):
         put(path, whole)
     known = [json.loads(text) for text in lines]
     if missed := [line(record) for record in records if finite(record) not in known]:

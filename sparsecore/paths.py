@@ -13,6 +13,7 @@ from .folders import is_class_folder
 from .safefile import check_name
 from .writing import FileError, is_stream, sweep, target_of
 
+_LONGEST = 240  # bytes; file systems take 255
 Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for
 
 
@@ -38,6 +39,7 @@ def check_paths(
     """
     read, written, replaced, folders = map(_given, (reads, written, replaced, folders))
     for name, path in folders.items():
+        check_name(path)
         _check_folder(name, path)
     for name, path in (written | replaced).items():
         _check_file(name, path, [*folders.values()], stream=name in written)
@@ -52,6 +54,14 @@ def check_paths(
             raise ValueError(
                 f"{name} {path}: expected a file outside of the images, got one of {data}"
             )
+
+
+def check_file_name(option: str, path: Path) -> None:
+    """Errors: ValueError for no file's name, or one without room for the endings of what lies beside it."""
+    if not path.name or len(os.fsencode(path.name)) > _LONGEST:
+        raise ValueError(
+            f"{option} {str(path)[:80]!r}: expected the name of a file, of at most {_LONGEST} bytes; name another"
+        )
 
 
 def check_cache(path: Path | None, others: Paths) -> None:
@@ -85,8 +95,8 @@ def require_room(path: Path | None, state: Mapping[str, Tensor]) -> None:
     free = shutil.disk_usage(_real(path).parent).free
     if needed > free:
         raise ValueError(
-            f"{path}: expected {needed / 1e6:,.0f} MB of room for weights, got {free / 1e6:,.0f} MB free; make room, "
-            "or name a place on another disk"
+            f"{path}: expected {needed:,} bytes of room for weights, got {free:,} free; make room, or name a place on "
+            "another disk"
         )
 
 

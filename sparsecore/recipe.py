@@ -97,8 +97,18 @@ class Recipe:
         return self.lr
 
 
-_MOST_STEPS = 2**25  # a table of 256 MiB
+MOST_STEPS = 2**25  # a table of 256 MiB
 _CHUNK = 2**20
+
+
+def steps_in_all(epochs: int, steps: int) -> int:
+    """Of so many epochs of so many steps.  Errors: ValueError for more than 33 million, which tables are made of."""
+    if epochs * steps > MOST_STEPS:
+        raise ValueError(
+            f"epochs: expected at most {MOST_STEPS:,} steps in all, got {epochs:,} epochs of {steps:,}; take fewer "
+            "epochs, or larger batches"
+        )
+    return epochs * steps
 
 
 def rates(recipe: Recipe, total: float, stop: float, steps: int) -> Tensor:
@@ -114,11 +124,7 @@ def rates(recipe: Recipe, total: float, stop: float, steps: int) -> Tensor:
     Errors: ValueError for more than 33 million steps.
     """
     epochs = math.ceil(stop)
-    if epochs * steps > _MOST_STEPS:
-        raise ValueError(
-            f"epochs: expected at most {_MOST_STEPS:,} steps in all, got {epochs:,} epochs of {steps:,}; take fewer "
-            "epochs, or larger batches"
-        )
+    steps_in_all(epochs, steps)
     middles = np.array([(i + 0.5) / steps for i in range(steps)])
     rows = max(_CHUNK // max(steps, 1), 1)
     parts = [

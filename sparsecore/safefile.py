@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -119,7 +120,14 @@ def _what_is(path: Path) -> str:
 
 
 def finite(value: Any, instead: Callable[[float], Any] = lambda number: None) -> Any:
-    """Facts as JSON takes them: numbers that are none, as a `watch` may say, become None, or what `instead` makes."""
+    """Facts as JSON takes them, numpy's and torch's numbers too.
+
+    Those that are none, as a `watch` may say, become None, or what `instead` makes.
+    """
+    if isinstance(value, (np.generic, np.ndarray)) or (
+        isinstance(value, Tensor) and value.numel() == 1
+    ):
+        value = value.tolist()
     if isinstance(value, float) and not math.isfinite(value):
         return instead(value)
     if isinstance(value, dict):

@@ -28,7 +28,8 @@ def read_state(path: Path) -> dict[str, Tensor]:
     Errors: ValueError for a missing, damaged or foreign file.
     """
     if not path.is_file():
-        found = "a folder" if path.is_dir() else "nothing there"
+        there = "a pipe or device" if path.exists() else "nothing there"
+        found = "a folder" if path.is_dir() else there
         raise ValueError(f"weights: expected a file or {TRAINED}, found {found}: {path}")
     try:
         with path.open("rb"):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from typing_extensions import NotRequired, TypedDict
 
 from . import foreign, safefile, schema
 from .claims import sole
@@ -288,8 +289,9 @@ class Ticket:
             if not slash or part not in parts:
                 raise ValueError(f"expected mask/, weight/ and score/ tensors, got {key!r}")
             parts[part][name] = value
+        meta = schema.facts(meta, _Header, "header")
         shapes, provenance = meta["shapes"], meta["provenance"]
-        if not isinstance(provenance, dict) or set(shapes) != set(parts["mask"]) or not shapes:
+        if set(shapes) != set(parts["mask"]) or not shapes:
             raise ValueError("expected provenance and one shape for every mask")
         granularity = parse_granularity(provenance.get("granularity", "weight"))
         packed = parts["mask"]
@@ -356,6 +358,14 @@ class Ticket:
             chosen = top_k(values, int(units.sum()))
             masks[name] = granularity.spread(chosen, mask.shape)
         return masks
+
+
+class _Header(TypedDict):
+    """What a file's JSON says."""
+
+    shapes: dict[str, list[schema.Count]]
+    layers: NotRequired[list[str]]
+    provenance: schema.Facts
 
 
 def layer_order(meta: Mapping[str, Any]) -> list[str]:

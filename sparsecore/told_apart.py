@@ -52,7 +52,9 @@ class _Telling:
     def _of(self, value: Any, names: frozenset[str] | None) -> Any:
         children = value.named_children() if isinstance(value, nn.Module) else ()
         compiled = dict(children).get("_orig_mod")
-        inner = compiled or getattr(value, "_torchdynamo_orig_callable", None)
+        # Of its own: a mock has whatever it is asked for.
+        own = getattr(value, "__dict__", None)
+        inner = compiled or (own or {}).get("_torchdynamo_orig_callable")
         if inner is not None:  # compiled: computes the same
             return self.of(inner, names)
         if isinstance(value, Tensor):

@@ -24,7 +24,8 @@ class Unsaved:
     @classmethod
     def of(cls, paths: Iterable[Path | None], tickets: int = 1) -> "list[Unsaved]":
         """One for each ticket of a search."""
-        known = tuple(path for path in paths if path is not None and path.exists())
+        places = (path.absolute() for path in paths if path is not None)
+        known = tuple(path for path in places if path.exists())
         waiting, seen = set(range(tickets)), {path: _identity(path) for path in known}
         return [cls(known, waiting, i, seen) for i in range(tickets)]
 

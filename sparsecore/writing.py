@@ -73,7 +73,7 @@ def append(path: Path, text: str) -> None:
     try:
         with os.fdopen(_open(path), "wb", buffering=0) as file:
             end = os.fstat(file.fileno())
-            plain = stat.S_ISREG(end.st_mode) and not str(path).startswith(_OWN)
+            plain = stat.S_ISREG(end.st_mode) and not _is_own(path)
             data = memoryview(text.encode())
             try:
                 while data:
@@ -101,9 +101,18 @@ def _open(path: Path) -> int:
 
 def is_stream(path: Path) -> bool:
     """Whether there is a pipe or device, which takes text and is not replaced; /dev/stdout is one wherever it leads."""
-    return str(path).startswith(_OWN) or (
-        path.exists() and not path.is_file() and not path.is_dir()
-    )
+    return _is_own(path) or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _is_own(path: Path) -> bool:
+    """Whether it is, or links to, what this process has open: behind it may lie a file, which others write too."""
+    for _ in range(40):  # as many links as Linux follows
+        if str(path.absolute()).startswith(_OWN):
+            return True
+        if not path.is_symlink():
+            return False
+        path = path.parent / path.readlink()
+    return False
 
 
 def target_of(path: Path) -> Path:
@@ -121,6 +130,8 @@ def _target(path: Path) -> tuple[Path, int | None]:
     """Where links lead, and the permissions of the file there."""
     if "\0" in str(path):
         raise FileError(f"{str(path)!r}: expected a name without NUL, got one")
+    if _is_own(path):
+        raise FileError(f"{path}: expected the name of a file, got a pipe or device")
     target = Path(os.path.realpath(path))
     try:
         mode = target.stat().st_mode

@@ -6,9 +6,10 @@ import pickle
 import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from helpers import GRANULARITIES, mlp, rand, seeded
+from helpers import GRANULARITIES, Blobs, mlp, rand, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -334,3 +335,19 @@ def test_another_program_can_read_a_ticket(good: bytes, path: Path) -> None:
     bits = [bool(byte >> (7 - i) & 1) for byte in packed for i in range(8)]
     n, k = shapes["0"]
     assert bits[: n * k] == Ticket.load(path).masks["0"].flatten().tolist()
+
+
+def test_numbers_of_numpy_and_torch_are_as_good_as_pythons(tmp_path: Path) -> None:
+    """The natural loop, `for seed in np.arange(3)`, loses no ticket."""
+    search = sc.ConcreteSearch(epochs=np.int64(2), seed=np.int64(1), gain_lr=np.float32(0))  # pyright: ignore
+    for sparsity in (0.5, np.float32(0.5), torch.tensor([0.5]), np.float64(0.5)):
+        ticket = search(sc.sparsify_(mlp()), Blobs(), sparsity=sparsity, checkpoint=tmp_path / "c")
+        ticket.save(tmp_path / "t")
+        assert Ticket.load(tmp_path / "t").meta["sparsity"] == 0.5
+    for ticket in search.many(
+        sc.sparsify_(mlp()), Blobs(), sparsities=np.array([0.5, 0.6]), seeds=np.arange(2)
+    ):
+        ticket.save(tmp_path / "t")
+    meta = {"a": np.float32(1), "b": [torch.tensor(2)], "c": np.arange(2), "d": float("nan")}
+    Ticket(ticket.masks, ticket.weights, meta).save(tmp_path / "t")
+    assert Ticket.load(tmp_path / "t").meta == {"a": 1, "b": [2], "c": [0, 1], "d": None}

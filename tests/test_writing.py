@@ -215,3 +215,25 @@ def test_where_no_lock_can_be_files_are_used_without(
     assert (tmp_path / "x").read_bytes() == b"1"
     with held(None), held(Path("/dev/null")):
         pass
+
+
+def test_what_this_process_has_open_is_written_where_it_has_come_to(tmp_path: Path) -> None:
+    """Behind /dev/stdout may lie a log that has lines already, and gets more."""
+    log, link = tmp_path / "log", tmp_path / "link"
+    log.write_text("old\n")
+    link.symlink_to("/dev/stdout")
+    script = (
+        "import sys; from pathlib import Path\n"
+        "from sparsecore import metrics_file, writing\n"
+        "for path in map(Path, ['/dev/stdout', '/dev/fd/1', sys.argv[1]]):\n"
+        "    assert writing.is_stream(path)\n"
+        "    metrics_file.catch_up(path, [{'epoch': 1}])\n"
+        "    writing.append(path, 'new\\n'); print('said')\n"
+        "    try: writing.put(path, b'')\n"
+        "    except writing.FileError: print('refused')\n"
+    )
+    for mode in ("a", "w"):
+        with log.open(mode) as out:
+            subprocess.run([sys.executable, "-c", script, link], stdout=out, check=True)
+        lines = (["old"] if mode == "a" else []) + ['{"epoch": 1}', "new", "said", "refused"] * 3
+        assert log.read_text().splitlines() == lines

@@ -38,7 +38,7 @@ from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated
 from ..progress import QUIET, Progress
-from ..recipe import Recipe, optimizer_for
+from ..recipe import Recipe, optimizer_for, steps_in_all
 from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..tied import require_own_weights
@@ -151,7 +151,12 @@ class ContinuousSparsification:
             work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch, saved, by)
             progress.tell("engine", work.engine.told)
             records = run_epochs(
-                work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
+                work,
+                self.epochs,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                draws=bool(by.facts),
             )
         meta = self._meta(sparsity) | {"loss": by.name}
         meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
@@ -290,7 +295,7 @@ class _ContinuousEpochs(StepEpochs):
         super().__init__(batches, watch)
         by = (loss or Loss()).smoothed(search.recipe.label_smoothing)
         self.net = net
-        steps = search.epochs * self.length
+        steps = steps_in_all(search.epochs, self.length)
         layers = sparse_layers(net)
         device = next(net.parameters()).device
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}

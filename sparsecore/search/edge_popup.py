@@ -23,7 +23,7 @@ from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
 from ..patterns import Gated, Masked
 from ..progress import QUIET, Progress
-from ..recipe import Recipe, optimizer_for
+from ..recipe import Recipe, optimizer_for, steps_in_all
 from ..sparsities import (
     Distribution,
     by_layer,
@@ -136,7 +136,12 @@ class EdgePopup:
             work = _PopupEpochs(self, net, hard, batches, sparsities, watch, saved, by)
             progress.tell("engine", work.engine.told)
             records = run_epochs(
-                work, self.epochs, run=run, progress=progress, checkpoint=checkpoint
+                work,
+                self.epochs,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                draws=bool(by.facts),
             )
         work.note()
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
@@ -220,7 +225,7 @@ class _PopupEpochs(StepEpochs):
             pattern.logits.data.copy_(first)
             layer.pattern = self.gated[name] = pattern
         logits = [pattern.logits for pattern in self.gated.values()]
-        device, steps = logits[0].device, search.epochs * self.length
+        device, steps = logits[0].device, steps_in_all(search.epochs, self.length)
         epochs = [(i + 0.5) / self.length for i in range(steps)]
         self.timeline = Timeline(
             {"lr": [self.recipe.lr_at(e, search.epochs) for e in epochs]}, device

@@ -2,16 +2,19 @@
 
 import math
 from abc import ABC, abstractmethod
+from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import torch
 from torch import Tensor
 from typing_extensions import NotRequired, TypedDict
 
 from .. import checkpoints, schema
 from ..batches import EpochBatches, first_flaw
 from ..engine import Engine, Timeline
+from ..process import between_steps, seeded
 from ..progress import Advance, Progress
 from ..writing import FileError
 from .protocol import SearchError, Watch
@@ -44,6 +47,11 @@ class Epochs(ABC):
     rest_kind: Any = Rest
     record_kind: Any = EpochRecord
 
+    @property
+    def device(self) -> torch.device:
+        """Whose generator a step may draw from."""
+        return torch.device("cpu")
+
     @abstractmethod
     def epoch(self, index: int, advance: Advance) -> Record:
         """Epoch `index`, a call of `advance` for each step."""
@@ -65,13 +73,21 @@ class Epochs(ABC):
 
 
 def run_epochs(
-    search: Epochs, epochs: int, *, run: str, progress: Progress, checkpoint: Path | None
+    search: Epochs,
+    epochs: int,
+    *,
+    run: str,
+    progress: Progress,
+    checkpoint: Path | None,
+    draws: bool,
 ) -> list[Record]:
     """The records of all epochs; runs those that an interrupted search has left.
 
     Args:
         run: the search's `checkpoints.fingerprint`.
         checkpoint: written after every epoch.
+        draws: whether a loss of the user's may draw from torch's generators: each epoch has its own seed then, so that
+            a search that goes on draws the same.
 
     Errors: SearchError for a checkpoint of another search, FileError for one that is none, and what an epoch raises.
     """
@@ -81,7 +97,8 @@ def run_epochs(
         advance(len(records) * search.length)
         for index in range(len(records), epochs):
             start = perf_counter()
-            record = search.epoch(index, advance)
+            with seeded(index, [search.device]) if draws else nullcontext():
+                record = search.epoch(index, advance)
             records.append(record)
             if checkpoint is not None:
                 tensors, rest = search.state()
@@ -165,6 +182,10 @@ class StepEpochs(Epochs):
     engine: Engine
     timeline: Timeline  # of the whole search
 
+    @property
+    def device(self) -> torch.device:
+        return self.engine.feed.device
+
     def __init__(self, batches: EpochBatches, watch: Watch | None) -> None:
         self.batches, self.watch, self.length = batches, watch, len(batches)
 
@@ -185,6 +206,7 @@ class StepEpochs(Epochs):
             engine()
             samples += engine.feed.size
             advance()
+            between_steps()
         # The epoch's only host sync.
         mean = check_finite(self.mean(samples), index, "task", self.batches)
         record = {"epoch": index + 1, "objective": mean}

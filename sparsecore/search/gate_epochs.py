@@ -14,7 +14,9 @@ from ..engine import Way, feed_of, launch, takes_images
 from ..losses import Loss
 from ..objectives import TeacherMemory
 from ..patterns import Gated, Masked
+from ..process import between_steps
 from ..progress import Advance
+from ..recipe import steps_in_all
 from ..sparsities import masks_from_scores
 from ..writing import FileError
 from .epochs import Epochs, Record, check_finite
@@ -70,7 +72,7 @@ class GateEpochs(Epochs):
         self.loss = loss
         self.search, self.members, self.batches, self.watch = search, members, batches, watch
         self.model, self.gated, self.length = model, gated, len(batches)
-        self.steps = search.epochs_for(members[0][0]) * self.length
+        self.steps = steps_in_all(search.epochs_for(members[0][0]), self.length)
         self.drop_at, self.dropped = int(search.lr_drop_at * self.steps), False
         self._made: SearchStep | None = None
         free = search.channels_last is None and search.fusible and len(members) == 1
@@ -83,6 +85,10 @@ class GateEpochs(Epochs):
             start=Way(channels_last=bool(search.channels_last)),
             layouts=free and takes_images(model),
         )
+
+    @property
+    def device(self) -> torch.device:
+        return self.engine.feed.device
 
     @property
     def step(self) -> SearchStep:
@@ -108,6 +114,7 @@ class GateEpochs(Epochs):
                 self._drop_lr()
             self.engine()
             advance()
+            between_steps()
         means = (self.step.total / self.length).tolist()
         mean = check_finite(
             sum(means) / len(means), index, self.search.objective.name, self.batches

@@ -198,7 +198,14 @@ class AbstractGateSearch(ABC):
             saved = way_of(checkpoint, run)
             work = GateEpochs(self, model, gated, members, batches, watch, saved, loss)
             progress.tell("engine", work.engine.told)
-            records = run_epochs(work, epochs, run=run, progress=progress, checkpoint=checkpoint)
+            records = run_epochs(
+                work,
+                epochs,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                draws=bool(loss.facts),
+            )
             found = work.scores()
         tickets = []
         for i, (scores, member) in enumerate(zip(found, members, strict=True)):

@@ -102,7 +102,12 @@ class Iterative:
         work = _Rounds(self, model, batches, schedule, watch, by)
         with _patterns_put_back(layers):
             records = run_epochs(
-                work, self.rounds, run=run, progress=progress, checkpoint=checkpoint
+                work,
+                self.rounds,
+                run=run,
+                progress=progress,
+                checkpoint=checkpoint,
+                draws=bool(by.facts),
             )
         if watch is not None:
             meta["progress"] = records
@@ -143,6 +148,10 @@ class _Rounds(Epochs):
             name: torch.zeros(search.granularity.units(w.shape), device=w.device)
             for name, w in weights.items()
         }
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.standing.values())).device
 
     def epoch(self, index: int, advance: Advance) -> Record:
         self._mask_(index)

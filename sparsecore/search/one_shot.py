@@ -1,5 +1,6 @@
 """OneShot: score every weight once, keep the best."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from ..granularity import Granularity, Weight
 from ..kinds import check_fields
 from ..loaders import batches_of
 from ..losses import LossLike, loss_of
+from ..process import seeded
 from ..progress import QUIET, Progress
 from ..scores import Score, score_name, scored
 from ..sparsities import Distribution, by_layer, check_possible
@@ -64,7 +66,10 @@ class OneShot:
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         densities = by_layer(self.distribution, shapes, sparsity, self.granularity)
         check_possible(shapes, sparsity, self.granularity, densities)
-        found = scored(self.score, model, whole_epoch(batches, 0), self.seed, by)
+        device = next(iter(layers.values())).raw_weight.device
+        # A loss of the user's may draw.
+        with seeded(self.seed, [device]) if by.facts else nullcontext():
+            found = scored(self.score, model, whole_epoch(batches, 0), self.seed, by)
         scores = {name: self.granularity.mean(values) for name, values in found.items()}
         meta = {
             "method": score_name(self.score),

@@ -15,6 +15,7 @@ import pytest
 import torch
 from helpers import Blobs, convolutional, equal, mlp, randn
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.batches import Batch
@@ -269,3 +270,42 @@ def test_what_no_ticket_can_be_is_told_before_the_search(search: Any) -> None:
         replace(search, granularity=NM(1, 4))(network(), Untouched(), sparsity=0.5)
     with pytest.raises(ValueError, match="sparsify_"):
         search(mlp(), Untouched(), sparsity=0.5)
+
+
+class Noisy(nn.Module):
+    """A loss that draws from the global generators, as mixing and noise in losses do."""
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output + torch.randn_like(output), target)
+
+
+@each_search
+def test_a_loss_that_draws_leaves_generators_alone_and_resumes_exactly(
+    name: str, tmp_path: Path
+) -> None:
+    if getattr(getattr(SEARCHES[name], "objective", None), "classes", False):
+        pytest.skip("its objective is not the loss")
+    search, state = SEARCHES[name], torch.get_rng_state()
+    options = {"sparsity": 0.6, "loss": sc.Loss(Noisy(), class_axis=1)}
+    expected = search(network(), Blobs(), **options)
+    assert torch.equal(torch.get_rng_state(), state)
+    with pytest.raises(KeyboardInterrupt):
+        dies_at = 4 if name == "synflow" else 12
+        search(network(), Read(dies_at), **options, checkpoint=tmp_path / "c")
+    assert torch.equal(torch.get_rng_state(), state)
+    with seeded_elsewhere():
+        found = search(network(), Blobs(), **options, checkpoint=tmp_path / "c")
+    assert equal(facts(found), facts(expected))
+    one_shot = sc.OneShot(snip)
+    first = one_shot(network(), Blobs(), **options)
+    with seeded_elsewhere():
+        assert one_shot(network(), Blobs(), **options).hash == first.hash
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@contextmanager
+def seeded_elsewhere() -> Iterator[None]:
+    state = torch.get_rng_state()
+    torch.manual_seed(99)
+    yield
+    torch.set_rng_state(state)
