@@ -26,7 +26,9 @@ R = TypeVar("R")
 _PART = ".sparsecore-part"  # how the names of files end that are still being written
 _LOCK = ".sparsecore-lock"
 _LONGEST = 200  # bytes of a name, to which ours is added; file systems take 255
-_OWN = ("/dev/stdout", "/dev/stderr", "/dev/fd/", "/proc/self/fd/")  # may lead to files
+# What a process has open, by name.
+_FDS = ("/dev/fd", "/proc/self/fd")
+_STREAMS = {"stdin": "0", "stdout": "1", "stderr": "2"}
 
 
 class FileError(ValueError):
@@ -73,7 +75,7 @@ def append(path: Path, text: str) -> None:
     try:
         with os.fdopen(_open(path), "wb", buffering=0) as file:
             end = os.fstat(file.fileno())
-            plain = stat.S_ISREG(end.st_mode) and not _is_own(path)
+            plain = stat.S_ISREG(end.st_mode) and _own(path) is None
             data = memoryview(text.encode())
             try:
                 while data:
@@ -92,27 +94,29 @@ def _open(path: Path) -> int:
     """To write at the end.  What this process has open already is used where it has come to: a file behind /dev/stdout
     that is opened again would be written over by what is printed next.
     """
-    own = {"/dev/stdout": "1", "/dev/stderr": "2"}.get(str(path), path.name)
-    if str(path).startswith(_OWN) and own.isdigit():
+    own = _own(path)
+    if own is not None:
         sys.stdout.flush()
-        return os.dup(int(own))
+        return os.dup(own)
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
 
 
 def is_stream(path: Path) -> bool:
     """Whether there is a pipe or device, which takes text and is not replaced; /dev/stdout is one wherever it leads."""
-    return _is_own(path) or (path.exists() and not path.is_file() and not path.is_dir())
+    return _own(path) is not None or (path.exists() and not path.is_file() and not path.is_dir())
 
 
-def _is_own(path: Path) -> bool:
-    """Whether it is, or links to, what this process has open: behind it may lie a file, which others write too."""
+def _own(path: Path) -> int | None:
+    """The descriptor that it is or links to, of what this process has open: behind it may lie a file of many writers."""
     for _ in range(40):  # as many links as Linux follows
-        if str(path.absolute()).startswith(_OWN):
-            return True
+        folder, _, name = str(path.absolute()).rpartition("/")
+        if folder in _FDS or (folder == "/dev" and name in _STREAMS):
+            name = _STREAMS.get(name, name)
+            return int(name) if name.isdigit() else None
         if not path.is_symlink():
-            return False
+            return None
         path = path.parent / path.readlink()
-    return False
+    return None
 
 
 def target_of(path: Path) -> Path:
@@ -130,7 +134,7 @@ def _target(path: Path) -> tuple[Path, int | None]:
     """Where links lead, and the permissions of the file there."""
     if "\0" in str(path):
         raise FileError(f"{str(path)!r}: expected a name without NUL, got one")
-    if _is_own(path):
+    if _own(path) is not None:
         raise FileError(f"{path}: expected the name of a file, got a pipe or device")
     target = Path(os.path.realpath(path))
     try:
