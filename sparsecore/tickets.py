@@ -53,6 +53,8 @@ class Ticket:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if self.unsaved is not None:
+            self.unsaved.belongs_to(self.masks)
 
     @classmethod
     @checked
@@ -262,7 +264,7 @@ class Ticket:
         except (TypeError, ValueError) as error:
             raise TicketError(str(error)) from None
         if self.unsaved is not None:
-            self.unsaved.saved()
+            self.unsaved.saved(self.masks)
 
     @classmethod
     @checked

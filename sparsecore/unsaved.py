@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,12 +15,15 @@ class Unsaved:
         paths: its files as they are now, and folders, which go if they are empty by then; in the order of going.
         waiting: the tickets of the search that are not saved yet, one set for all of them.
         ticket: which of them this one is.
+        seen: by path, which file it was.
+        masks: of the first ticket that had this: a variant with others is not what the search found.
     """
 
     paths: tuple[Path, ...]
     waiting: set[int]
     ticket: int
     seen: dict[Path, tuple[int, ...]] = field(default_factory=dict)
+    masks: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, paths: Iterable[Path | None], tickets: int = 1) -> "list[Unsaved]":
@@ -29,8 +33,18 @@ class Unsaved:
         waiting, seen = set(range(tickets)), {path: _identity(path) for path in known}
         return [cls(known, waiting, i, seen) for i in range(tickets)]
 
-    def saved(self) -> None:
-        """Removes the files once all tickets are safe; those that another run has written since stay."""
+    def belongs_to(self, masks: Any) -> None:
+        """Notes the masks of the search's own ticket."""
+        if not self.masks:
+            self.masks.append(masks)
+
+    def saved(self, masks: Any = None) -> None:
+        """Removes the files once all tickets are safe; those that another run has written since stay.
+
+        masks: of the ticket that was saved, if it may be a variant.
+        """
+        if masks is not None and self.masks and masks is not self.masks[0]:
+            return
         self.waiting.discard(self.ticket)
         for path in () if self.waiting else self.paths:
             with contextlib.suppress(OSError):  # a file too many is no harm

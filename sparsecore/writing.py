@@ -107,7 +107,7 @@ def is_stream(path: Path) -> bool:
 
 
 def _own(path: Path) -> int | None:
-    """The descriptor that it is or links to, of what this process has open: behind it may lie a file of many writers."""
+    """The descriptor that it is or links to, of what this process has open: behind it may lie a file of others."""
     for _ in range(40):  # as many links as Linux follows
         folder, _, name = str(path.absolute()).rpartition("/")
         if folder in _FDS or (folder == "/dev" and name in _STREAMS):

@@ -194,6 +194,7 @@ def test_a_ticket_that_is_not_saved_is_there_again_at_once(name: str, tmp_path: 
     assert not watched
     assert equal(facts(ticket), facts(expected)) and ticket.meta == expected.meta
     ticket.shuffled(0).save(tmp_path / "control")
+    replace(ticket, masks={n: ~m for n, m in ticket.masks.items()}).save(tmp_path / "control")
     assert options["checkpoint"].exists()  # of the ticket itself
     ticket.save(tmp_path / "ticket")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["control", "ticket"]
