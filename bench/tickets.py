@@ -167,8 +167,11 @@ class _Run:
         self._once(provider, mode, "rewind time", "s", f"{found['rewind']:.1f}")
         self._once(provider, mode, "search time", "s", f"{found['search']:.1f}")
         # Apart from the first, which compiles and captures, where the others only compute.
-        later = spread_of(found["epochs"][1:] or found["epochs"])
-        self._once(provider, mode, "search epoch", "s", *(f"{value:.3f}" for value in later))
+        if (
+            epochs := found["epochs"][1:] or found["epochs"]
+        ):  # none where a killed run had ended its search
+            later = (f"{value:.3f}" for value in spread_of(epochs))
+            self._once(provider, mode, "search epoch", "s", *later)
         self._once(provider, mode, "density kept", "%", f"{100 * ticket.density:.3f}")
         plan, checkpoint = self.plan, self.folder / f"{name}.training"
         say(f"{self.case}: training the {length} search's ticket, {plan.training_epochs} epochs")

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.parameter import is_lazy
 
 from .batches import kind_of
 from .kinds import KindError, of_kinds
@@ -121,6 +122,8 @@ def require_trainable_tensors(model: nn.Module, what: str, *, values: bool) -> N
     that has none.
     """
     for name, t in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(t):  # told where it matters
+            continue
         if t.is_inference():
             raise ValueError(
                 f"{what}: expected a model that can train, got {name} made under torch.inference_mode(), which never "

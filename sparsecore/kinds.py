@@ -118,7 +118,8 @@ def _of_its_kind(name: str, value: Any, hint: Any) -> Any:
 def _plain(value: Any, hint: Any) -> Any:
     """Numbers of numpy and torch as Python's, which files can hold; 2.0 as 2 where whole ones are asked for."""
     kinds = (hint, *get_args(hint))
-    number: Any = value if isinstance(value, (np.generic, np.ndarray, Tensor, Real)) else None
+    numbers = (np.generic, np.ndarray, Tensor, Real)
+    number: Any = value if isinstance(value, numbers) and Tensor not in kinds else None
     if number is not None and not isinstance(number, int):
         if float in kinds and not isinstance(number, float) and _is_a_number(number, float):
             return number.item() if hasattr(number, "item") else float(number)

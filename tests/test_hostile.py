@@ -11,12 +11,12 @@ from random import Random
 
 import pytest
 import torch
-from conftest import ROOT
 
 from tests.hostile import disk, judge, mutations
 from tests.hostile.faults import Changes, full
 from tests.hostile.sandbox import Input, Outcome, outcomes
 
+ROOT = Path(__file__).resolve().parent.parent
 linux = pytest.mark.skipif(sys.platform != "linux", reason="processes are watched by /proc")
 
 

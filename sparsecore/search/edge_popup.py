@@ -78,6 +78,8 @@ class EdgePopup:
         check_fields(self)
         check_engine(self.engine)
         check_weights(self.weights)
+        if self.epochs < 1:
+            raise ValueError(f"epochs: expected at least 1, got {self.epochs}")
         _ = self.recipe  # refuses bad numbers
 
     @property
