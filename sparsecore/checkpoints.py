@@ -168,8 +168,7 @@ def fingerprint(
     digest = hashlib.sha256(repr((facts, data)).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
+        digest.update(safefile.bytes_of(value).data)
     return digest.hexdigest() + _of_contents(batches)
 
 
@@ -202,7 +201,7 @@ def _digest_of(data: Sequence[Tensor | np.ndarray]) -> str:
         if t.is_floating_point():
             told += [f"{value:.6g}" for value in _sums_over_places(t)]
         else:
-            told.append(hashlib.sha256(t.view(torch.uint8).numpy().tobytes()).hexdigest())
+            told.append(hashlib.sha256(safefile.bytes_of(t).data).hexdigest())
     return "-" + hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
 

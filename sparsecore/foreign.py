@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+from . import schema
 from .convert import dense_layers, is_prunable, sparse_layers
 from .layer import weight_key
 from .tied import holders
@@ -82,6 +83,8 @@ def prune_(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor], model: nn
         raise ValueError(
             f"the ticket is for another model: expected the same weights, got others in {', '.join(missing[:4])}"
         )
+    for key, value in weights.items():
+        schema.castable(value, state[key], f"the ticket's weight {key}")
     shared = holders(model)
     places: list[tuple[nn.Module, str, Tensor]] = []
     for name, mask in masks.items():

@@ -30,13 +30,15 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *,
     if (odd := _no_text(tensors)) is not None:
         raise FileError(f"{path}: expected names of plain text, got {odd!r}; rename the layer")
     check_name(path)
-    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    # Clones share no storage, and lie row by row whatever their strides were.
+    plain = {
+        name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, t in tensors.items()
+    }
     text = _canonical(dict(meta))
     entry = {"format": f"sparsecore/{kind}", "version": VERSION, "digest": _digest(plain, text)}
     header = {"sparsecore": json.dumps(entry | {"meta": json.loads(text)}, sort_keys=True)}
-    put(
-        path, save({name: t.clone() for name, t in plain.items()}, header)
-    )  # clones share no storage
+    put(path, save(plain, header))
 
 
 def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -109,8 +111,16 @@ def _digest(tensors: Mapping[str, Tensor], meta: str) -> str:
     for name in sorted(tensors):
         t = tensors[name]
         digest.update(f"\0{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        digest.update(t.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(bytes_of(t).data)
     return digest.hexdigest()
+
+
+def bytes_of(t: Tensor) -> np.ndarray:
+    """The tensor's bytes, row by row, without a copy where it lies so on the CPU."""
+    flat = t.detach().cpu().contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # of one entry, which counts as contiguous whatever its stride
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy()
 
 
 def _what_is(path: Path) -> str:

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ParamSpec, TypeVar, cast
+from typing import ParamSpec, TypeVar
 
 try:
     import fcntl
@@ -273,7 +273,9 @@ def alone(*names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
         def holding(*args: P.args, **kwargs: P.kwargs) -> R:
             with contextlib.ExitStack() as stack:
                 for name in names:
-                    stack.enter_context(held(cast(Path | None, kwargs.get(name))))
+                    path = kwargs.get(name)
+                    if isinstance(path, (str, os.PathLike)):  # others the function refuses
+                        stack.enter_context(held(Path(path)))
                 return function(*args, **kwargs)
 
         return holding

@@ -43,7 +43,7 @@ from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..tied import require_own_weights
 from ..unsaved import Unsaved
-from .epochs import StepEpochs, run_epochs, way_of
+from .epochs import StepEpochs, require_finite, run_epochs, way_of
 from .kept import Kept
 from .penalty import fit_penalty
 from .protocol import Watch, require_full_precision
@@ -161,7 +161,7 @@ class ContinuousSparsification:
         meta = self._meta(sparsity) | {"loss": by.name}
         meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
         meta["engine"] = str(work.engine.way)
-        scores = {name: pattern.logits.detach() for name, pattern in work.gated.items()}
+        scores = require_finite({n: p.logits.detach() for n, p in work.gated.items()})
         ticket = Ticket.from_scores(scores, model, sparsity, self.granularity, meta=meta)
         return replace(ticket, unsaved=Unsaved.of([checkpoint])[0])
 

@@ -37,7 +37,7 @@ from ..telling import note_gradients
 from ..tickets import Ticket, dense_state
 from ..tied import require_own_weights
 from ..unsaved import Unsaved
-from .epochs import StepEpochs, run_epochs, way_of
+from .epochs import StepEpochs, require_finite, run_epochs, way_of
 from .finished import check_weights, searched_in
 from .protocol import Watch, require_full_precision
 from .told import telling
@@ -147,7 +147,7 @@ class EdgePopup:
             )
         work.note()
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
-        scores = {name: score.cpu() for name, score in work.scores().items()}
+        scores = require_finite({name: score.cpu() for name, score in work.scores().items()})
         meta = self._meta(sparsity) | {"progress": records, "engine": str(work.engine.way)}
         meta["loss"] = by.name
         ticket = Ticket(masks, dense_state(hard), meta, scores)

@@ -2,6 +2,7 @@
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from time import perf_counter
@@ -171,6 +172,16 @@ def check_finite(mean: float, index: int, objective: str, batches: EpochBatches)
             "the start weights, or lower lr"
         )
     return mean
+
+
+def require_finite(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The scores that a search ended with.  Errors: SearchError for some that are not finite."""
+    for name, values in scores.items():
+        if not schema.all_finite(values):
+            raise SearchError(
+                f"the scores of layer {name} are not finite: lower lr, check the data, or remove a checkpoint of others"
+            )
+    return dict(scores)
 
 
 class StepEpochs(Epochs):

@@ -29,7 +29,7 @@ from ..sparsities import check_possible, check_sparsity
 from ..tickets import Ticket
 from ..tied import require_own_weights
 from ..unsaved import Unsaved
-from .epochs import run_epochs, way_of
+from .epochs import require_finite, run_epochs, way_of
 from .gate_epochs import GateEpochs
 from .many_step import ManyStep
 from .penalty import fit_penalty
@@ -206,7 +206,7 @@ class AbstractGateSearch(ABC):
                 checkpoint=checkpoint,
                 draws=bool(loss.facts),
             )
-            found = work.scores()
+            found = [require_finite(scores) for scores in work.scores()]
         tickets = []
         for i, (scores, member) in enumerate(zip(found, members, strict=True)):
             meta = self._meta(*member)

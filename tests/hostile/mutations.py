@@ -12,6 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from sparsecore.safefile import bytes_of
+
 DTYPES = [
     torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64, torch.float16,
     torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.float8_e4m3fn,
@@ -91,7 +93,7 @@ class Contents:
         for name in sorted(plain):
             t = plain[name]
             digest.update(f"\0{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-            digest.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(bytes_of(t).tobytes())
         rest = {"format": self.format, "version": self.version, "digest": digest.hexdigest()}
         entry = json.dumps(rest)[:-1] + f', "meta": {text}}}'
         return save(plain, {"sparsecore": entry})
