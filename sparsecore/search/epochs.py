@@ -103,6 +103,7 @@ def run_epochs(
             records.append(record)
             if checkpoint is not None:
                 tensors, rest = search.state()
+                require_finite(tensors)  # which nothing could go on from
                 meta = {"search": rest, "records": records, "run": run}
                 meta["seconds"] = before + perf_counter() - began
                 checkpoints.write(checkpoint, tensors, meta)
@@ -174,14 +175,15 @@ def check_finite(mean: float, index: int, objective: str, batches: EpochBatches)
     return mean
 
 
-def require_finite(scores: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The scores that a search ended with.  Errors: SearchError for some that are not finite."""
-    for name, values in scores.items():
+def require_finite(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a search has come to, or its scores.  Errors: SearchError for numbers that are not finite."""
+    for name, values in found.items():
         if not schema.all_finite(values):
             raise SearchError(
-                f"the scores of layer {name} are not finite: lower lr, check the data, or remove a checkpoint of others"
+                f"search: expected finite numbers, got others in {name}: lower lr, check the data, or remove a "
+                "checkpoint of others"
             )
-    return dict(scores)
+    return dict(found)
 
 
 class StepEpochs(Epochs):

@@ -185,7 +185,7 @@ class GateEpochs(Epochs):
     def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         tensors = {name: value.contiguous() for name, value in self.step.tensors().items()}
         memory = self.step.net.memory
-        if memory is not None and memory.table is not None:
+        if memory is not None and memory.table is not None and schema.all_finite(memory.table):
             tensors["teacher"] = memory.table
         return tensors, {"dropped": self.dropped, "engine": str(self.engine.way)}
 
