@@ -131,7 +131,7 @@ def _seed(seed: int, devices: Sequence[torch.device]) -> None:
 
 def between_steps() -> None:
     """Lets another thread draw, if one waits and nothing around this thread's `seeded` holds generators too."""
-    if not drawing.wanted or drawing.depth != 1 or not _seeded:
+    if not (drawing.mine and drawing.wanted and drawing.depth == 1 and _seeded):
         return
     mine = _seeded.pop()
     mine.swap()
