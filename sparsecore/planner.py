@@ -86,7 +86,7 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.entries = self._read()
+        self.entries, self.unwritten = self._read(), False
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -101,15 +101,23 @@ class Cache:
         A folder that cannot be written costs only time.
         """
         try:
-            return read(self.entries[key])
+            found = read(self.entries[key])
+            if self.unwritten:  # the disk was full
+                self._write()
+            return found
         except (KeyError, TypeError, ValueError, AttributeError):
             pass  # new, or of another version
         made = json.loads(json.dumps(make()))  # as it will be read
         self.entries = self._read() | self.entries | {key: made}  # other programs write it too
+        self._write()
+        return read(made)
+
+    def _write(self) -> None:
+        self.unwritten = True
         with suppress(OSError, FileError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             put(self.path, json.dumps(self.entries, indent=1).encode())
-        return read(made)
+            self.unwritten = False
 
 
 @functools.cache
