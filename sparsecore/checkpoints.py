@@ -108,9 +108,8 @@ def check_optimizer(
         raise safefile.FileError(
             f"optimizer: expected {', '.join(slots)} of {len(parameters)} parameters, got {', '.join(entries)[:80]}"
         )
-    if state and isinstance(
-        optimizer, torch.optim.SGD
-    ):  # wants a buffer of all or none: 0 is what one begins as
+    # SGD wants a buffer of all or none: 0 is what one begins as.
+    if state and isinstance(optimizer, torch.optim.SGD):
         for index, parameter in enumerate(parameters):
             if index not in state and parameter.requires_grad:
                 state[index] = {"momentum_buffer": torch.zeros_like(parameter)}

@@ -70,13 +70,10 @@ def _parts(model: nn.Module) -> dict[int, Any]:
     for module in model.modules():
         if not isinstance(module, (Dense, Gated, Masked, Planned)):
             tensors = [*module._parameters.values(), *module._buffers.values()]
+            found += [t for t in tensors if t is not None]
             # An activation that two models share holds nothing; whether dropout draws is a mode of its own.
-            bare = not tensors and not any(module.children()) and not isinstance(module, _DropoutNd)
-            found += (
-                [t for t in tensors if t is not None]
-                if bare
-                else [module, *(t for t in tensors if t is not None)]
-            )
+            if tensors or any(module.children()) or isinstance(module, _DropoutNd):
+                found.append(module)
     return {id(part): part for part in found}
 
 

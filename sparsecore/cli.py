@@ -257,9 +257,7 @@ def info(
     json_file: Json = None,
 ) -> None:
     """Show a ticket's layers, live rows and columns, and where it comes from; --json has all of it."""
-    device_of(
-        device
-    )  # the file alone is looked at; one that this machine lacks is a slip all the same
+    device_of(device)  # the file alone is looked at; one that is not there is a slip all the same
     check_paths({"the ticket": ticket}, written={"--json": json_file})
     loaded = Ticket.load(ticket)
     table, rows = layers_of(loaded, str(ticket))

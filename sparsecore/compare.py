@@ -74,6 +74,15 @@ def file_stem(method: str, windows: bool = os.name == "nt") -> str:
     return method.replace(":", ";") if windows else method
 
 
+# A field that a file's version did not have was what it is by default.
+_DEFAULTS = {f.name: f.default for f in fields(Setup) if f.default is not MISSING}
+
+
+def _facts_of(setup: Setup) -> dict[str, Any]:
+    """As a file has them."""
+    return json.loads(json.dumps(asdict(setup)))
+
+
 class _Known(TypedDict):
     """Of a ticket's provenance, what comparisons need."""
 
@@ -92,10 +101,8 @@ class Comparison:
 
     def __init__(self, folder: Path, setup: Setup, engine: str = "auto") -> None:
         self.folder, self.setup, self.engine = folder, setup, engine
-        wanted = json.loads(json.dumps(asdict(setup)))
-        # A field that the folder's version did not have was what it is by default.
-        known = {f.name: f.default for f in fields(Setup) if f.default is not MISSING}
-        found = known | (self._stored() or wanted)
+        wanted = _facts_of(setup)
+        found = _DEFAULTS | (self._stored() or wanted)
         self.files = {name: found.pop(name, None) for name in _DIGESTS}
         if found != wanted:
             differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
@@ -199,9 +206,10 @@ class Comparison:
             schema.facts(ticket.meta, _Known, str(path))
         except FileError as error:
             raise FileError(f"{error}; remove it, and it is searched again") from None
-        own = asdict(self.setup.start_of(cell.base)) | {"image_size": None}
-        told = ticket.meta["setup"] | {"image_size": None}  # a folder's may be its images' median
-        if ticket.meta["search"] != cell.base or told != json.loads(json.dumps(own)):
+        any_size = {"image_size": None}  # a folder's may be its images' median
+        own = _facts_of(self.setup.start_of(cell.base)) | any_size
+        told = _DEFAULTS | ticket.meta["setup"] | any_size
+        if ticket.meta["search"] != cell.base or told != own:
             raise FileError(
                 f"{path}: expected the ticket of {cell.base} that this comparison found, got another; remove it"
             )

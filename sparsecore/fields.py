@@ -10,6 +10,8 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 from .control import CONTROLS, AbstractController
 from .gates import GATES, AbstractGate
 from .objectives import OBJECTIVES, Objective
+from .schema import facts
+from .writing import FileError
 
 T = TypeVar("T")
 _WHOLE = 2**63  # an int64's, which counts and seeds become
@@ -137,11 +139,9 @@ def _settable(hint: Any) -> bool:
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of a field's type; a tuple's is a list of numbers."""
-    if get_origin(hint) is tuple:
-        return isinstance(value, list) and all(_fits(v, float) for v in value)
-    if get_args(hint):
-        return any(_fits(value, kind) for kind in get_args(hint))
-    if isinstance(value, bool):
-        return hint is bool
-    return isinstance(hint, type) and isinstance(value, (int, float) if hint is float else hint)
+    """Whether a JSON value is of a field's type."""
+    try:
+        facts(value, hint, "")
+    except FileError:
+        return False
+    return True

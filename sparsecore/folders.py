@@ -25,9 +25,8 @@ _TOOL_FOLDERS = {
     "system volume information",
 }  # fmt: skip
 _TOOL_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini"}
-_MOST_VISITS = (
-    64  # of a folder within a class, by links: a few that lead to each other are millions of ways
-)
+# Of a folder within a class, by links: a few that lead to each other are millions of ways.
+_MOST_VISITS = 64
 _HELD_OUT = 6  # every sixth image is a test image where there is no test folder
 
 

@@ -90,14 +90,9 @@ def check_fields(value: Any) -> None:
 
 
 def _checked(name: str, value: Any, hint: Any) -> Any:
-    if Path in (hint, *get_args(hint)) and str not in get_args(hint):
-        return (
-            Path(value) if isinstance(value, (str, PathLike)) else _of_its_kind(name, value, hint)
-        )
-    return _of_its_kind(name, value, hint)
-
-
-def _of_its_kind(name: str, value: Any, hint: Any) -> Any:
+    is_path = Path in (hint, *get_args(hint)) and str not in get_args(hint)
+    if is_path and isinstance(value, (str, PathLike)):
+        return Path(value)
     if not _fits(value, hint):
         items = get_args(hint)
         if isinstance(value, Mapping) and issubclass(get_origin(hint) or object, Mapping):

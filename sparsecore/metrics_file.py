@@ -49,12 +49,14 @@ def catch_up(path: Path, records: Sequence[dict[str, Any]]) -> None:
     Errors: as `lines_of`, with the file as it was.
     """
     lines = lines_of(path)
-    if (
-        not is_stream(path)
-        and path.exists()
-        and path.read_bytes() != (whole := "".join(lines).encode())
-    ):
-        put(path, whole)
-    known = [json.loads(text) for text in lines]
-    if missed := [line(record) for record in records if finite(record) not in known]:
+    if lines or (path.is_file() and not is_stream(path)):
+        whole = "".join(lines).encode()
+        if path.read_bytes() != whole:
+            put(path, whole)
+    known = {_canonical(json.loads(text)) for text in lines}
+    if missed := [line(record) for record in records if _canonical(record) not in known]:
         append(path, "".join(missed))
+
+
+def _canonical(record: dict[str, Any]) -> str:
+    return json.dumps(finite(record), sort_keys=True)

@@ -129,9 +129,7 @@ def round_path(folder: Path, index: int) -> Path:
 def round_files(folder: Path) -> list[Path]:
     """The files of the folder's rounds in order, none if there are none.  Errors: RoundError for a gap."""
     try:
-        found = set(
-            folder.glob("round-*.safetensors")
-        )  # not the ones that a kill left half written
+        found = set(folder.glob("round-*.safetensors"))
     except OSError as error:
         raise RoundError(f"{folder}: expected a folder of rounds ({error.strerror})") from None
     paths = [round_path(folder, index) for index in range(len(found))]

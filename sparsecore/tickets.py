@@ -211,10 +211,11 @@ class Ticket:
         found = {name: layer.weight_shape for name, layer in layers.items()}
         _check_names("sparse layers", self.masks, found, subset=True)
         _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
-        if other := [n for n, m in self.masks.items() if m.dtype != torch.bool]:
-            raise TicketError(
-                f"masks: expected bool tensors, got {self.masks[other[0]].dtype} for {other[0]}"
-            )
+        for name, mask in self.masks.items():
+            if (mask.dtype, mask.layout) != (torch.bool, torch.strided):
+                raise TicketError(
+                    f"masks: expected dense bool tensors, got {mask.dtype}, {mask.layout} for {name}"
+                )
         if weights:
             _check_names("weights", self.weights, own)
             _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
@@ -312,7 +313,7 @@ class Ticket:
     @checked
     def shuffled(self, seed: int) -> "Ticket":
         """Each layer keeps as many units, at random places: the layerwise shuffle control."""
-        generator = torch.Generator().manual_seed(int(seed))
+        generator = torch.Generator().manual_seed(seed)
         noise = {
             name: torch.rand(self.granularity.units(mask.shape), generator=generator)
             for name, mask in self.masks.items()

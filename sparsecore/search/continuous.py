@@ -156,7 +156,6 @@ class ContinuousSparsification:
                 run=run,
                 progress=progress,
                 checkpoint=checkpoint,
-                draws=bool(by.facts),
             )
         meta = self._meta(sparsity) | {"loss": by.name}
         meta |= {"natural_sparsity": work.natural_sparsity(), "progress": records}
@@ -292,8 +291,8 @@ class _ContinuousEpochs(StepEpochs):
         saved: str | None,
         loss: Loss | None = None,
     ) -> None:
-        super().__init__(batches, watch)
         by = (loss or Loss()).smoothed(search.recipe.label_smoothing)
+        super().__init__(batches, watch, by)
         self.net = net
         steps = steps_in_all(search.epochs, self.length)
         layers = sparse_layers(net)

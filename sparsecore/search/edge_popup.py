@@ -143,7 +143,6 @@ class EdgePopup:
                 run=run,
                 progress=progress,
                 checkpoint=checkpoint,
-                draws=bool(by.facts),
             )
         work.note()
         masks = {name: mask.cpu() for name, mask in work.harden_().items()}
@@ -208,7 +207,7 @@ class _PopupEpochs(StepEpochs):
         saved: str | None,
         loss: Loss | None = None,
     ) -> None:
-        super().__init__(batches, watch)
+        super().__init__(batches, watch, loss or Loss())
         self.search, self.net, self.hard = search, net, hard
         self.sparsities, self.recipe = sparsities, search.recipe
         self.gated: dict[str, Gated] = {}
@@ -233,7 +232,7 @@ class _PopupEpochs(StepEpochs):
             {"lr": [self.recipe.lr_at(e, search.epochs) for e in epochs]}, device
         )
         self.optimizer = optimizer_for(logits, self.recipe, lr=self.timeline.now["lr"])
-        step = TrainingStep(net, loss or Loss(), self.optimizer, timeline=self.timeline)
+        step = TrainingStep(net, self.loss, self.optimizer, timeline=self.timeline)
         self.training = step
         self.engine = launch(
             step.become,

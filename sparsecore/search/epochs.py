@@ -15,6 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from .. import checkpoints, schema
 from ..batches import EpochBatches, first_flaw
 from ..engine import Engine, Timeline
+from ..losses import Loss
 from ..process import between_steps, seeded
 from ..progress import Advance, Progress
 from ..writing import FileError
@@ -41,8 +42,12 @@ class Rest(TypedDict):
 class Epochs(ABC):
     """What a search does in an epoch, and all that an epoch changes.
 
-    Attributes: rest_kind, record_kind: what files hold of `state` and of records, as `schema.facts` takes it.
+    Attributes:
+        loss: of its steps.
+        rest_kind, record_kind: what files hold of `state` and of records, as `schema.facts` takes it.
     """
+
+    loss: Loss
 
     length = 1  # steps in an epoch
     rest_kind: Any = Rest
@@ -80,15 +85,12 @@ def run_epochs(
     run: str,
     progress: Progress,
     checkpoint: Path | None,
-    draws: bool,
 ) -> list[Record]:
     """The records of all epochs; runs those that an interrupted search has left.
 
     Args:
         run: the search's `checkpoints.fingerprint`.
         checkpoint: written after every epoch.
-        draws: whether a loss of the user's may draw from torch's generators: each epoch has its own seed then, so that
-            a search that goes on draws the same.
 
     Errors: SearchError for a checkpoint of another search, FileError for one that is none, and what an epoch raises.
     """
@@ -98,7 +100,8 @@ def run_epochs(
         advance(len(records) * search.length)
         for index in range(len(records), epochs):
             start = perf_counter()
-            with seeded(index, [search.device]) if draws else nullcontext():
+            # A loss of the user's may draw: each epoch has its own seed, so that a search that goes on draws the same.
+            with seeded(index, [search.device]) if search.loss.facts else nullcontext():
                 record = search.epoch(index, advance)
             records.append(record)
             if checkpoint is not None:
@@ -199,8 +202,8 @@ class StepEpochs(Epochs):
     def device(self) -> torch.device:
         return self.engine.feed.device
 
-    def __init__(self, batches: EpochBatches, watch: Watch | None) -> None:
-        self.batches, self.watch, self.length = batches, watch, len(batches)
+    def __init__(self, batches: EpochBatches, watch: Watch | None, loss: Loss) -> None:
+        self.batches, self.watch, self.loss, self.length = batches, watch, loss, len(batches)
 
     @abstractmethod
     def measure(self, watch: Watch) -> float:

@@ -204,7 +204,6 @@ class AbstractGateSearch(ABC):
                 run=run,
                 progress=progress,
                 checkpoint=checkpoint,
-                draws=bool(loss.facts),
             )
             found = [require_finite(scores) for scores in work.scores()]
         tickets = []

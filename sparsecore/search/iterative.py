@@ -107,7 +107,6 @@ class Iterative:
                 run=run,
                 progress=progress,
                 checkpoint=checkpoint,
-                draws=bool(by.facts),
             )
         if watch is not None:
             meta["progress"] = records
