@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from . import safefile, schema
 from .kinds import checked
 from .layer import weight_key
-from .tickets import layer_order, pack_mask, unpack_mask
+from .packed import layer_order, pack_mask, unpack_mask
 
 
 class RoundError(safefile.FileError):

@@ -169,6 +169,9 @@ def test_data_that_a_user_names_is_fetched(
     assert asked == [("mnist", True)] * 3
 
 
+SMALL = ["--method=magnitude", "--rewind-epochs=0", "--recipe=batch=4", "--epochs=1"]
+
+
 @pytest.mark.parametrize(
     "folder", ["pictures", "two words", "it's $HOME", "a\x1b[2Jb", "\udcff\n", "-x"]
 )
@@ -178,17 +181,7 @@ def test_the_next_command_works(
     """In bash, whatever the folder and the ticket are called."""
     out = folder.replace("\udcff", "") + ".t"  # safetensors opens no file of another name than text
     images(Path(folder))
-    small = [
-        "--method",
-        "magnitude",
-        "--rewind-epochs",
-        "0",
-        "--recipe",
-        "batch=4",
-        "--epochs",
-        "1",
-    ]
-    assert main([*DIGITS[:-2], *small, "--data", f"folder:{folder}", f"--out={out}"]) == 0
+    assert main([*DIGITS[:-2], *SMALL, "--data", f"folder:{folder}", f"--out={out}"]) == 0
     (line,) = (x for x in capsys.readouterr().out.splitlines() if x.startswith("next"))
     assert line.isprintable()
     words = line.removeprefix("next").strip()
@@ -204,17 +197,7 @@ def test_the_next_command_is_plain_where_it_can_be(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images(Path("pictures"))
-    small = [
-        "--method",
-        "magnitude",
-        "--rewind-epochs",
-        "0",
-        "--recipe",
-        "batch=4",
-        "--epochs",
-        "1",
-    ]
-    assert main([*DIGITS, *small, "--data", "folder:pictures"]) == 0
+    assert main([*DIGITS, *SMALL, "--data", "folder:pictures"]) == 0
     assert (
         f"next    {shlex.join(['sparsecore', 'train', 't', '--data', 'folder:pictures'])}\n"
         in capsys.readouterr().out
