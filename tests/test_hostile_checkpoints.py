@@ -202,6 +202,26 @@ def test_every_tensor_and_fact_of_a_search_is_looked_at(search: Any, tmp_path: P
         assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+def test_numbers_that_blow_up_are_told_before_anything_is_written(tmp_path: Path) -> None:
+    """Each of them is one that a float32 may be."""
+    path, model, search = tmp_path / "c", sc.sparsify_(mlp()), sc.ConcreteSearch(epochs=3)
+
+    def dying(net: Any) -> float:
+        if path.exists():
+            raise KeyboardInterrupt
+        return 0.0
+
+    with pytest.raises(KeyboardInterrupt):
+        search(model, Blobs(), sparsity=0.5, checkpoint=path, watch=dying)
+    tensors, meta = safefile.read(path, kind="checkpoint")
+    huge = {"m/0": torch.full_like(tensors["m/0"], 3e38), "v/0": torch.zeros_like(tensors["v/0"])}
+    safefile.write(path, tensors | huge, meta, kind="checkpoint")
+    kept = path.read_bytes()
+    with pytest.raises(SearchError, match="finite"):
+        search(model, Blobs(), sparsity=0.5, checkpoint=path)
+    assert path.read_bytes() == kept
+
+
 def test_deep_and_huge_facts_are_refused(tmp_path: Path) -> None:
     deep: Any = 1
     for _ in range(200):

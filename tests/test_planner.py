@@ -15,6 +15,7 @@ from sparsecore.costs import Facts, Machine, Times, predicted, stored
 from sparsecore.kernels import Layer
 from sparsecore.patterns import Masked, Planned
 from sparsecore.planner import Choice, _decided, cache_of, candidates, choose
+from sparsecore.writing import FileError
 
 MACHINE = Machine(flops=1e11, bandwidth=1e10, updates=1e9)
 UPDATE = {"dense": 2.0, "kept": 0.2}
@@ -110,6 +111,21 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found = cache_of(tmp_path / "file" / "plans.json")
     assert choose(rand(20, 30) < 0.1, Layer((20, 30)), randn(8, 30), cache=found).measured
+
+
+def test_what_a_full_disk_refused_is_written_at_the_next_chance(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise FileError("No space left on device")
+
+    found = cache_of(tmp_path / "plans.json")
+    with monkeypatch.context() as patch:
+        patch.setattr(planner, "put", full)
+        assert found.get("key", lambda: [1], list) == [1]
+    assert not found.path.exists()
+    assert found.get("key", lambda: [2], list) == [1]
+    assert json.loads(found.path.read_text()) == {"key": [1]}
 
 
 def test_lazy_layers_choose_at_their_first_use(cache: Path) -> None:

@@ -296,6 +296,27 @@ def test_turns_are_fair_and_taken_between_steps() -> None:
     assert torch.equal(before, torch.get_rng_state())
 
 
+def test_who_does_not_draw_takes_nobodys_turn_away() -> None:
+    """As the steps of a search do that draws nothing itself, beside a training that does and one that waits."""
+
+    def waits() -> None:
+        with process.seeded(4):
+            pass
+
+    with process.seeded(3):
+        expected = torch.rand(2)
+    with process.seeded(3):
+        waiting = Thread(target=waits)
+        waiting.start()
+        while not drawing.wanted:
+            time.sleep(0.001)
+        beside = Thread(target=between_steps)
+        beside.start()
+        beside.join()
+        assert drawing.mine and torch.equal(torch.rand(2), expected)
+    waiting.join()
+
+
 def test_no_turn_is_given_away_from_within_another() -> None:
     with process.seeded(3):
         expected = torch.rand(2)

@@ -124,6 +124,21 @@ def test_what_fails_leaves_the_old_file_and_nothing_else(
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+def test_nothing_that_lies_there_already_is_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever guesses the name of what is being written gains nothing."""
+    monkeypatch.setattr(writing.secrets, "token_hex", lambda _: "00")
+    part, victim = tmp_path / ".file.00.sparsecore-part", tmp_path / "victim"
+    victim.write_text("mine")
+    for plant in (lambda: part.symlink_to(victim), lambda: part.hardlink_to(victim)):
+        monkeypatch.setattr(writing, "sweep", lambda _, plant=plant: plant())
+        with pytest.raises(FileError, match="could not be written"):
+            put(tmp_path / "file", b"data")
+        part.unlink()
+    assert victim.read_text() == "mine" and not (tmp_path / "file").exists()
+
+
 def test_leftovers_of_killed_writes_go_at_the_next_one_and_others_stay(tmp_path: Path) -> None:
     script = (
         "import os, sys; from pathlib import Path; from sparsecore import writing\n"
