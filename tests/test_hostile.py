@@ -12,7 +12,7 @@ from random import Random
 import pytest
 import torch
 
-from tests.hostile import disk, judge, mutations
+from tests.hostile import disk, judge, mutations, sandbox
 from tests.hostile.faults import Changes, full
 from tests.hostile.sandbox import Input, Outcome, outcomes
 
@@ -54,6 +54,28 @@ def grows(seed: int, folder: Path) -> str:
     held = [torch.ones(1 << 26) for _ in range(8)]  # 2 GB
     time.sleep(1)
     return "fine" if held else ""
+
+
+def grows_less(seed: int, folder: Path) -> str:
+    held = torch.ones(1 << 26)  # 256 MB
+    time.sleep(0.5)
+    return "fine" if held.numel() else ""
+
+
+@linux
+def test_what_another_child_holds_hides_nothing(monkeypatch) -> None:
+    monkeypatch.setattr(sandbox, "BYTES", 128 << 20)
+    held = torch.ones(1 << 27)  # 512 MB
+    other = os.fork()
+    if other == 0:
+        time.sleep(60)
+        os._exit(0)
+    del held
+    try:
+        assert "of memory" in ended(grows_less).why
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
 
 
 def exits(seed: int, folder: Path) -> str:

@@ -53,7 +53,7 @@ class _Try:
         self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
-        self.most = _held(os.getpid()) + BYTES
+        self.most = _own(os.getpid()) + BYTES
         self.pid = os.fork()
         if self.pid == 0:
             _child(given, self.folder, said)
@@ -127,12 +127,16 @@ def _end_group(pid: int) -> None:
 def _held(pid: int) -> int:
     """Bytes that the greatest of a process and its children holds; 0 for one that has ended."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        return max([_own(pid), *(_held(int(child)) for child in children)])
     except OSError:
         return 0
-    own = sum(int(line.split()[1]) << 10 for line in lines if line.startswith(_FIELDS))
-    return max([own, *(_held(int(child)) for child in children)])
+
+
+def _own(pid: int) -> int:
+    """Without its children, which are other tries or whatever else was forked off earlier, when more was held."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(_FIELDS))
 
 
 def outcomes(inputs: Iterable[Input], *, at_once: int = 2) -> Iterator[Outcome]:
