@@ -1,8 +1,10 @@
 """Accuracy against sparsity for several methods and seeds, one resumable cell at a time."""
 
+import contextlib
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import MISSING, asdict, fields
 from pathlib import Path
@@ -48,6 +50,15 @@ _DIGESTS = {
     "data_digest": "images or labels than those now in the data",
     "weights_digest": "start weights than those now in the file",
 }
+
+
+def _remove(path: Path) -> None:
+    """A search's checkpoint, a file or a folder; one too many is no harm."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
 
 
 def check_method(setup: Setup, text: str) -> str:
@@ -182,14 +193,16 @@ class Comparison:
             method, searched, sanity = cell.method, corrupted(dataset, cell.seed), ""
         stem = file_stem(method)
         path = self.folder / "tickets" / f"{stem}-{short(cell.sparsity)}-{cell.seed}.safetensors"
+        checkpoint = path.with_suffix(".checkpoint")
         if path.exists():
             ticket = self._known(path, cell)
+            _remove(checkpoint)  # a kill between the two has left it
         else:
             start = self.setup.start_of(cell.base)
             model = self._start(start, cell.seed, dataset, device, progress)
             ticket, seconds = find_ticket(
                 self.setup, model, searched, cell.base, cell.sparsity, cell.seed, device, progress,
-                checkpoint=path.with_suffix(".checkpoint"),
+                checkpoint=checkpoint,
                 rounds=self.folder / "rounds" / f"{stem}-{cell.seed}",
                 engine=self.engine,
             )  # fmt: skip

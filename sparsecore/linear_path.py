@@ -19,6 +19,7 @@ from .batches import EpochBatches
 from .batchnorm import recompute_statistics_, running_norms
 from .convert import plain_state
 from .engine.evaluation import Evaluation
+from .kinds import checked
 from .loaders import batches_of
 from .losses import Loss, LossLike, loss_of
 from .progress import QUIET, Progress
@@ -86,6 +87,7 @@ def threshold_of(threshold: float | None, of: Of) -> float:
     return STABLE if threshold is None else threshold
 
 
+@checked
 @alone("checkpoint")
 def path_errors(
     model: nn.Module,
@@ -116,7 +118,7 @@ def path_errors(
         checkpoint: written after every point; if it exists, only the missing points are measured.
 
     Errors: ValueError for states of another model, fewer than 2 points, BatchNorm without `train_batches`, a
-    checkpoint of another path, a loss that does not fit.
+    checkpoint of another path, a loss that does not fit; KindError for arguments of other kinds.
     """
     check_points(points)
     _check_states(model, {"a": a, "b": b})

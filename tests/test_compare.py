@@ -13,7 +13,7 @@ import torch
 from helpers import Blobs, mlp
 
 import sparsecore as sc
-from sparsecore import cells, compare, data, experiment, safefile, writing
+from sparsecore import cells, compare, data, experiment, safefile, unsaved, writing
 from sparsecore.batches import DataEnded
 from sparsecore.compare import Comparison
 from sparsecore.experiment import Setup
@@ -80,6 +80,20 @@ def test_killed_anywhere_it_goes_on_to_the_same_rows(
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path)
     assert run(tmp_path) == expected
+
+
+def test_killed_once_a_ticket_is_written_its_checkpoint_goes_with_the_next_run(
+    expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            unsaved.Unsaved, "saved", failing(unsaved.Unsaved.saved, 1, KeyboardInterrupt())
+        )
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path)
+    assert list(tmp_path.glob("tickets/*.checkpoint"))
+    assert run(tmp_path) == expected
+    assert not list(tmp_path.glob("tickets/*.checkpoint"))
 
 
 @pytest.mark.parametrize("at", [1, 3, 4, 8, 12])
