@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .batches import kind_of
 from .kinds import KindError, of_kinds
-from .patterns import Dense, Gated, Masked, Planned
+from .patterns import PATTERNS
 from .process import torch_that_trains
 
 P = ParamSpec("P")
@@ -68,7 +68,7 @@ def _parts(model: nn.Module) -> dict[int, Any]:
     """All that two models can have in common, by id; patterns are their layers'."""
     found: list[Any] = []
     for module in model.modules():
-        if not isinstance(module, (Dense, Gated, Masked, Planned)):
+        if not isinstance(module, PATTERNS):
             tensors = [*module._parameters.values(), *module._buffers.values()]
             found += [t for t in tensors if t is not None]
             # An activation that two models share holds nothing; whether dropout draws is a mode of its own.

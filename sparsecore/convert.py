@@ -6,13 +6,14 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
 from .claims import require_module, sole
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
-from .patterns import Gated, Planned
+from .patterns import PATTERNS, Gated, Planned
 from .process import Shared
 from .recurrent import RECURRENT, SparseRecurrent, matrices, matrix_keys
 from .tied import require_own_memory, tie_
@@ -230,7 +231,7 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict's tensors without the patterns of sparse layers; they are the model's own."""
-    layers = (name for name, m in model.named_modules() if isinstance(m, SparseLayer))
+    layers = (name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLayer))
     patterns = tuple(f"{name}.pattern.".lstrip(".") for name in layers)
     state = model.state_dict()  # get_extra_state may give anything
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(patterns)}
@@ -273,7 +274,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
 
     PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  On leaving, modes and
-    all buffers (running statistics) are what they were, and so are embeddings whose rows a forward renormalises.
+    all buffers (running statistics, a forward's own counts) are what they were, and so are embeddings whose rows a forward renormalises.
     """
     modes = {module: module.training for module in model.modules()}
     renormalised = {
@@ -282,22 +283,25 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
         if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
     }
-    running: dict[nn.Module, dict[str, Tensor | None]] = {}
+    buffers = {m: m._buffers.copy() for m in model.modules() if not isinstance(m, PATTERNS)}
+    held = {b for own in buffers.values() for b in own.values() if b is not None and not is_lazy(b)}
+    values = {b: b.detach().clone() for b in held}
     model.eval()
-    for module in model.modules():
+    for module in buffers:
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             # Without running statistics BatchNorm uses its batch's, and has nothing to update.
-            running[module] = module._buffers.copy()
             module._buffers.update(running_mean=None, running_var=None)
     try:
         with _unfused:
             yield
     finally:
-        for module, buffers in running.items():
-            module._buffers.update(buffers)
+        for module, own in buffers.items():
+            module._buffers.update(own)
         for module, mode in modes.items():
             module.training = mode
         with torch.no_grad():
+            for buffer, value in values.items():  # what a forward counts by itself
+                buffer.copy_(value)
             for module, weight in renormalised.items():
                 module._parameters["weight"].copy_(weight)  # pyright: ignore
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .folders import is_class_folder
 from .safefile import check_name
-from .writing import FileError, is_stream, sweep, target_of
+from .writing import FileError, check_stream, is_printed_to, is_stream, sweep, target_of
 
 _LONGEST = 240  # bytes; file systems take 255
 Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for
@@ -112,9 +112,17 @@ def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> Non
     if path.is_dir():
         raise ValueError(f"{name} {path}: expected the name of a file, got a folder")
     if is_stream(path):
-        if stream:
-            return
-        raise ValueError(f"{name} {path}: expected the name of a file, got a pipe or device")
+        if not stream:
+            raise ValueError(f"{name} {path}: expected the name of a file, got a pipe or device")
+        try:
+            check_stream(path)
+        except FileError as error:
+            raise ValueError(f"{name} {error}") from None
+        return
+    if is_printed_to(path):
+        raise ValueError(
+            f"{name} {path}: expected another file than this command's output goes to; name another, or /dev/stdout"
+        )
     parent = _real(path).parent
     if any(parent == _real(folder) for folder in made):
         return

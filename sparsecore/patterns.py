@@ -328,3 +328,6 @@ class Gated(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.gate}, granularity={self.granularity}, layer={self.layer}"
+
+
+PATTERNS = (Dense, Gated, Masked, Planned)

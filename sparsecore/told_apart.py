@@ -6,6 +6,7 @@ import inspect
 import types
 from collections.abc import Mapping
 from enum import Enum
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -13,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from .functions import closed_over, is_of, names_in
+from .layer import SparseLayer
 from .safefile import bytes_of
 
 # Told by their names alone: a newer version of theirs is the same loss.
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "operator")
+_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "operator", __package__ or "sparsecore")
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 _MODULES_OWN = vars(nn.Module()).keys()  # every module has these: hooks, modes, dicts of parameters
 
@@ -27,30 +29,71 @@ def told_apart(value: Any) -> str:
     A function is its code, its defaults, and the values that it takes from around it (closures, and globals that are
     plain, tensors, functions or modules); a module its class, attributes, parameters and buffers; a partial its parts.
     Of other objects those attributes count that the code around them names, so that a logger in a closure does not
-    make a run another.  Functions and classes of PyTorch are their names.
+    make a run another.  Functions and classes of PyTorch and of this library are their names, sparse layers their
+    weights and masks.
     """
-    return hashlib.sha256(repr(_Telling().of(value)).encode()).hexdigest()
+    return _Telling().digest(value)
 
 
 class _Telling:
-    """One walk; what it is in the middle of is told once."""
+    """One walk, in the order of meeting: what has a name of its own (a function, a class, an object) is told once, and
+    is its number wherever it is met again, so that code that names itself in circles takes no longer than its length.
 
-    def __init__(self) -> None:
-        self.within: dict[int, int] = {}
+    Args:
+        within: containers that are being told around it, by their ids.
+    """
+
+    def __init__(self, within: frozenset[int] = frozenset()) -> None:
+        self.within = within
+        self.numbers: dict[tuple[int, frozenset[str] | None], int] = {}
+        self.met: list[tuple[Any, frozenset[str] | None]] = []  # kept alive: another must not come by its id
+
+    def digest(self, value: Any) -> str:
+        told, done = [self.of(value)], 0
+        while done < len(self.met):
+            told.append(self._named(*self.met[done]))
+            done += 1
+        return _hash(repr(told).encode())
 
     def of(self, value: Any, names: frozenset[str] | None = None) -> Any:
-        """Nested tuples of plain values.  names: attributes of unknown objects that count; None: all."""
+        """Nested tuples of plain values and numbers.  names: attributes of unknown objects that count; None: all."""
         if isinstance(value, _PLAIN) and not isinstance(value, Enum):
             return type(value).__name__, repr(value)
-        if id(value) in self.within:
-            return "within", self.within[id(value)]
-        self.within[id(value)] = len(self.within)
-        try:
-            return self._of(value, names)
-        finally:
-            del self.within[id(value)]
+        if isinstance(value, Tensor):
+            return "tensor", str(value.dtype), list(value.shape), _digest(value)
+        if isinstance(value, np.ndarray):
+            return "array", str(value.dtype), list(value.shape), _hash(value.tobytes())
+        if isinstance(value, (Mapping, set, frozenset, list, tuple)):
+            return self._container(value, names)
+        if isinstance(value, (Enum, np.generic, torch.dtype, torch.device)):
+            return type(value).__name__, str(value)
+        if isinstance(value, torch.Generator):
+            return "generator", value.initial_seed()
+        key = id(value), names
+        if key not in self.numbers:
+            self.numbers[key] = len(self.met)
+            self.met.append((value, names))
+        return "met", self.numbers[key]
 
-    def _of(self, value: Any, names: frozenset[str] | None) -> Any:
+    def _container(self, value: Any, names: frozenset[str] | None) -> Any:
+        if id(value) in self.within:
+            return "within"
+        before, self.within = self.within, self.within | {id(value)}
+        try:
+            if isinstance(value, Mapping):
+                keyed = sorted(((self._apart(k), v) for k, v in value.items()), key=itemgetter(0))
+                return type(value).__name__, [(key, self.of(v, names)) for key, v in keyed]
+            if isinstance(value, (set, frozenset)):
+                return type(value).__name__, sorted(map(self._apart, value))
+            return type(value).__name__, [self.of(v, names) for v in value]
+        finally:
+            self.within = before
+
+    def _apart(self, item: Any) -> str:
+        """By itself, since the order of a set, by which the others would be met before it, is another in each process."""
+        return _Telling(self.within).digest(item)
+
+    def _named(self, value: Any, names: frozenset[str] | None) -> Any:
         children = value.named_children() if isinstance(value, nn.Module) else ()
         compiled = dict(children).get("_orig_mod")
         # Of its own: a mock has whatever it is asked for.
@@ -58,21 +101,6 @@ class _Telling:
         inner = compiled or (own or {}).get("_torchdynamo_orig_callable")
         if inner is not None:  # compiled: computes the same
             return self.of(inner, names)
-        if isinstance(value, Tensor):
-            return "tensor", str(value.dtype), list(value.shape), _digest(value)
-        if isinstance(value, np.ndarray):
-            return "array", str(value.dtype), list(value.shape), _hash(value.tobytes())
-        if isinstance(value, Mapping):
-            pairs = ((repr(self.of(k, names)), self.of(v, names)) for k, v in value.items())
-            return type(value).__name__, sorted(pairs)
-        if isinstance(value, (set, frozenset)):
-            return type(value).__name__, sorted(repr(self.of(v, names)) for v in value)
-        if isinstance(value, (list, tuple)):
-            return type(value).__name__, [self.of(v, names) for v in value]
-        if isinstance(value, (Enum, np.generic, torch.dtype, torch.device)):
-            return type(value).__name__, str(value)
-        if isinstance(value, torch.Generator):
-            return "generator", value.initial_seed()
         if isinstance(value, functools.partial):
             return "partial", self.of([value.func, value.args, value.keywords], names)
         if isinstance(value, types.MethodType):
@@ -107,6 +135,8 @@ class _Telling:
         return "class", kind.__qualname__, [self.of(f) for f in _methods(kind)]
 
     def _module(self, module: nn.Module) -> Any:
+        if isinstance(module, SparseLayer):  # under whatever plan
+            return "sparse", type(module).__qualname__, self.of(module.state_dict())
         own = {k: v for k, v in vars(module).items() if k not in _MODULES_OWN}
         parts = [own, dict(module._parameters), dict(module._buffers), dict(module._modules)]
         return "module", self.of([type(module), *parts], _named_by(type(module)))

@@ -27,7 +27,7 @@ _PART = ".sparsecore-part"  # how the names of files end that are still being wr
 _LOCK = ".sparsecore-lock"
 _LONGEST = 200  # bytes of a name, to which ours is added; file systems take 255
 # What a process has open, by name.
-_FDS = ("/dev/fd", "/proc/self/fd")
+_FDS = ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")
 _STREAMS = {"stdin": "0", "stdout": "1", "stderr": "2"}
 
 
@@ -106,13 +106,39 @@ def is_stream(path: Path) -> bool:
     return _own(path) is not None or (path.exists() and not path.is_file() and not path.is_dir())
 
 
+def check_stream(path: Path) -> None:
+    """Errors: FileError for a pipe or device that takes nothing, such as a descriptor that is not open."""
+    own = _own(path)
+    try:
+        if own is None:
+            open_to_write = os.access(path, os.W_OK)
+        else:
+            os.fstat(own)
+            open_to_write = fcntl is None or bool(fcntl.fcntl(own, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR))
+    except OSError:
+        open_to_write = False
+    if not open_to_write:
+        raise FileError(f"{path}: expected what is open to be written to, got what is not")
+
+
+def is_printed_to(path: Path) -> bool:
+    """Whether a file is where this process prints to: both would write over each other."""
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):
+            if path.is_file() and os.path.samestat(os.fstat(descriptor), path.stat()):
+                return True
+    return False
+
+
 def _own(path: Path) -> int | None:
-    """The descriptor that it is or links to, of what this process has open: behind it may lie a file of others."""
+    """The descriptor that it is or links to, of what this process has open (behind it may lie a file of others); -1 for
+    a name that is none.
+    """
     for _ in range(40):  # as many links as Linux follows
         folder, _, name = str(path.absolute()).rpartition("/")
-        if folder in _FDS or (folder == "/dev" and name in _STREAMS):
+        if folder in (*_FDS, f"/proc/{os.getpid()}/fd") or (folder == "/dev" and name in _STREAMS):
             name = _STREAMS.get(name, name)
-            return int(name) if name.isdigit() else None
+            return int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
         if not path.is_symlink():
             return None
         path = path.parent / path.readlink()

@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -177,3 +178,58 @@ def test_losses_that_were_scripted_or_compiled_are_told_too(make: Callable) -> N
     first, again = (told_apart(make(Scripted())) for _ in range(2))
     assert first == again != told_apart(nn.MSELoss())
     assert sc.Loss(make(Scripted())).facts
+
+
+def networks() -> list[nn.Module]:
+    return [
+        seeded(lambda: nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))),
+        seeded(lambda: nn.TransformerEncoderLayer(6, 2, 8, batch_first=True)),
+        seeded(lambda: nn.LSTM(6, 4)),
+        seeded(lambda: sc.models.resnet_20((3, 8, 8), 3)),
+    ]
+
+
+@pytest.mark.parametrize("i", range(4))
+def test_a_sparse_network_in_a_loss_is_told_at_once(i: int) -> None:
+    """By weights and masks: what layers hold besides gathers as they compute."""
+    net = sc.sparsify_(networks()[i])
+    decay = lambda o, t: F.cross_entropy(o, t) + sum(p.pow(2).sum() for p in net.parameters())  # noqa: E731
+    start = time.perf_counter()
+    before = told_apart(decay)
+    assert time.perf_counter() - start < 2
+    x = randn(4, 3, 8, 8) if i == 3 else randn(4, 5, 6) if i else randn(4, 6)
+    net.eval()(x)
+    assert told_apart(decay) == before
+    for layer in sc.sparse_layers(net).values():
+        layer.set_mask_(torch.ones(layer.weight_shape, dtype=torch.bool))
+    masked = told_apart(decay)
+    net(x)
+    assert told_apart(decay) == masked
+    for layer in sc.sparse_layers(net).values():
+        layer.set_mask_(torch.rand(layer.weight_shape, generator=torch.Generator().manual_seed(1)) > 0.5)
+    assert told_apart(decay) not in (before, masked)
+
+
+CIRCLE = "def f{i}(o, t):\n    return " + " + ".join(f"f{{{n}}}(o, t)" for n in "abcd")
+
+
+def test_functions_that_name_each_other_take_no_longer_than_their_number() -> None:
+    around: dict[str, Any] = {"__name__": "circle"}
+    for i in range(400):
+        near = {n: (i * 7 + k * k + 1) % 400 for k, n in enumerate("abcd")}
+        exec(CIRCLE.format(i=i, **near), around)
+    start = time.perf_counter()
+    told = told_apart(around["f0"])
+    assert time.perf_counter() - start < 2
+    around["f399"] = lambda o, t: o
+    assert told_apart(around["f0"]) != told
+
+
+def test_objects_in_circles_and_sets_are_told() -> None:
+    def ring(*values: float) -> Object:
+        found = [Object(v) for v in values]
+        for a, b in zip(found, [*found[1:], found[0]], strict=True):
+            a.next, a.all = b, set(found)  # type: ignore[attr-defined]
+        return found[0]
+
+    assert told_apart(ring(1, 2, 3)) == told_apart(ring(1, 2, 3)) != told_apart(ring(1, 2, 4))
