@@ -231,7 +231,11 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """The state_dict's tensors without the patterns of sparse layers; they are the model's own."""
-    layers = (name for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, SparseLayer))
+    layers = (
+        name
+        for name, m in model.named_modules(remove_duplicate=False)
+        if isinstance(m, SparseLayer)
+    )
     patterns = tuple(f"{name}.pattern.".lstrip(".") for name in layers)
     state = model.state_dict()  # get_extra_state may give anything
     return {k: v for k, v in state.items() if isinstance(v, Tensor) and not k.startswith(patterns)}
@@ -274,7 +278,8 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
 
     PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  On leaving, modes and
-    all buffers (running statistics, a forward's own counts) are what they were, and so are embeddings whose rows a forward renormalises.
+    all buffers (running statistics, a forward's own counts) are what they were, and so are embeddings whose rows a
+    forward renormalises.
     """
     modes = {module: module.training for module in model.modules()}
     renormalised = {

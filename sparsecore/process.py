@@ -4,13 +4,15 @@ and switches that are thrown and put back.  Threads take turns at the first and 
 
 import functools
 import os
+import random
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock, get_ident
 from types import TracebackType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeAlias, TypeVar, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +76,9 @@ drawing = Turn()
 """Held while the process's generators, or those that data hold, are in states of a call's own."""
 
 
+_States: TypeAlias = tuple[list[Tensor], Any, Any]  # torch's, Python's, numpy's
+
+
 class _Seeded:
     """The states in which a thread's draws have left the generators, and those that they had before."""
 
@@ -81,15 +86,18 @@ class _Seeded:
         self.cuda = [d for d in devices if d.type == "cuda"]
         self.other = self._read()
 
-    def _read(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in self.cuda)]
+    def _read(self) -> _States:
+        cuda = [torch.cuda.get_rng_state(d) for d in self.cuda]
+        return [torch.get_rng_state(), *cuda], random.getstate(), np.random.get_state()
 
     def swap(self) -> None:
         """From the one to the other."""
-        states, self.other = self.other, self._read()
+        (states, pythons, numpys), self.other = self.other, self._read()
         torch.set_rng_state(states[0])
         for device, state in zip(self.cuda, states[1:], strict=True):
             torch.cuda.set_rng_state(state, device)
+        random.setstate(pythons)
+        np.random.set_state(numpys)
 
 
 _seeded: list[_Seeded] = []  # of the thread whose turn it is
@@ -97,7 +105,7 @@ _seeded: list[_Seeded] = []  # of the thread whose turn it is
 
 @contextmanager
 def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """What is drawn from torch's generators inside leaves them as they were, in other threads too.
+    """What is drawn inside from torch's, Python's and numpy's generators leaves them as they were, in other threads too.
 
     Another thread that wants to draw waits until this one leaves, or is between steps (`between_steps`).  What draws
     without asking, as `torch.randn` in a thread of the user's own, is not held up and draws from these states.
@@ -119,6 +127,8 @@ def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Ite
 
 
 def _seed(seed: int, devices: Sequence[torch.device]) -> None:
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
     if any(device.type not in _FORKED for device in devices):
         torch.manual_seed(seed)  # which knows them
         return

@@ -18,7 +18,15 @@ from .layer import SparseLayer
 from .safefile import bytes_of
 
 # Told by their names alone: a newer version of theirs is the same loss.
-_LIBRARIES = ("torch", "numpy", "builtins", "functools", "math", "operator", __package__ or "sparsecore")
+_LIBRARIES = (
+    "torch",
+    "numpy",
+    "builtins",
+    "functools",
+    "math",
+    "operator",
+    __package__ or "sparsecore",
+)
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
 _MODULES_OWN = vars(nn.Module()).keys()  # every module has these: hooks, modes, dicts of parameters
 
@@ -46,7 +54,9 @@ class _Telling:
     def __init__(self, within: frozenset[int] = frozenset()) -> None:
         self.within = within
         self.numbers: dict[tuple[int, frozenset[str] | None], int] = {}
-        self.met: list[tuple[Any, frozenset[str] | None]] = []  # kept alive: another must not come by its id
+        self.met: list[
+            tuple[Any, frozenset[str] | None]
+        ] = []  # kept alive: another must not come by its id
 
     def digest(self, value: Any) -> str:
         told, done = [self.of(value)], 0
@@ -90,7 +100,7 @@ class _Telling:
             self.within = before
 
     def _apart(self, item: Any) -> str:
-        """By itself, since the order of a set, by which the others would be met before it, is another in each process."""
+        """By itself: the order of a set, in which others would be met before it, is another in each process."""
         return _Telling(self.within).digest(item)
 
     def _named(self, value: Any, names: frozenset[str] | None) -> Any:

@@ -140,7 +140,8 @@ def train(
     progress.tell("engine", run.engine.told)
     try:
         if parts and run.evaluation is not None and test_batches is not None:
-            run.evaluation.try_first(test_batches)
+            with seeded(seed, [run.device]):
+                run.evaluation.try_first(test_batches)
         with progress.task("train", total=done + left) as advance:
             advance(done)
             for part in parts:
@@ -161,7 +162,8 @@ def train(
                     "loss": mean,
                 }
                 if run.evaluation is not None:
-                    record |= run.measured()
+                    with seeded(_mix(seed, part.epoch, part.last), [run.device]):  # a loss may draw
+                        record |= run.measured()
                 if watch is not None:
                     record["watched"] = number_in(watch(run.evaluated))
                 record["seconds"] = perf_counter() - start

@@ -114,7 +114,9 @@ def check_stream(path: Path) -> None:
             open_to_write = os.access(path, os.W_OK)
         else:
             os.fstat(own)
-            open_to_write = fcntl is None or bool(fcntl.fcntl(own, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR))
+            open_to_write = fcntl is None or bool(
+                fcntl.fcntl(own, fcntl.F_GETFL) & (os.O_WRONLY | os.O_RDWR)
+            )
     except OSError:
         open_to_write = False
     if not open_to_write:

@@ -206,7 +206,9 @@ def test_a_sparse_network_in_a_loss_is_told_at_once(i: int) -> None:
     net(x)
     assert told_apart(decay) == masked
     for layer in sc.sparse_layers(net).values():
-        layer.set_mask_(torch.rand(layer.weight_shape, generator=torch.Generator().manual_seed(1)) > 0.5)
+        layer.set_mask_(
+            torch.rand(layer.weight_shape, generator=torch.Generator().manual_seed(1)) > 0.5
+        )
     assert told_apart(decay) not in (before, masked)
 
 

@@ -46,5 +46,9 @@ def finished(ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
         return replace(ticket, meta=meta)
     network = Ticket(ticket.masks, ticket.weights).apply_(copy.deepcopy(model))
     recompute_statistics_(network, batches)
-    own = {k: b.detach().cpu().clone() for k, b in network.named_buffers(remove_duplicate=False) if k in ticket.weights}
+    own = {
+        k: b.detach().cpu().clone()
+        for k, b in network.named_buffers(remove_duplicate=False)
+        if k in ticket.weights
+    }
     return replace(ticket, weights=dict(ticket.weights) | own, meta=meta)

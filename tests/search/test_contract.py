@@ -5,12 +5,14 @@ Searches by rounds of training have more to keep than one checkpoint: test_rewin
 
 import copy
 import math
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Blobs, convolutional, equal, mlp, randn
@@ -22,7 +24,8 @@ from sparsecore.batches import Batch
 from sparsecore.control import FixedPenalty, Lagrangian
 from sparsecore.granularity import NM, Block
 from sparsecore.progress import Advance, Progress
-from sparsecore.scores import random, snip, synflow
+from sparsecore.scores import random as random_score
+from sparsecore.scores import snip, synflow
 from sparsecore.search import Search, SearchError
 from sparsecore.search.dynamic import SET, GradualMagnitude, RigL
 from sparsecore.search.edge_popup import EdgePopup
@@ -258,7 +261,7 @@ def test_the_model_stays_as_it_was(name: str, poisoned: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "search", [*SEARCHES.values(), sc.OneShot(random)], ids=[*SEARCHES, "one-shot"]
+    "search", [*SEARCHES.values(), sc.OneShot(random_score)], ids=[*SEARCHES, "one-shot"]
 )
 def test_what_no_ticket_can_be_is_told_before_the_search(search: Any) -> None:
     for sparsity in (-0.1, 1.0, 1.5, float("nan")):
@@ -274,10 +277,20 @@ def test_what_no_ticket_can_be_is_told_before_the_search(search: Any) -> None:
 
 
 class Noisy(nn.Module):
-    """A loss that draws from the global generators, as mixing and noise in losses do."""
+    """A loss that draws from the process's generators, as mixing and noise in losses do."""
 
     def forward(self, output: Tensor, target: Tensor) -> Tensor:
-        return F.cross_entropy(output + torch.randn_like(output), target)
+        noise = torch.randn_like(output) * (random.random() + float(np.random.rand()))
+        return F.cross_entropy(output + noise, target)
+
+
+def generators() -> list:
+    return [
+        torch.get_rng_state().tolist(),
+        random.getstate(),
+        list(np.random.get_state()[1]),
+        np.random.get_state()[2],
+    ]
 
 
 OF_THE_LOSS = [  # teachers' objectives have no use for it
@@ -289,14 +302,14 @@ OF_THE_LOSS = [  # teachers' objectives have no use for it
 def test_a_loss_that_draws_leaves_generators_alone_and_resumes_exactly(
     name: str, tmp_path: Path
 ) -> None:
-    search, state = SEARCHES[name], torch.get_rng_state()
+    search, state = SEARCHES[name], generators()
     options = {"sparsity": 0.6, "loss": sc.Loss(Noisy(), class_axis=1)}
     expected = search(network(), Blobs(), **options)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert generators() == state
     with pytest.raises(KeyboardInterrupt):
         dies_at = 4 if name == "synflow" else 12
         search(network(), Read(dies_at), **options, checkpoint=tmp_path / "c")
-    assert torch.equal(torch.get_rng_state(), state)
+    assert generators() == state
     with seeded_elsewhere():
         found = search(network(), Blobs(), **options, checkpoint=tmp_path / "c")
     assert equal(facts(found), facts(expected))
@@ -304,12 +317,16 @@ def test_a_loss_that_draws_leaves_generators_alone_and_resumes_exactly(
     first = one_shot(network(), Blobs(), **options)
     with seeded_elsewhere():
         assert one_shot(network(), Blobs(), **options).hash == first.hash
-    assert torch.equal(torch.get_rng_state(), state)
+    assert generators() == state
 
 
 @contextmanager
 def seeded_elsewhere() -> Iterator[None]:
-    state = torch.get_rng_state()
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()
     torch.manual_seed(99)
+    random.seed(99)
+    np.random.seed(99)
     yield
-    torch.set_rng_state(state)
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])

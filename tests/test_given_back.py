@@ -1,0 +1,88 @@
+"""After a search a model is what it was, whatever its forward counts, its loss draws or its modules are called; and its
+ticket fits a model of the same kind.
+"""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from helpers import Blobs, equal, seeded
+from test_threads import ADAM, SEARCHES
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import sparsecore as sc
+
+each_search = pytest.mark.parametrize("name", SEARCHES)
+
+
+class Counting(nn.Module):
+    """A block under two names, and buffers that a forward changes in place and anew."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(12, 12), nn.BatchNorm1d(12), nn.ReLU())
+        self.again = self.first
+        self.last = nn.Linear(12, 4)
+        self.register_buffer("seen", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(12))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += len(x)
+        self.mean = 0.9 * self.mean + 0.1 * x.mean(0).detach()
+        return self.last(self.again(self.first(x)))
+
+
+def network() -> nn.Module:
+    return sc.sparsify_(seeded(Counting))
+
+
+@each_search
+def test_buffers_that_a_forward_counts_are_put_back(name: str) -> None:
+    model = network()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    held = dict(model.named_buffers())
+    ticket = SEARCHES[name](model, Blobs(), sparsity=0.5)
+    assert equal(before, dict(model.state_dict()))
+    assert all(b is held[k] for k, b in model.named_buffers())
+    if not ticket.finished:
+        assert ticket.weights["seen"] == 0 or name in (
+            "ltr",
+            "edge-popup",
+        )  # of a network that was trained
+
+
+@each_search
+def test_a_module_under_two_names_has_a_ticket_that_fits(name: str, tmp_path) -> None:
+    ticket = SEARCHES[name](network(), Blobs(), sparsity=0.5)
+    ticket.save(tmp_path / "t")
+    found, other = sc.Ticket.load(tmp_path / "t"), sc.sparsify_(seeded(Counting, 1))
+    found.apply_(other)
+    x, own = Blobs().x, ticket.apply_(network())
+    assert torch.equal(own.eval()(x), other.eval()(x))
+    state = other.state_dict()
+    for key, value in state.items():
+        if key.startswith("first."):
+            assert torch.equal(value, state[key.replace("first", "again", 1)]), key
+
+
+def drawing(output: Tensor, target: Tensor) -> Tensor:
+    noise = torch.randn_like(output) * random.random() * float(np.random.rand())
+    return F.cross_entropy(output + noise, target)
+
+
+def generators() -> list:
+    _, keys, place, *_ = np.random.get_state()
+    return [torch.get_rng_state().tolist(), random.getstate(), list(keys), place]  # type: ignore[arg-type]
+
+
+def test_training_under_a_loss_that_draws_leaves_generators_alone() -> None:
+    runs = []
+    for _ in range(2):
+        model = sc.sparsify_(seeded(lambda: nn.Linear(12, 4)))
+        state = generators()
+        runs.append(sc.train(model, Blobs(), Blobs(), ADAM, stop_epoch=2, loss=drawing).epochs)
+        assert generators() == state
+    first, again = ([r | {"seconds": 0} for r in run] for run in runs)
+    assert first == again
