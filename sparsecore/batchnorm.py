@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batches import on, parts_of
 from .calls import forward
 from .claims import sole
+from .interrupts import signals_later
 from .loaders import batches_of
 
 
@@ -58,8 +59,9 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
             for batch in islice(batches.epoch(0), limit):
                 forward(model, on(device, parts_of(batch)[0]))
     finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
+        with signals_later():
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+            for module, mode in modes.items():
+                module.training = mode
     return model

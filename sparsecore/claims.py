@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .batches import kind_of
+from .interrupts import signals_later
 from .kinds import KindError, of_kinds
 from .patterns import PATTERNS
 from .process import torch_that_trains
@@ -44,24 +45,25 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
 
     Errors: ValueError where another thread searches, trains or changes it, or what it shares with another model.
     """
-    parts, me = _parts(model), get_ident()
-    with _lock:
-        for key in parts:
-            other = _claims.get(key)
-            if other is not None and other.thread != me:
-                raise ValueError(
-                    f"model: expected one that no other thread works with, got one that is under {other.what} there "
-                    f"already, or shares a module or a parameter with such a one; {what} can begin when that has "
-                    "ended, or on a copy.deepcopy made before"
-                )
-        own = {} if shared else {key: part for key, part in parts.items() if key not in _claims}
-        _claims.update({key: _Claim(me, what, part) for key, part in own.items()})
+    parts, own = _parts(model), dict[int, Any]()
     try:
+        with _lock:
+            for key in parts:
+                other = _claims.get(key)
+                if other is not None and other.thread != get_ident():
+                    raise ValueError(
+                        f"model: expected one that no other thread works with, got one that is under {other.what} "
+                        f"there already, or shares a module or a parameter with such a one; {what} can begin when "
+                        "that has ended, or on a copy.deepcopy made before"
+                    )
+            if not shared:
+                own = {key: part for key, part in parts.items() if key not in _claims}
+                _claims.update({k: _Claim(get_ident(), what, part) for k, part in own.items()})
         yield
     finally:
-        with _lock:
+        with signals_later(), _lock:
             for key in own:
-                del _claims[key]
+                _claims.pop(key, None)
 
 
 def _parts(model: nn.Module) -> dict[int, Any]:

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
 from .claims import require_module, sole
+from .interrupts import signals_later
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import PATTERNS, Gated, Planned
@@ -291,24 +292,25 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     buffers = {m: m._buffers.copy() for m in model.modules() if not isinstance(m, PATTERNS)}
     held = {b for own in buffers.values() for b in own.values() if b is not None and not is_lazy(b)}
     values = {b: b.detach().clone() for b in held}
-    model.eval()
-    for module in buffers:
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            # Without running statistics BatchNorm uses its batch's, and has nothing to update.
-            module._buffers.update(running_mean=None, running_var=None)
     try:
+        model.eval()
+        for module in buffers:
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                # Without running statistics BatchNorm uses its batch's, and has nothing to update.
+                module._buffers.update(running_mean=None, running_var=None)
         with _unfused:
             yield
     finally:
-        for module, own in buffers.items():
-            module._buffers.update(own)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in values.items():  # what a forward counts by itself
-                buffer.copy_(value)
-            for module, weight in renormalised.items():
-                module._parameters["weight"].copy_(weight)  # pyright: ignore
+        with signals_later():
+            for module, own in buffers.items():
+                module._buffers.update(own)
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, value in values.items():  # what a forward counts by itself
+                    buffer.copy_(value)
+                for module, weight in renormalised.items():
+                    module._parameters["weight"].copy_(weight)  # pyright: ignore
 
 
 @contextmanager

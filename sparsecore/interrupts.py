@@ -63,6 +63,29 @@ def kept_by_training(checkpoint: Path | None) -> Callable[[], str]:
 
 
 @contextmanager
+def signals_later() -> Iterator[None]:
+    """Ctrl-C and SIGTERM come when the block has ended: what puts a model back does it whole, and a file that native
+    code reads is not called damaged for their sake.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[tuple[int, FrameType | None]] = []
+    before: dict[int, Any] = {}
+    try:
+        for signum in _WORDS:
+            if callable(handler := signal.getsignal(signum)):
+                before[signum] = handler
+                signal.signal(signum, lambda *signalled: came.append(signalled))
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+        for signum, frame in came:
+            before[signum](signum, frame)
+
+
+@contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Signals raise `Stop` inside; a second one, while the first is dealt with, ends the process."""
     if threading.current_thread() is not threading.main_thread():

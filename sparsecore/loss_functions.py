@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from .batches import kind_of
 from .calls import first_line, of_the_users
+from .interrupts import signals_later
 
 _MODEL = ("model", "module")  # a first parameter that takes the model
 _NETWORK = ("net", "network")  # the same, unless the second one takes targets
@@ -212,11 +213,12 @@ def untouched(loss: Any) -> Iterator[None]:
     try:
         yield
     finally:
-        with torch.no_grad():
-            for name, b in fn.named_buffers():
-                b.copy_(buffers[name])
-        for p, grad in grads:
-            p.grad = grad
+        with signals_later():
+            with torch.no_grad():
+                for name, b in fn.named_buffers():
+                    b.copy_(buffers[name])
+            for p, grad in grads:
+                p.grad = grad
 
 
 def own_parameters(loss: Any, model: nn.Module) -> dict[str, nn.Parameter]:

@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .interrupts import signals_later
+
 F = TypeVar("F", bound=Callable[..., Any])
 
 _FORKED = ("cpu", "cuda")  # whose generators are put back; others are the process's
@@ -105,7 +107,7 @@ _seeded: list[_Seeded] = []  # of the thread whose turn it is
 
 @contextmanager
 def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Iterator[None]:
-    """What is drawn inside from torch's, Python's and numpy's generators leaves them as they were, in other threads too.
+    """Draws inside, from torch's, Python's and numpy's generators, leave them as they were, in other threads too.
 
     Another thread that wants to draw waits until this one leaves, or is between steps (`between_steps`).  What draws
     without asking, as `torch.randn` in a thread of the user's own, is not held up and draws from these states.
@@ -122,8 +124,9 @@ def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Ite
                 _seed(seed, devices)
             yield
         finally:
-            _seeded.remove(mine)
-            mine.swap()
+            with signals_later():
+                _seeded.remove(mine)
+                mine.swap()
 
 
 def _seed(seed: int, devices: Sequence[torch.device]) -> None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from .interrupts import signals_later
 from .writing import FileError as FileError
 from .writing import put
 
@@ -54,7 +55,7 @@ def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise FileError(f"{path}: expected a {kind} file, found {_what_is(path)}")
     damaged = f"{path}: expected a sparsecore {kind} file (safetensors), got"
     try:
-        with safe_open(path, framework="pt") as file:
+        with signals_later(), safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             # Clones own their memory: nothing stays mapped to the file.
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118

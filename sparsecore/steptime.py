@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from .calls import forward_example
 from .costs import seconds
+from .interrupts import signals_later
 from .outputs import tensors_in
 from .process import seeded
 
@@ -60,13 +61,14 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     modes = {m: m.training for m in model.modules()}
     buffers = {b: b.detach().clone() for b in model.buffers()}
     devices = sorted({p.device for p in model.parameters()}, key=str)
-    model.train()
     try:
+        model.train()
         with seeded(devices=devices), torch.enable_grad():
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, kept in buffers.items():
-                buffer.copy_(kept)
+        with signals_later():
+            for module, mode in modes.items():
+                module.training = mode
+            with torch.no_grad():
+                for buffer, kept in buffers.items():
+                    buffer.copy_(kept)

@@ -20,6 +20,7 @@ from typing_extensions import Self
 
 from .. import capture, kernels
 from ..batches import Batch
+from ..interrupts import signals_later
 from ..process import seeded
 from .feeds import Feed
 
@@ -126,12 +127,13 @@ class AbstractStep(ABC):
             with seeded(0, [self.device]):
                 yield
         finally:
-            with torch.no_grad():
-                for t, value in zip(tensors, values, strict=True):
-                    t.copy_(value)
-            for module, numbers in counts.items():
-                module.__dict__.update(numbers)
-                module._buffers.update(buffers[module])  # a forward may have put others there
+            with signals_later():
+                with torch.no_grad():
+                    for t, value in zip(tensors, values, strict=True):
+                        t.copy_(value)
+                for module, numbers in counts.items():
+                    module.__dict__.update(numbers)
+                    module._buffers.update(buffers[module])  # a forward may have put others there
 
 
 class Engine:

@@ -12,6 +12,7 @@ from .. import capture
 from ..accuracy import hits
 from ..batches import Batch, EpochBatches, on, parts_of, size_of
 from ..calls import fits, forward
+from ..interrupts import signals_later
 from ..loss_functions import plain
 from ..losses import Loss
 from .auto import launch
@@ -122,15 +123,16 @@ class Evaluation(AbstractStep):
         judges = [plain(by.fn) for by in (self.by, self.metric) if by is not None]
         parts = [self.model, *(fn for fn in judges if isinstance(fn, nn.Module))]
         modes = {module: module.training for part in parts for module in part.modules()}
-        for part in parts:
-            part.eval()
         try:
+            for part in parts:
+                part.eval()
             # Not inference_mode: what a model keeps for later, as positions, has to be fit for training.
             with torch.no_grad():
                 yield
         finally:
-            for module, mode in modes.items():
-                module.training = mode
+            with signals_later():
+                for module, mode in modes.items():
+                    module.training = mode
 
     @contextmanager
     def undone(self) -> Iterator[None]:

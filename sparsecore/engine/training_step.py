@@ -11,6 +11,7 @@ from torch.optim.swa_utils import AveragedModel
 from typing_extensions import Self
 
 from ..batches import Batch, cut, require_samples, size_of
+from ..interrupts import signals_later
 from ..loss_functions import LossError, mean_of
 from ..losses import LossLike, loss_of
 from ..zeros import scaling
@@ -203,11 +204,12 @@ class TrainingStep(AbstractStep):
                     p.grad = None
                 yield
         finally:
-            for p, grad in grads.items():
-                p.grad = grad
-            self.averaged = averaged
-            if scale:  # {} where none is wanted
-                self.scaler.load_state_dict(scale)
+            with signals_later():
+                for p, grad in grads.items():
+                    p.grad = grad
+                self.averaged = averaged
+                if scale:  # {} where none is wanted
+                    self.scaler.load_state_dict(scale)
 
     def version(self) -> Hashable:
         optimizer = self.optimizer

@@ -11,6 +11,7 @@ from .. import kernels
 from ..batches import Batch, cut
 from ..convert import batch_statistics, sparse_layers
 from ..granularity import NM, Granularity, Weight
+from ..interrupts import signals_later
 from ..losses import Loss
 from ..patterns import Dense
 from ..recipe import Recipe
@@ -247,8 +248,9 @@ def dense_gradients(
                 )
                 torch._foreach_add_(total, grads)
         finally:
-            for name, layer in layers.items():
-                layer.pattern = patterns[name]
+            with signals_later():
+                for name, layer in layers.items():
+                    layer.pattern = patterns[name]
     return dict(zip(layers, total, strict=True))
 
 

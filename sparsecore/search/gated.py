@@ -18,6 +18,7 @@ from ..convert import batch_statistics, require_dense_parameters
 from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
+from ..interrupts import signals_later
 from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
@@ -319,10 +320,11 @@ class AbstractGateSearch(ABC):
                     )
                 yield gated
             finally:
-                for name, layer in layers.items():
-                    layer.pattern = patterns[name]
-                for p, flag in required.items():
-                    p.requires_grad_(flag)
-                    p.data, p.grad = memory[p], grads[p]
-                    if p in values:
-                        p.data.copy_(values[p])
+                with signals_later():
+                    for name, layer in layers.items():
+                        layer.pattern = patterns[name]
+                    for p, flag in required.items():
+                        p.requires_grad_(flag)
+                        p.data, p.grad = memory[p], grads[p]
+                        if p in values:
+                            p.data.copy_(values[p])

@@ -14,6 +14,7 @@ from .. import checkpoints, schema
 from ..batches import EpochBatches, whole_epoch
 from ..convert import require_dense_parameters, sparse_layers
 from ..granularity import Granularity, Weight
+from ..interrupts import signals_later
 from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
@@ -217,5 +218,6 @@ def _patterns_put_back(layers: Mapping[str, SparseLayer]) -> Iterator[None]:
     try:
         yield
     finally:
-        for name, layer in layers.items():
-            layer.pattern = patterns[name]
+        with signals_later():
+            for name, layer in layers.items():
+                layer.pattern = patterns[name]
