@@ -1,7 +1,10 @@
 """Find a sparse ticket in a network and train it."""
 
-from .interrupts import end_quietly_while_importing
+from .descriptors import open_closed
+from .interrupts import end_quietly_while_importing, is_command_line
 
+if is_command_line():
+    open_closed()
 end_quietly_while_importing()
 
 # isort: split

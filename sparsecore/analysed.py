@@ -1,6 +1,8 @@
 """What an analysis looks at, a ticket with its data on a device, and where its results go."""
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +23,27 @@ from .tickets import Ticket
 TicketFile = Annotated[Path, typer.Argument(help="A ticket file.")]
 Out = Annotated[Path, typer.Option(help="Folder of figures and CSV files; run again to go on.")]
 OUT = Path("runs/analysis")
+
+
+def labels_of(paths: Sequence[Path]) -> dict[Path, str]:
+    """What files are called side by side: their stems, and as much of the path before as tells some of them apart.
+
+    One file that is named twice has one label.
+    """
+    whole = {path: Path(os.path.abspath(path)) for path in paths}  # noqa: PTH100  resolve() would follow links
+    known = {
+        path: [path.stem, *(str(Path(*path.parts[-n:])) for n in range(1, len(path.parts) + 1))]
+        for path in whole.values()
+    }
+    lengths = dict.fromkeys(known, 0)
+    while True:
+        labels = {path: words[lengths[path]] for path, words in known.items()}
+        counts = Counter(labels.values())
+        if len(counts) == len(labels):  # as whole paths are
+            return {path: labels[file] for path, file in whole.items()}
+        for path, label in labels.items():
+            if counts[label] > 1:
+                lengths[path] = min(lengths[path] + 1, len(known[path]) - 1)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from . import figures, schema
-from .analysed import Case, Results, with_case, with_results
+from .analysed import Case, Results, labels_of, with_case, with_results
 from .connectivity import (
     LinearPath,
     barrier,
@@ -23,10 +23,11 @@ from .connectivity import (
 )
 from .console import console
 from .experiment import Setup, batches_of_setup, data_of, start_model
-from .interrupts import goes_on, kept_in
+from .interrupts import goes_on, kept_in, signals_later
 from .layer import weight_key
 from .needs import check_memory
 from .options import Device, Seed, device_of, numbers, with_setup
+from .plain import require_plain
 from .progress import Progress
 from .regions import angular_distances, round_paths
 from .rounds import load_rounds
@@ -50,8 +51,10 @@ def _told(path: LinearPath) -> str:
 
 def _run_of(ticket: Ticket, path: Path) -> dict[str, torch.Tensor]:
     """Weights that the ticket was trained to.  Errors: ValueError for others."""
+    require_plain(path)
     try:
-        state = load_file(path)
+        with signals_later():
+            state = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: expected weights that `train --save` wrote, got {error}"
@@ -90,10 +93,11 @@ def path(
             train_batches=case.batches(0), progress=progress,
         )  # fmt: skip
     console.print(_told(found))
+    labels = labels_of([first, second])
     case.wrote(
         {"barrier": barrier(found), "stable": is_stable(found), "path": found.rows},
         figures.write_csv(case.file("path.csv"), found.rows),
-        figures.draw_paths(case.file("path.png"), {f"{first.stem} - {second.stem}": found}),
+        figures.draw_paths(case.file("path.png"), {f"{labels[first]} - {labels[second]}": found}),
     )
 
 
@@ -197,7 +201,7 @@ def rounds_(
             folder=case.file(name), progress=progress,
         )  # fmt: skip
     angles = angular_distances(rounds)
-    barriers = {s: barrier(p) for s, p in zip(sparsities[1:], paths, strict=True)}
+    barriers = [barrier(p) for p in paths]
     table = Table(title=f"{len(rounds)} rounds of {folder}")
     for column in ("sparsity", "accuracy", "barrier from the round before", "angle"):
         table.add_column(column, justify="right")
@@ -207,7 +211,7 @@ def rounds_(
             "round": i,
             "sparsity": s,
             "accuracy": r.accuracy,
-            "barrier": barriers.get(s),
+            "barrier": barriers[i - 1] if i else None,
             "angle": float(angles[i - 1, i]) if i else None,
         }
         rows.append(row)
@@ -217,7 +221,10 @@ def rounds_(
     case.wrote(
         {"rows": rows, "angles": angles.tolist()},
         figures.write_csv(case.file("rounds.csv"), rows),
-        figures.draw_barriers(case.file("barriers.png"), {folder.name: barriers}),
+        figures.draw_barriers(
+            case.file("barriers.png"),
+            {folder.name: dict(zip(sparsities[1:], barriers, strict=True))},
+        ),
         figures.draw_angles(case.file("angles.png"), angles, sparsities),
     )
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from .plain import read_plain
 from .schema import Count, Fraction, Percent, Seconds, facts
 from .writing import FileError, put
 
@@ -62,27 +63,42 @@ def short(sparsity: float) -> str:
 def read_rows(path: Path) -> dict[str, Row]:
     """The rows of finished cells by their keys, none if there is no file; half a line at the end is none.
 
+    A file that a spreadsheet or an editor has saved is read too: other ends of lines, a mark of its encoding, quotes,
+    and lines without a value.
+
     Errors: FileError for a file of anything else.
     """
     if not path.exists():
         return {}
-    lines = path.read_bytes().decode(errors="replace").split("\n")[:-1]
-    if lines and lines[0] != ",".join(FIELDS):
+    text = read_plain(path).decode("utf-8-sig", errors="replace")
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").split("\n")[:-1]
+    if lines and _values(lines[0]) != [*FIELDS]:
         raise FileError(
-            f"{path}: expected the results of a comparison, got something else; give another --out or remove it"
+            f"{path}: expected the results of a comparison, with commas between the columns {', '.join(FIELDS)}, got "
+            "something else; save it so again, or give another --out"
         )
     found = {}
     for number, line in enumerate(lines[1:], 2):
+        if not any(values := _values(line)):
+            continue
         try:
-            row = dict(zip(FIELDS, next(csv.reader([line])), strict=True))
+            row = dict(zip(FIELDS, values, strict=True))
             for name, (kind, hint) in _NUMBERS.items():
                 facts(kind(row[name]), hint, name)
-        except (ValueError, StopIteration, csv.Error):
+        except ValueError:
             raise FileError(
                 f"{path}: expected a row of a comparison in line {number}, got something else; remove the line"
             ) from None
         found[Cell.of(row).key] = row
     return found
+
+
+def _values(line: str) -> list[str]:
+    """Of a line of CSV; the line itself where it is none."""
+    try:
+        return next(csv.reader([line]), [])
+    except csv.Error:
+        return [line]
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:

@@ -17,6 +17,7 @@ from .checkpoints import read as read_checkpoint
 from .cli_compare import compare, demo
 from .console import command, console, run, show, warnings_at_the_end, write_json
 from .describe import covered_of, layers_of, plans_of, provenance_of
+from .descriptors import open_closed
 from .engine import check_engine
 from .experiment import (
     SANITIES,
@@ -304,7 +305,7 @@ def plan(
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
     taken = min(chosen.batch, len(dataset.train))  # what there is to measure on
     table, lines, rows = plans_of(planned, f"{ticket}, batch {taken}, {target}")
-    show([planned.told, ""])
+    show([*planned.told.split("\n"), ""])
     console.print(table)
     show(lines)
     write_json(json_file, {"plan": plan, "batch": taken, "layers": rows})
@@ -316,6 +317,7 @@ app.command()(demo)
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.  Exit code 2 and one line for bad input, 130 and 143 after Ctrl-C and SIGTERM."""
+    open_closed()
     try:
         with stopped_by_signals(), warnings_at_the_end():
             return run(app, argv)

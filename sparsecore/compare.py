@@ -33,6 +33,7 @@ from .experiment import (
 from .fields import choose
 from .figures import save, shown
 from .interrupts import kept_in
+from .plain import read_plain
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
 from .search.sparse_training import AbstractSparseTraining
@@ -247,8 +248,9 @@ class Comparison:
         path = self.folder / "setup.json"
         if not path.exists():
             return None
+        text = read_plain(path)
         try:
-            found = json.loads(path.read_bytes())
+            found = json.loads(text)
         except (ValueError, RecursionError):
             found = None
         digests = [found.get(name) for name in _DIGESTS] if isinstance(found, dict) else [0]
@@ -262,7 +264,7 @@ class Comparison:
         """Writes setup.json with what its cells' files hold, or refuses other files of the same names."""
         weights = self.setup.weights
         given = weights is not None and Path(weights).is_file()
-        digest = hashlib.sha256(Path(weights or "").read_bytes()).hexdigest() if given else None
+        digest = hashlib.sha256(read_plain(Path(weights or ""))).hexdigest() if given else None
         for (name, what), now in zip(_DIGESTS.items(), (dataset.digest, digest), strict=True):
             if self.files[name] not in (None, now):
                 raise ValueError(
@@ -271,7 +273,7 @@ class Comparison:
             self.files[name] = now
         text = (json.dumps(asdict(self.setup) | self.files, indent=2) + "\n").encode()
         path = self.folder / "setup.json"
-        if not path.exists() or path.read_bytes() != text:
+        if not path.exists() or read_plain(path) != text:
             put(path, text)
 
     def _check_searches(self, cells: Sequence[Cell], dataset: Dataset) -> None:

@@ -1,6 +1,7 @@
 """How commands end: lines on the screen, warnings, JSON files, one line and an exit code for an error."""
 
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -94,6 +95,18 @@ def _mend(error: RuntimeError | MemoryError) -> str | None:
     return None
 
 
+def _said(error: ValueError | OSError) -> str:
+    """An error in words; a system's without its number, and with what it was about."""
+    if isinstance(error, OSError) and error.strerror:
+        if error.filename is None or isinstance(error.filename, int):
+            return error.strerror
+        place = os.fsdecode(error.filename)
+        return (
+            f"{place}: expected a file or folder that can be used ({error.strerror}); name another"
+        )
+    return str(error) or type(error).__name__
+
+
 def run(app: Callable[..., Any], argv: list[str] | None) -> int:
     """Runs a typer app.  Exit code 2 and one line for bad input or output that was lost, 130 and 143 after Ctrl-C and
     SIGTERM, with one line."""
@@ -116,7 +129,7 @@ def _outcome(app: Callable[..., Any], argv: list[str] | None) -> tuple[int, str]
         return code if isinstance(code, int) else 0, ""
     except (ValueError, OSError) as error:
         # A user's mistake or a full disk; anything else is a bug and keeps its traceback.
-        message = str(error) or type(error).__name__
+        message = _said(error)
     except Stop as stop:
         return stop.code, str(stop)
     except (KeyboardInterrupt, typer.Abort):

@@ -15,6 +15,9 @@ from typing import Any
 
 GOES_ON = "run the same command again to go on"
 _WORDS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+# Whose handlers may raise: of users, of timeouts, of schedulers that warn before they take a machine away.
+_RAISED = [signal.Signals[n] for n in ("SIGINT", "SIGTERM", "SIGALRM", "SIGHUP", "SIGUSR1", "SIGUSR2")
+           if n in signal.Signals.__members__]  # fmt: skip
 
 
 class Stop(BaseException):
@@ -64,7 +67,7 @@ def kept_by_training(checkpoint: Path | None) -> Callable[[], str]:
 
 @contextmanager
 def signals_later() -> Iterator[None]:
-    """Ctrl-C and SIGTERM come when the block has ended: what puts a model back does it whole, and a file that native
+    """Ctrl-C and the like come when the block has ended: what puts a model back does it whole, and a file that native
     code reads is not called damaged for their sake.
     """
     if threading.current_thread() is not threading.main_thread():
@@ -73,7 +76,7 @@ def signals_later() -> Iterator[None]:
     came: list[tuple[int, FrameType | None]] = []
     before: dict[int, Any] = {}
     try:
-        for signum in _WORDS:
+        for signum in _RAISED:
             if callable(handler := signal.getsignal(signum)):
                 before[signum] = handler
                 signal.signal(signum, lambda *signalled: came.append(signalled))
@@ -113,7 +116,7 @@ def stopped_by_signals() -> Iterator[None]:
 
 def end_quietly_while_importing() -> None:
     """Signals end a process of the command line in one line, until it runs a command.  Others' processes are theirs."""
-    if _is_command_line() and threading.current_thread() is threading.main_thread():
+    if is_command_line() and threading.current_thread() is threading.main_thread():
         for signum in _WORDS:
             if signal.getsignal(signum) in (signal.SIG_DFL, signal.default_int_handler):
                 signal.signal(signum, _end)
@@ -124,7 +127,7 @@ def _end(signum: int, frame: FrameType | None) -> None:
     os._exit(128 + signum)
 
 
-def _is_command_line() -> bool:
+def is_command_line() -> bool:
     """Whether this process is `sparsecore`, or `python -m sparsecore`, which is "-m" until its modules are found."""
     name = sys.argv[0] if getattr(sys, "argv", None) else ""
     if name != "-m":

@@ -1,10 +1,12 @@
 """The file of --metrics: one JSON object a line, an epoch each, whatever runs write into it one after another."""
 
+import codecs
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .plain import read_plain
 from .safefile import finite
 from .writing import FileError, append, is_stream, put
 
@@ -15,25 +17,27 @@ def line(record: dict[str, Any]) -> str:
 
 
 def lines_of(path: Path) -> list[str]:
-    """The lines of the file, none where there is no file, or a stream; half a line that a kill left is left out.
+    """The lines of the file, none where there is no file, or a stream.
+
+    Left out are empty ones, and half a line that a kill left.
 
     Errors: FileError for a file of anything but JSON objects.
     """
     if is_stream(path) or not path.exists():
         return []
-    lines = path.read_bytes().splitlines(keepends=True)
+    lines = read_plain(path).removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
     if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(b"{"):
         if not _is_object(lines[-1]):
             lines.pop()
         else:
             lines[-1] += b"\n"
     for number, text in enumerate(lines, 1):
-        if not _is_object(text):
+        if text.strip() and not _is_object(text):
             raise FileError(
                 f"metrics {path}: expected a new file or one JSON object a line, got something else in line {number}; "
                 "name another file"
             )
-    return [text.decode() for text in lines]
+    return [text.decode() for text in lines if text.strip()]
 
 
 def _is_object(text: bytes) -> bool:
@@ -51,7 +55,7 @@ def catch_up(path: Path, records: Sequence[dict[str, Any]]) -> None:
     lines = lines_of(path)
     if lines or (path.is_file() and not is_stream(path)):
         whole = "".join(lines).encode()
-        if path.read_bytes() != whole:
+        if read_plain(path) != whole:
             put(path, whole)
     known = {_canonical(json.loads(text)) for text in lines}
     if missed := [line(record) for record in records if _canonical(record) not in known]:

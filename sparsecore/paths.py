@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from .folders import is_class_folder
+from .plain import read_plain
 from .safefile import check_name
 from .writing import FileError, check_stream, is_printed_to, is_stream, sweep, target_of
 
@@ -72,12 +73,14 @@ def check_cache(path: Path | None, others: Paths) -> None:
     if path is None:
         return
     _check_apart(_given(others), {"--plan-cache": path})
-    if path.is_dir():
-        raise ValueError(f"--plan-cache {path}: expected the name of a file, got a folder")
-    if not path.is_file() or not path.stat().st_size:
+    if not path.exists() or str(path) == os.devnull:  # where nothing is remembered
         return
     try:
-        good = isinstance(json.loads(path.read_bytes()), dict)
+        text = read_plain(path)
+    except FileError as error:
+        raise ValueError(f"--plan-cache {error}") from None
+    try:
+        good = not text or isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):
         good = False
     if not good:
@@ -140,6 +143,11 @@ def _check_file(name: str, path: Path, made: list[Path], *, stream: bool) -> Non
 
 
 def _check_folder(name: str, path: Path) -> None:
+    for link in (path, *path.parents):
+        if link.is_symlink() and not link.exists():
+            raise ValueError(
+                f"{name} {path}: expected a folder or a place for one, got {link}, a link that leads nowhere; remove it"
+            )
     parent = _real(path)
     while not parent.exists():
         parent = parent.parent

@@ -23,6 +23,7 @@ from typing_extensions import TypedDict
 from . import capture, kernels
 from .costs import Facts, Machine, Times, predicted, rounds, seconds, stored
 from .kernels import Layer
+from .plain import read_plain
 from .products import Products, dense_products, products_of, runs
 from .schema import Range
 from .schema import facts as facts_of
@@ -90,9 +91,9 @@ class Cache:
 
     def _read(self) -> dict[str, Any]:
         try:
-            found = json.loads(self.path.read_text())
-        except (OSError, ValueError, RecursionError):
-            found = None  # absent or damaged: what it held is measured again
+            found = json.loads(read_plain(self.path))
+        except (ValueError, RecursionError):
+            found = None  # absent, damaged or no file: what it held is measured again
         return found if isinstance(found, dict) else {}
 
     def get(self, key: str, make: Callable[[], Any], read: Callable[[Any], _T]) -> _T:

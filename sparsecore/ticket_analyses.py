@@ -8,7 +8,8 @@ import typer
 from typing_extensions import TypedDict
 
 from . import figures, schema
-from .analysed import Case, Results, TicketFile, with_case, with_results
+from .analysed import Case, Results, TicketFile, labels_of, with_case, with_results
+from .cells import short
 from .compare import Comparison, comparison_kept
 from .console import console
 from .experiment import Setup, data_of
@@ -107,7 +108,8 @@ def layers(
 ) -> None:
     """The sparsity of each layer, tickets side by side."""
     results.check({f"the ticket {path}": path for path in tickets})
-    found = {path.stem: Ticket.load(path).layer_sparsities() for path in tickets}
+    files = {label: path for path, label in labels_of(tickets).items()}
+    found = {label: Ticket.load(path).layer_sparsities() for label, path in files.items()}
     rows = [
         {"ticket": name, "layer": layer, "sparsity": sparsity}
         for name, by_layer in found.items()
@@ -191,16 +193,16 @@ def width(
         check_memory(own, data, target, methods=[method])
     found: dict[float, list[float]] = {}
     rows = []
-    kept = (comparison_kept(results.out / f"width-{factor:g}") for factor in factors)
+    kept = (comparison_kept(results.out / f"width-{short(factor)}") for factor in factors)
     with goes_on(lambda: min((advice() for advice in kept), key=len)), Progress() as bars:
         for factor, own in sized.items():
-            comparison = Comparison(results.file(f"width-{factor:g}"), own)
+            comparison = Comparison(results.file(f"width-{short(factor)}"), own)
             comparison.run(data, [method], [sparsity], wanted, target, bars)
             by_seed = comparison.accuracies(method, sparsity)
             found[factor] = list(by_seed.values())
             rows += [{"width": factor, "seed": s, "accuracy": a} for s, a in by_seed.items()]
     for factor, accuracies in found.items():
-        console.print(f"width {factor:g}: {sum(accuracies) / len(accuracies):.2f} %")
+        console.print(f"width {short(factor)}: {sum(accuracies) / len(accuracies):.2f} %")
     results.wrote(
         {"rows": rows},
         figures.write_csv(results.file("width.csv"), rows),

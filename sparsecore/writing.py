@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from .interrupts import signals_later
+
 try:
     import fcntl
 except ImportError:  # not POSIX: nothing is locked, and open files cannot be removed anyway
@@ -43,6 +45,11 @@ def put(path: Path, data: bytes) -> None:
 
     Errors: FileError if it cannot be written, or for anything but a file that may be written; an older one is intact.
     """
+    with signals_later():  # or a part may be left, held as long as this process lives
+        _put(path, data)
+
+
+def _put(path: Path, data: bytes) -> None:
     part = None
     try:
         target, mode = _target(path)
@@ -70,6 +77,8 @@ def put(path: Path, data: bytes) -> None:
 def append(path: Path, text: str) -> None:
     """Text at the end of a file, all of it or nothing; into a stream (a pipe, /dev/stdout), too.
 
+    Of what this process has open itself, such as /dev/stdout, nobody need read all (`| head -1`), as of what it prints.
+
     Errors: FileError if it cannot be written.
     """
     try:
@@ -87,6 +96,8 @@ def append(path: Path, text: str) -> None:
                     os.ftruncate(file.fileno(), end.st_size)
                 raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and _own(path) is not None:
+            return
         raise FileError(f"{path} could not be written: {error.strerror or error}") from None
 
 
@@ -96,7 +107,8 @@ def _open(path: Path) -> int:
     """
     own = _own(path)
     if own is not None:
-        sys.stdout.flush()
+        with contextlib.suppress(BrokenPipeError):  # another stream than this, maybe
+            sys.stdout.flush()
         return os.dup(own)
     return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
 
