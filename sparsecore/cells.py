@@ -79,7 +79,8 @@ def read_rows(path: Path) -> dict[str, Row]:
         )
     found = {}
     for number, line in enumerate(lines[1:], 2):
-        if not any(values := _values(line)):
+        values = _values(line)
+        if not any(value.strip() for value in values):
             continue
         try:
             row = dict(zip(FIELDS, values, strict=True))

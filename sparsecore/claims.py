@@ -6,7 +6,7 @@ trains, and its `watch` evaluates.
 
 import functools
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from inspect import signature
 from threading import Lock, get_ident
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -46,6 +46,12 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
     Errors: ValueError where another thread searches, trains or changes it, or what it shares with another model.
     """
     parts, own = _parts(model), dict[int, Any]()
+
+    def give_back() -> None:
+        with _lock:
+            for key in own:
+                _claims.pop(key, None)
+
     try:
         with _lock:
             for key in parts:
@@ -61,9 +67,11 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
                 _claims.update({k: _Claim(get_ident(), what, part) for k, part in own.items()})
         yield
     finally:
-        with signals_later(), _lock:
-            for key in own:
-                _claims.pop(key, None)
+        try:
+            give_back()
+        except BaseException:  # a signal: once more, to the end
+            give_back()
+            raise
 
 
 def _parts(model: nn.Module) -> dict[int, Any]:
@@ -79,13 +87,16 @@ def _parts(model: nn.Module) -> dict[int, Any]:
     return {id(part): part for part in found}
 
 
-def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]], Callable[P, R]]:
+def sole(
+    what: str, *, differentiates: bool = False, whole: bool = False
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function of a `model` that has it for itself, takes arguments of the kinds it says, and leaves tensors that can
     train, under `torch.inference_mode` too.
 
     Args:
         what: it does, in an error's words.
         differentiates: whether it takes gradients, under `torch.no_grad` too.
+        whole: whether a signal comes when it is done, since half of it would be no model; for what takes no time.
 
     Errors: KindError for what is no module, and as `kinds.checked`; ValueError as `claimed`, and for parameters made in
     inference mode.
@@ -93,6 +104,7 @@ def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]
 
     def of(function: Callable[P, R]) -> Callable[P, R]:
         place = list(signature(function).parameters).index("model")
+        later = signals_later if whole else nullcontext
 
         @functools.wraps(function)
         def alone(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -101,7 +113,7 @@ def sole(what: str, *, differentiates: bool = False) -> Callable[[Callable[P, R]
             model: Any = args[place] if len(args) > place else kwargs["model"]
             require_trainable_tensors(require_module(model, what), what, values=differentiates)
             given, named = of_kinds(function, args, kwargs)
-            with claimed(model, what), torch_that_trains(differentiates):
+            with claimed(model, what), torch_that_trains(differentiates), later():
                 return function(*given, **named)
 
         return alone

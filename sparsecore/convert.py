@@ -11,7 +11,6 @@ from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
 from .claims import require_module, sole
-from .interrupts import signals_later
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
 from .patterns import PATTERNS, Gated, Planned
@@ -44,7 +43,7 @@ def is_prunable(name: str, module: nn.Module) -> bool:
     )
 
 
-@sole("sparsify_")
+@sole("sparsify_", whole=True)
 def sparsify_(model: nn.Module, filter_fn: Filter = is_prunable) -> nn.Module:
     """Replaces the chosen layers by their sparse forms in place and returns the model.
 
@@ -186,7 +185,7 @@ def _sparse_form(module: nn.Module, names: list[str]) -> nn.Module:
     return kind.from_dense(module)
 
 
-@sole("densify_")
+@sole("densify_", whole=True)
 def densify_(model: nn.Module) -> nn.Module:
     """Replaces sparse layers by plain ones of PyTorch with the same keys, in place; returns the model.
 
@@ -292,6 +291,18 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
     buffers = {m: m._buffers.copy() for m in model.modules() if not isinstance(m, PATTERNS)}
     held = {b for own in buffers.values() for b in own.values() if b is not None and not is_lazy(b)}
     values = {b: b.detach().clone() for b in held}
+
+    def put_back() -> None:
+        for module, own in buffers.items():
+            module._buffers.update(own)
+        for module, mode in modes.items():
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in values.items():  # what a forward counts by itself
+                buffer.copy_(value)
+            for module, weight in renormalised.items():
+                module._parameters["weight"].copy_(weight)  # pyright: ignore
+
     try:
         model.eval()
         for module in buffers:
@@ -301,16 +312,11 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
         with _unfused:
             yield
     finally:
-        with signals_later():
-            for module, own in buffers.items():
-                module._buffers.update(own)
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, value in values.items():  # what a forward counts by itself
-                    buffer.copy_(value)
-                for module, weight in renormalised.items():
-                    module._parameters["weight"].copy_(weight)  # pyright: ignore
+        try:
+            put_back()
+        except BaseException:  # a signal: once more, to the end
+            put_back()
+            raise
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations
 from typing_extensions import Self
 
 from . import kernels
+from .interrupts import signals_later
 from .kinds import checked
 from .patterns import Formats, Masked, Planned
 from .process import leaving_trainable
@@ -50,8 +51,9 @@ class DecidedLayer(nn.Module):
             )
         self.require_one_mask(mask)
         pattern = self._masked(mask)
-        self.unplan_()
-        self._decide(pattern)
+        with signals_later():
+            self.unplan_()
+            self._decide(pattern)
         return self
 
     def require_one_mask(self, mask: Tensor) -> None:
@@ -105,9 +107,10 @@ class DecidedLayer(nn.Module):
     def unplan_(self) -> Self:
         """Back from the kept weights to a mask over a dense parameter; no change under other patterns."""
         if isinstance(self.pattern, Planned):
-            pattern = Masked(self.pattern.mask)
-            self._become(pattern, self.effective_weight.detach())
-            self._decide(pattern)
+            pattern, weight = Masked(self.pattern.mask), self.effective_weight.detach()
+            with signals_later():
+                self._become(pattern, weight)
+                self._decide(pattern)
         return self
 
     @leaving_trainable
@@ -155,9 +158,10 @@ class DecidedLayer(nn.Module):
         # Through another dtype, so that autograd forgets the old shape, which a graph that is still alive
         # (the last step's loss) would keep.
         other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
-        raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
-        raw.data = parameter
-        self.pattern = pattern.train(self.training)
+        with signals_later():
+            raw.grad, raw.data = None, parameter.new_empty(0, dtype=other)
+            raw.data = parameter
+            self.pattern = pattern.train(self.training)
 
     def _decided_mask(self) -> Tensor:
         if isinstance(self.pattern, Masked | Planned):

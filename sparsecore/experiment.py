@@ -160,11 +160,11 @@ def check_found(
     check_search(setup.start_of(method).search(method, 0), model, sparsity, some)
 
 
-def _tell_no_steps(what: str, start: float, end: float, length: int) -> None:
+def _tell_no_steps(what: str, start: float, epochs: float, length: int) -> None:
     """Warns where a fraction of an epoch is less than half a batch: nothing is trained then."""
-    if round(end * length) <= round(start * length):
+    if round((start + epochs) * length) <= round(start * length):
         warnings.warn(
-            f"{what}: {end - start:g} of an epoch of {length} batches is no step, so nothing is trained",
+            f"{what}: {epochs:g} of an epoch of {length} batches is no step, so nothing is trained",
             stacklevel=3,
         )
 
@@ -234,18 +234,19 @@ def train_on(
     """Trains a model at its rewind point for `epochs` more epochs, with a fresh optimiser.
 
     The schedule is indexed by the absolute epoch: it spans rewind_epochs + epochs.  After 0 epochs, for
-    finished tickets, there is the accuracy alone.
+    finished tickets, there is the accuracy alone, as after so few that the sum is rewind_epochs.
     """
     recipe = recipe or setup.recipe
     end = setup.rewind_epochs + epochs
     device = next(model.parameters()).device
     train_batches, test_batches = batches_of_setup(setup, dataset, recipe, seed, device)
-    if not epochs:
+    if epochs:
+        _tell_no_steps("epochs", setup.rewind_epochs, epochs, len(train_batches))
+    if end == setup.rewind_epochs:
         start = perf_counter()
         accuracy = evaluate(model, test_batches)
         record = {"epoch": end, "accuracy": accuracy, "seconds": perf_counter() - start}
         return History([record])
-    _tell_no_steps("epochs", setup.rewind_epochs, end, len(train_batches))
     return train(
         model,
         train_batches,

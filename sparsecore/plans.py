@@ -19,6 +19,7 @@ from .calls import forward_example
 from .claims import sole
 from .convert import require_sparse_layers, sparse_layers
 from .costs import rounds, stored
+from .interrupts import signals_later
 from .kernels import Layer
 from .layer import SparseLayer, plain_type
 from .parts import Part
@@ -112,8 +113,9 @@ def plan_(
         require_one_rank("plan_", "use plan='mask'")
     layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
     if plan == "mask":
-        for layer in layers.values():
-            layer.unplan_()
+        with signals_later():
+            for layer in layers.values():
+                layer.unplan_()
         return model
     shared = _shared(model, layers)
     formats = {name: _named(plan, layer, shared.get(name)) for name, layer in layers.items()}
@@ -129,11 +131,12 @@ def plan_(
         if plan == "auto" and example:
             _measure(model, example, captured, cache_of(cache))
     except BaseException:
-        for layer, pattern in before.items():
-            if layer.pattern is not pattern:
-                weight = layer.effective_weight.detach()
-                kept = pattern.kept(weight) if isinstance(pattern, Planned) else weight
-                layer._become(pattern, kept)
+        with signals_later():
+            for layer, pattern in before.items():
+                if layer.pattern is not pattern:
+                    weight = layer.effective_weight.detach()
+                    kept = pattern.kept(weight) if isinstance(pattern, Planned) else weight
+                    layer._become(pattern, kept)
         raise
     if any(isinstance(layer.pattern, Planned) for layer in layers.values()):
         _tell_of_shapes()
@@ -338,7 +341,7 @@ def _step_time(
     return step_time(model, example, update, captured=captured)
 
 
-@sole("remask_")
+@sole("remask_", whole=True)
 def remask_(
     model: nn.Module,
     masks: Mapping[str, Tensor],

@@ -14,6 +14,7 @@ from . import foreign, safefile, schema
 from .claims import sole
 from .convert import plain_state, require_sparse_layers
 from .granularity import NM, Granularity, Weight, parse_granularity
+from .interrupts import signals_later
 from .kinds import check_fields, checked
 from .packed import layer_order, pack_mask, unpack_mask
 from .patterns import Dense
@@ -128,7 +129,7 @@ class Ticket:
         meta = {"method": name, "granularity": "weight", "torch": torch.__version__}
         return cls(masks, weights, meta)
 
-    @sole("prune_")
+    @sole("prune_", whole=True)
     def prune_(self, model: nn.Module) -> nn.Module:
         """Writes the ticket as masks of `torch.nn.utils.prune` into a dense model; returns the model.
 
@@ -225,18 +226,19 @@ class Ticket:
         for name, mask in self.masks.items():
             layers[name]._require_parameter("apply_")
             layers[name].require_one_mask(mask)
-        for layer in layers.values():
-            layer.unplan_()
-        if weights:
-            state = model.state_dict()  # of dense parameters, which alone can be written to
-            with torch.no_grad():
-                for key, value in self.weights.items():
-                    state[key].copy_(value)
-        for name, layer in layers.items():
-            if name in self.masks:
-                layer.set_mask_(self.masks[name])
-            else:
-                layer.pattern = Dense()
+        with signals_later():
+            for layer in layers.values():
+                layer.unplan_()
+            if weights:
+                state = model.state_dict()  # of dense parameters, which alone can be written to
+                with torch.no_grad():
+                    for key, value in self.weights.items():
+                        state[key].copy_(value)
+            for name, layer in layers.items():
+                if name in self.masks:
+                    layer.set_mask_(self.masks[name])
+                else:
+                    layer.pattern = Dense()
         tell_applied(self, model, stacklevel=4)
         return plan_(model, self._sided(plan), *example, captured=captured)
 

@@ -1,5 +1,6 @@
 """A signal at any line of what puts a model back comes when that is whole."""
 
+import linecache
 import signal
 import sys
 from threading import Thread
@@ -7,13 +8,17 @@ from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 from helpers import Blobs, equal, seeded
 from torch import nn
 
 import sparsecore as sc
+from sparsecore import claims
 from sparsecore.interrupts import signals_later
 
-WHERE = ("convert.py", "gated.py", "claims.py", "evaluation.py", "batchnorm.py")
+# Functions that begin something and end it, once a call.
+WHERE = ("batch_statistics", "_gated", "claimed", "_evaluating", "put_back", "give_back")
+BLOBS = Blobs(count=64, batch=64)
 
 
 def test_a_signal_comes_at_the_end_of_the_block() -> None:
@@ -54,32 +59,45 @@ def test_ignored_signals_and_other_threads_are_left_alone() -> None:
 
 
 class At:
-    """Ctrl-C at the line number `at` of those that end what these files have begun."""
+    """Ctrl-C at the line number `at` of functions or files of these names."""
 
-    def __init__(self, at: int) -> None:
-        self.at, self.count = at, 0
+    def __init__(self, at: int, names: tuple[str, ...] = WHERE) -> None:
+        self.at, self.names, self.count, self.where = at, names, 0, ""
 
     def __call__(self, frame: FrameType, event: str, arg: Any) -> Any:
-        return self.line if frame.f_code.co_filename.endswith(WHERE) else None
+        code = frame.f_code
+        known = code.co_name in self.names or code.co_filename.endswith(self.names)
+        return self.line if known and self.count < self.at else None
 
     def line(self, frame: FrameType, event: str, arg: Any) -> Any:
-        if event == "line":
+        # Between a `with` or `try` and its block signals come for tracers alone.
+        source = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        if event == "line" and not source.startswith(("with ", "try:")):
             self.count += 1
             if self.count == self.at:
+                self.where = f"{frame.f_code.co_name}, line {frame.f_lineno}"
                 signal.raise_signal(signal.SIGINT)
         return self.line
 
 
 def network() -> nn.Module:
-    parts = lambda: nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))  # noqa: E731
+    parts = lambda: nn.Sequential(
+        nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4)
+    )  # noqa: E731
     model = sc.sparsify_(seeded(parts))
     model[2].eval()
     return model
 
 
+def masked(model: nn.Module) -> nn.Module:
+    for layer in sc.sparse_layers(model).values():
+        layer.set_mask_(torch.arange(layer.weight_shape.numel()).view(layer.weight_shape) % 3 == 0)
+    return model
+
+
 CALLS = {
-    "search": lambda m: sc.JointSearch(epochs=1)(m, Blobs(count=64, batch=64), sparsity=0.5),
-    "evaluate": lambda m: sc.evaluate(m, Blobs(count=64, batch=64)),
+    "search": lambda m: sc.JointSearch(epochs=1)(m, BLOBS, sparsity=0.5),
+    "evaluate": lambda m: sc.evaluate(m, BLOBS),
 }
 
 
@@ -89,12 +107,7 @@ def test_a_model_is_whole_after_a_signal_anywhere(name: str) -> None:
     modes = [m.training for m in model.modules()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    whole = At(-1)
-    sys.settrace(whole)
-    call(model)
-    sys.settrace(None)
-    step = max(1, whole.count // 150)
-    for at in range(1, whole.count + 1, step):
+    for at in range(1, 10_000):
         trace = At(at)
         sys.settrace(trace)
         try:
@@ -103,11 +116,29 @@ def test_a_model_is_whole_after_a_signal_anywhere(name: str) -> None:
             pass
         finally:
             sys.settrace(None)
-        assert [m.training for m in model.modules()] == modes, at
-        assert equal(state, dict(model.state_dict())), at
-        assert [p.requires_grad for p in model.parameters()] == flags, at
-        other: list[Any] = []
-        thread = Thread(target=lambda: other.append(sc.evaluate(model, Blobs(count=64, batch=64))))
-        thread.start()
-        thread.join()
-        assert other, f"still claimed after an interrupt at {at}"
+        if trace.count < at:
+            break
+        assert [m.training for m in model.modules()] == modes, trace.where
+        assert equal(state, dict(model.state_dict())), trace.where
+        assert [p.requires_grad for p in model.parameters()] == flags, trace.where
+        assert not claims._claims, trace.where
+    assert at > 10
+
+
+def test_a_change_of_a_model_is_whole_or_not_begun() -> None:
+    for change in (sc.densify_, lambda m: sc.plan_(m, "state"), lambda m: sc.plan_(m, "mask")):
+        for at in range(1, 10_000):
+            model = masked(network())
+            before = model.eval()(BLOBS.x)
+            trace = At(at, ("convert.py", "plans.py", "decided.py"))
+            sys.settrace(trace)
+            try:
+                change(model)
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.settrace(None)
+            if trace.count < at:
+                break
+            torch.testing.assert_close(model(BLOBS.x), before)
+            assert change(model) is model

@@ -12,7 +12,6 @@ from .. import capture
 from ..accuracy import hits
 from ..batches import Batch, EpochBatches, on, parts_of, size_of
 from ..calls import fits, forward
-from ..interrupts import signals_later
 from ..loss_functions import plain
 from ..losses import Loss
 from .auto import launch
@@ -123,6 +122,11 @@ class Evaluation(AbstractStep):
         judges = [plain(by.fn) for by in (self.by, self.metric) if by is not None]
         parts = [self.model, *(fn for fn in judges if isinstance(fn, nn.Module))]
         modes = {module: module.training for part in parts for module in part.modules()}
+
+        def put_back() -> None:
+            for module, mode in modes.items():
+                module.training = mode
+
         try:
             for part in parts:
                 part.eval()
@@ -130,9 +134,11 @@ class Evaluation(AbstractStep):
             with torch.no_grad():
                 yield
         finally:
-            with signals_later():
-                for module, mode in modes.items():
-                    module.training = mode
+            try:
+                put_back()
+            except BaseException:  # a signal: once more, to the end
+                put_back()
+                raise
 
     @contextmanager
     def undone(self) -> Iterator[None]:

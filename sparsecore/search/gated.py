@@ -18,7 +18,6 @@ from ..convert import batch_statistics, require_dense_parameters
 from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
-from ..interrupts import signals_later
 from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
@@ -302,6 +301,16 @@ class AbstractGateSearch(ABC):
         grads = {p: p.grad for p in required}
         values = {p: p.detach().clone() for p in required} if self.trains_weights else {}
         gated = {}
+
+        def put_back() -> None:
+            for name, layer in layers.items():
+                layer.pattern = patterns[name]
+            for p, flag in required.items():
+                p.requires_grad_(flag)
+                p.data, p.grad = memory[p], grads[p]
+                if p in values:
+                    p.data.copy_(values[p])
+
         with batch_statistics(model):
             try:
                 if not self.trains_weights:
@@ -320,11 +329,8 @@ class AbstractGateSearch(ABC):
                     )
                 yield gated
             finally:
-                with signals_later():
-                    for name, layer in layers.items():
-                        layer.pattern = patterns[name]
-                    for p, flag in required.items():
-                        p.requires_grad_(flag)
-                        p.data, p.grad = memory[p], grads[p]
-                        if p in values:
-                            p.data.copy_(values[p])
+                try:
+                    put_back()
+                except BaseException:  # a signal: once more, to the end
+                    put_back()
+                    raise
