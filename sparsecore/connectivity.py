@@ -3,7 +3,6 @@
 Frankle, Dziugaite, Roy & Carbin 2020 (arXiv 1912.05671).
 """
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from .batches import EpochBatches
+from .copies import copied
 from .engine.evaluation import Evaluation
 from .kinds import checked
 from .linear_path import NO_CLASSES, STABLE, Of, State, check_points, threshold_of
@@ -69,7 +69,7 @@ def instability(
     _check_seeds(seeds)
     ends = []
     for name, seed in zip(("first", "second"), seeds, strict=True):
-        trained = copy.deepcopy(model)
+        trained = copied(model)
         train(
             trained, batches_for(seed), None, recipe, loss=loss, steps_per_epoch=steps_per_epoch,
             start_epoch=start_epoch, seed=seed, checkpoint=_in(folder, f"{name}.checkpoint"), progress=progress,
@@ -168,7 +168,7 @@ def rewind_by_instability(
         )
     if of == "error":
         _check_classes(model, loss_of(loss), test_batches)
-    start = copy.deepcopy(model)
+    start = copied(model)
     history = train(
         start, batches_for(seed), None, recipe, loss=loss, steps_per_epoch=steps_per_epoch,
         stop_epoch=epochs[-1], seed=seed, snapshots=epochs, checkpoint=_in(folder, "dense.checkpoint"),

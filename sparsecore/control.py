@@ -90,7 +90,7 @@ class GradBalance(AbstractController):
 
     def init(self, device: torch.device) -> State:
         return {
-            "weight": torch.zeros((), device=device),
+            "weight": torch.zeros((), device=device, dtype=torch.float32),
             "started": torch.zeros((), dtype=torch.bool, device=device),
         }
 
@@ -136,7 +136,7 @@ class Lagrangian(AbstractController):
         return density
 
     def init(self, device: torch.device) -> State:
-        return {"weight": torch.zeros((), device=device)}
+        return {"weight": torch.zeros((), device=device, dtype=torch.float32)}
 
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
         weight = state["weight"]
@@ -185,7 +185,7 @@ class FixedPenalty(AbstractController):
     def init(self, device: torch.device) -> State:
         if self.weight is None:
             raise ValueError("control fixed: expected a number here, as in fixed=0.5, got none")
-        return {"weight": torch.full((), self.weight, device=device)}
+        return {"weight": torch.full((), self.weight, device=device, dtype=torch.float32)}
 
     def update(self, state: State, reading: Reading) -> tuple[Tensor, State]:
         return state["weight"], state

@@ -105,6 +105,8 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
         raise ValueError(
             f"{name}: expected a number that 64 bits hold, got one of {value.bit_length()} bits"
         )
+    if get_origin(hint) is tuple and isinstance(value, (np.ndarray, Tensor)):
+        value = value.tolist()
     if get_origin(hint) is tuple and isinstance(value, list):  # a frozen value's fields are hashed
         return tuple(value)
     return value

@@ -3,7 +3,6 @@
 Frankle, Dziugaite, Roy & Carbin 2020 (arXiv 1912.05671).
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from . import checkpoints, schema
 from .batches import EpochBatches
 from .batchnorm import recompute_statistics_, running_norms
 from .convert import plain_state
+from .copies import copied
 from .engine.evaluation import Evaluation
 from .kinds import checked
 from .loaders import batches_of
@@ -132,7 +132,7 @@ def path_errors(
     train_batches = None if train_batches is None else batches_of(train_batches, model)
     own = plain_state(model)
     a, b = ({k: v.to(own[k]) for k, v in state.items()} for state in (a, b))
-    probe = copy.deepcopy(model).eval()
+    probe = copied(model).eval()
     run, rows = "", []
     if checkpoint is not None:
         data = [batches, batches if train_batches is None else train_batches]

@@ -293,8 +293,12 @@ class Gated(nn.Module):
         self.drawn: Tensor | None = None
         self.dense: Tensor | None = None
         units = self.granularity.units(shape)
-        self.logits = nn.Parameter(torch.full(units, gate.init(density), device=device))
-        self.log_gain = nn.Parameter(torch.zeros((), device=device)) if gain else None
+        self.logits = nn.Parameter(
+            torch.full(units, gate.init(density), device=device, dtype=torch.float32)
+        )
+        self.log_gain = (
+            nn.Parameter(torch.zeros((), device=device, dtype=torch.float32)) if gain else None
+        )
         self.register_buffer("seed", torch.tensor([seed], dtype=torch.int64, device=device))
         self.register_buffer("step", torch.zeros(1, dtype=torch.int64, device=device))
 

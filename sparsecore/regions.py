@@ -3,7 +3,6 @@
 Maene, Li & Moens 2021 (arXiv 2106.06955).
 """
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from .connectivity import LinearPath, State, path_errors
 from .convert import densify_, require_sparse_layers
+from .copies import copied
 from .kinds import checked
 from .layer import SparseLayer, weight_key
 from .losses import LossLike
@@ -85,7 +85,7 @@ def round_paths(
     Errors: as `path_errors`; ValueError for fewer than 2 rounds, or rounds of different networks.
     """
     _check_rounds(rounds, least=2)
-    plain = densify_(copy.deepcopy(model))
+    plain = densify_(copied(model))
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
     paths = []

@@ -26,7 +26,8 @@ VERSION = 1
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *, kind: str) -> None:
     """Writes as a whole or not at all, as `writing.put` does.
 
-    Errors: FileError if the file cannot be written, or for names that are no plain text; an older one is intact then.
+    Errors: FileError if the file cannot be written, for names that are no plain text, or facts that are no JSON; an
+    older one is intact then.
     """
     if (odd := _no_text(tensors)) is not None:
         raise FileError(f"{path}: expected names of plain text, got {odd!r}; rename the layer")
@@ -36,7 +37,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any], *,
         name: t.detach().cpu().clone(memory_format=torch.contiguous_format)
         for name, t in tensors.items()
     }
-    text = _canonical(dict(meta))
+    try:
+        text = _canonical(dict(meta))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise FileError(
+            f"{path}: expected facts that JSON holds, {_odd_fact(meta)} ({error})"
+        ) from None
     entry = {"format": f"sparsecore/{kind}", "version": VERSION, "digest": _digest(plain, text)}
     header = {"sparsecore": json.dumps(entry | {"meta": json.loads(text)}, sort_keys=True)}
     put(path, save(plain, header))
@@ -78,6 +84,23 @@ def read(path: Path, *, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if (odd := _no_text(tensors)) is not None:
         raise FileError(f"{damaged} a tensor of the name {odd!r:.80}, which is no plain text")
     return tensors, meta
+
+
+def _odd_fact(value: Any, at: str = "") -> str:
+    """Which of them is none of JSON's."""
+    inner = (
+        value.items()
+        if isinstance(value, Mapping)
+        else enumerate(value)
+        if isinstance(value, (list, tuple))
+        else ()
+    )
+    for key, item in inner:
+        try:
+            json.dumps(item, allow_nan=False)
+        except (TypeError, ValueError, RecursionError):
+            return _odd_fact(item, f"{at}.{key}" if at else str(key))
+    return f"got another under {at!r}" if at else "got others"
 
 
 _MOST_LEVELS = 50

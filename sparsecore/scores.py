@@ -5,7 +5,6 @@ the weights of sparse layers are scored; biases and normalisation are never prun
 once.  The model is left as it was.
 """
 
-import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from .batches import (
 )
 from .calls import arguments, forward
 from .convert import batch_statistics, require_dense_parameters, sparse_layers
+from .copies import copied
 from .layer import SparseLayer
 from .losses import Loss, LossLike, loss_of
 from .outputs import is_labels, own_loss, scores_in
@@ -54,8 +54,9 @@ def random(
 ) -> dict[str, Tensor]:
     """Uniform noise: the floor that any method has to beat.  loss: not looked at."""
     generator = torch.Generator().manual_seed(seed)
+    drawn = {"generator": generator, "dtype": torch.float32}  # whatever the default is
     return {
-        name: torch.rand(layer.raw_weight.shape, generator=generator).to(layer.raw_weight.device)
+        name: torch.rand(layer.raw_weight.shape, **drawn).to(layer.raw_weight.device)
         for name, layer in require_dense_parameters(model).items()
     }
 
@@ -399,7 +400,7 @@ def _positive(model: nn.Module) -> nn.Module:
 
     No biases, no dropout; `synflow` says why and what becomes of normalisation.
     """
-    net = copy.deepcopy(model).double().eval().requires_grad_(False)
+    net = copied(model).double().eval().requires_grad_(False)
     for name, p in net.named_parameters():
         p.zero_() if "bias" in name.rpartition(".")[2] else p.abs_()
     for layer in sparse_layers(net).values():

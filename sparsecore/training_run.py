@@ -15,6 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from . import checkpoints, schema
 from .batches import Batch, EpochBatches
 from .convert import sparse_layers
+from .copies import copying
 from .engine import (
     Evaluation,
     Timeline,
@@ -147,7 +148,8 @@ class Run:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
         self.average = None
         if recipe.ema is not None:
-            self.average = AveragedModel(model, use_buffers=True)
+            with copying(model):
+                self.average = AveragedModel(model, use_buffers=True)
 
     @property
     def evaluated(self) -> nn.Module:

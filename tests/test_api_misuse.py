@@ -6,7 +6,7 @@ import inspect
 import pickle
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -307,8 +307,18 @@ def test_a_wrong_kind_is_said_before_anything_is_changed() -> None:
 def test_lists_in_frozen_values() -> None:
     assert hash(Recipe(milestones=[0.5])) == hash(Recipe(milestones=(0.5,)))  # type: ignore[arg-type]
     assert Recipe(milestones=[0.5]) == Recipe(milestones=(0.5,))  # type: ignore[arg-type]
+    for made in (torch.tensor([0.5, 0.75]), np.array([0.5, 0.75])):
+        assert Recipe(milestones=made) == Recipe(milestones=(0.5, 0.75))  # type: ignore[arg-type]
     assert hash(sc.SET(Recipe(milestones=[0.5]), 2))  # type: ignore[arg-type]
     check_fields(Recipe())
+
+
+def test_facts_that_no_file_holds_are_named(tmp_path: Path) -> None:
+    found = SEARCHES["magnitude"](sc.sparsify_(mlp()), Blobs(), sparsity=0.5)
+    with pytest.raises(
+        sc.TicketError, match="facts that JSON holds, got another under 'provenance.where'"
+    ):
+        replace(found, meta=found.meta | {"where": tmp_path}).save(tmp_path / "t")
 
 
 # --- Copies ------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@ ticket fits a model of the same kind.
 """
 
 import random
+from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 import pytest
@@ -86,3 +88,49 @@ def test_training_under_a_loss_that_draws_leaves_generators_alone() -> None:
         assert generators() == state
     first, again = ([r | {"seconds": 0} for r in run] for run in runs)
     assert first == again
+
+
+class Locked(nn.Sequential):
+    """Which no deepcopy copies."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4))
+        self.lock = Lock()
+
+
+@each_search
+def test_a_model_that_cannot_be_copied_is_searched_or_refused_by_name(name: str) -> None:
+    model = sc.sparsify_(seeded(Locked))
+    try:
+        assert SEARCHES[name](model, Blobs(), sparsity=0.5).sparsity > 0.4
+    except ValueError as error:
+        assert "its attribute lock that it cannot (cannot pickle" in str(error)
+
+
+def test_training_an_average_of_a_model_that_cannot_be_copied_is_refused() -> None:
+    recipe = replace(ADAM, ema=0.9)
+    with pytest.raises(ValueError, match="attribute lock"):
+        sc.train(sc.sparsify_(seeded(Locked)), Blobs(), None, recipe)
+
+
+@each_search
+def test_another_default_dtype_changes_no_ticket(name: str) -> None:
+    def found() -> str:
+        return SEARCHES[name](model, Blobs(), sparsity=0.5).hash
+
+    model = sc.sparsify_(
+        seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.ReLU(), nn.Linear(16, 4)))
+    )
+    expected = found()
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert found() == expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@each_search
+def test_lazy_parameters_are_refused_by_name(name: str) -> None:
+    model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.LazyLinear(4))), "0")
+    with pytest.raises(ValueError, match=r"lazy ones \(1.weight, 1.bias\); run the model once"):
+        SEARCHES[name](model, Blobs(), sparsity=0.5)

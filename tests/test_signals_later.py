@@ -81,9 +81,9 @@ class At:
 
 
 def network() -> nn.Module:
-    parts = lambda: nn.Sequential(
-        nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4)
-    )  # noqa: E731
+    def parts() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 4))
+
     model = sc.sparsify_(seeded(parts))
     model[2].eval()
     return model

@@ -175,12 +175,14 @@ class GateBank:
         self.ds = [] if unit.single else [torch.empty_like(s) for s in self.logits]
         self._sizes = [None if unit.single else sizes_of(w.shape, unit, device) for w in weights]
         count, sets = len(self.weights), max(groups) + 1
-        self.log_gain = torch.zeros(4 if gain_lr > 0 else 0, count, device=device)
+        self.log_gain = torch.zeros(
+            4 if gain_lr > 0 else 0, count, device=device, dtype=torch.float32
+        )
         self.step = torch.zeros(2, dtype=torch.int64, device=device)
-        self.control = torch.full((2, sets), weight, device=device)
+        self.control = torch.full((2, sets), weight, device=device, dtype=torch.float32)
         self.seeds = torch.tensor(list(seeds), dtype=torch.int64, device=device)
         self.targets = torch.tensor(list(targets), dtype=torch.float32, device=device)
-        self.lr = torch.tensor([lr, gain_lr], device=device)
+        self.lr = torch.tensor([lr, gain_lr], device=device, dtype=torch.float32)
         roles = (self.weights, self.logits, self.out, self.q or self.ds, self.m, self.v)
         columns = [offsets_of(role) if role else [0] * count for role in roles]
         geometries = [
@@ -188,7 +190,7 @@ class GateBank:
             for w, layer, group in zip(weights, layers, groups, strict=True)
         ]
         self.plan = plan(geometries, unit, list(zip(*columns, strict=True)), device)
-        self.partials = torch.zeros(len(self.plan.chunks), 4, device=device)
+        self.partials = torch.zeros(len(self.plan.chunks), 4, device=device, dtype=torch.float32)
         self._first_chunks = self.plan.table[:, FIRST_CHUNK].tolist()
         self._offsets = torch.zeros(count, dtype=torch.int64, device=device)  # of gradients
         self._cells = list(self._offsets.unbind())
@@ -306,7 +308,7 @@ class GateBank:
 def _filled(like: Tensor | None, shape: torch.Size, value: float, device: torch.device) -> Tensor:
     if like is not None:
         return torch.full_like(like, value)
-    return torch.full(shape, value, device=device)
+    return torch.full(shape, value, device=device, dtype=torch.float32)
 
 
 def _as(grad: Tensor, out: Tensor) -> Tensor:

@@ -171,4 +171,4 @@ def _scale_(t: Tensor, held: Held, gains: Tensor) -> None:
 @lru_cache(maxsize=1024)
 def sizes_of(shape: torch.Size, unit: Unit, device: torch.device) -> Tensor:
     """Weights in each unit, float32; kept, since making it takes a tensor of the weight's size."""
-    return gather_ref(torch.ones(shape, device=device), unit)
+    return gather_ref(torch.ones(shape, device=device, dtype=torch.float32), unit)

@@ -90,7 +90,7 @@ def launch_gated_weight_backward(
     made = _plan(_geometry(weight, layer), covers, weight.device)
     ds = torch.empty_like(logits)
     dw = torch.empty_like(weight) if want_weight else None
-    partials = torch.zeros(len(made.chunks), 4, device=weight.device)
+    partials = torch.zeros(len(made.chunks), 4, device=weight.device, dtype=torch.float32)
     if weight.numel():
         launch_backward(
             made, GateSpec.of(gate), covers, grad=grad, grad_offsets=torch.zeros_like(seed),

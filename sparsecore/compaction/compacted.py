@@ -14,7 +14,6 @@ other numbers for a smaller tensor.  A BatchNorm makes rounding of a channel tha
 where a ReLU then asks for its sign, both models differ as much as two runs in another order do.
 """
 
-import copy
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from ..batches import kind_of
 from ..claims import sole
 from ..convert import plain_state, require_dense_parameters, require_sparse_layers, sparse_layers
+from ..copies import copied
 from ..layer import SparseLayer
 from ..patterns import Dense, Masked, Planned
 from .groups import Groups, Kept, LayerUnits, keep
@@ -171,7 +171,7 @@ def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compac
     traced = trace(model, example, training)
     groups = find_groups(traced, training)
     kept = keep(groups)
-    small = copy.deepcopy(model)
+    small = copied(model)
     modules = dict(small.named_modules())
     places: dict[str, tuple[Tensor, ...]] = {}
     folded: list[str] = []
@@ -296,7 +296,7 @@ def _check(small: nn.Module, example: tuple[Tensor, ...], expected: Any) -> None
     A GPU may multiply in TF32, and deep networks multiply rounding.
     """
     with torch.no_grad():
-        found = copy.deepcopy(small).eval()(*example)  # a copy, since forward may change buffers
+        found = copied(small).eval()(*example)  # a copy, since forward may change buffers
     for a, b in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if isinstance(a, Tensor) and a.is_floating_point():
             scale = b.abs().max().item() if b.numel() else 0.0

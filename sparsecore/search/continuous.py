@@ -1,6 +1,5 @@
 """Continuous sparsification: weights and soft masks train together (Savarese, Silva & Maire 2020, arXiv 1912.04427)."""
 
-import copy
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from .. import checkpoints, schema
 from ..batches import Batch, EpochBatches, require_samples, size_of
 from ..control import AbstractController, FixedPenalty, GradBalance, State, falling
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..copies import copied
 from ..engine import (
     AbstractStep,
     EngineError,
@@ -145,7 +145,7 @@ class ContinuousSparsification:
         run = ""
         if checkpoint is not None:
             run = checkpoints.fingerprint(model, batches, self, sparsity, loss=given)
-        net = copy.deepcopy(model)
+        net = copied(model)
         with batch_statistics(net):
             saved = way_of(checkpoint, run)
             work = _ContinuousEpochs(self, net, 1 - sparsity, batches, watch, saved, by)
@@ -217,12 +217,12 @@ class _ContinuousStep(AbstractStep):
         own = set(map(id, self.logits))
         self.weights = [p for p in net.parameters() if p.requires_grad and id(p) not in own]
         self.device = self.logits[0].device
-        self.total = torch.zeros((), device=self.device)
+        self.total = torch.zeros((), device=self.device, dtype=torch.float32)
         self.optimizer = optimizer_for(self.weights, search.recipe, lr=timeline.now["lr"])
         capturable = self.device.type == "cuda"
         self.gates = torch.optim.Adam(self.logits, lr=search.lr, fused=True, capturable=capturable)
         self.control: State = search.control.init(self.device)
-        self.lr = torch.tensor(search.lr, device=self.device)
+        self.lr = torch.tensor(search.lr, device=self.device, dtype=torch.float32)
         self.call: Callable[..., Any] = plainly
         self.layout = Layout([net], [self.optimizer, self.gates])
 

@@ -283,7 +283,9 @@ def _noise(shapes: Shapes, granularity: Granularity, seed: int, step: int) -> di
     """A uniform number for every unit, drawn on the CPU: the same on every device."""
     address = torch.tensor([seed]), torch.tensor([step])
     return {
-        name: kernels.uniform_(torch.empty(granularity.units(shape)), *address, layer)
+        name: kernels.uniform_(
+            torch.empty(granularity.units(shape), dtype=torch.float32), *address, layer
+        )
         for layer, (name, shape) in enumerate(shapes.items())
     }
 

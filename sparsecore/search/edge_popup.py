@@ -1,6 +1,5 @@
 """Edge-popup: a subnetwork of frozen weights that works untrained (Ramanujan et al. 2020, arXiv 1911.13299)."""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_
 from ..convert import batch_statistics, require_dense_parameters, sparse_layers
+from ..copies import copied
 from ..engine import Timeline, TrainingStep, check_engine, feed_of, launch, takes_images
 from ..gates import TopK
 from ..granularity import Granularity, Weight
@@ -132,7 +132,7 @@ class EdgePopup:
             run = checkpoints.fingerprint(model, batches, *facts, loss=by)
         densities = {name: 1 - sparsity for name, sparsity in sparsities.items()}
         hard = searched_in(model, self.weights, densities)
-        net = copy.deepcopy(hard)
+        net = copied(hard)
         with batch_statistics(net):
             saved = way_of(checkpoint, run)
             work = _PopupEpochs(self, net, hard, batches, sparsities, watch, saved, by)
@@ -222,7 +222,9 @@ class _PopupEpochs(StepEpochs):
                 device=weight.device,
             )
             bound = 1 / math.sqrt(weight[0].numel())
-            first = (2 * torch.rand(pattern.logits.shape, generator=draws) - 1) * bound
+            first = (
+                2 * torch.rand(pattern.logits.shape, generator=draws, dtype=torch.float32) - 1
+            ) * bound
             pattern.logits.data.copy_(first)
             layer.pattern = self.gated[name] = pattern
         logits = [pattern.logits for pattern in self.gated.values()]

@@ -1,6 +1,5 @@
 """Tickets that are used as they are: the weights they are searched in, and what they need besides masks."""
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +9,7 @@ from torch import nn
 from ..batches import EpochBatches
 from ..batchnorm import recompute_statistics_, running_norms
 from ..convert import sparse_layers
+from ..copies import copied
 from ..tickets import Ticket
 
 WEIGHTS = ("signed-constant", "scaled", "as-is")
@@ -27,7 +27,7 @@ def searched_in(model: nn.Module, weights: str, densities: Mapping[str, float]) 
     "signed-constant": sign(w) * sqrt(2 / fan_in); "scaled": the same times sqrt(1 / density) of the layer, so that
     the signal keeps its size when the others are gone (Ramanujan et al. 2020); "as-is": the model's own.
     """
-    frozen = copy.deepcopy(model).requires_grad_(False)
+    frozen = copied(model).requires_grad_(False)
     if weights != "as-is":
         for name, layer in sparse_layers(frozen).items():
             weight = layer.raw_weight
@@ -44,7 +44,7 @@ def finished(ticket: Ticket, model: nn.Module, batches: EpochBatches) -> Ticket:
     meta = ticket.meta | {"finished": True}
     if not running_norms(model):
         return replace(ticket, meta=meta)
-    network = Ticket(ticket.masks, ticket.weights).apply_(copy.deepcopy(model))
+    network = Ticket(ticket.masks, ticket.weights).apply_(copied(model))
     recompute_statistics_(network, batches)
     own = {
         k: b.detach().cpu().clone()

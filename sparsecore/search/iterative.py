@@ -145,7 +145,9 @@ class _Rounds(Epochs):
         self.layers = sparse_layers(model)
         weights = {name: layer.raw_weight for name, layer in self.layers.items()}
         self.standing = {
-            name: torch.zeros(search.granularity.units(w.shape), device=w.device)
+            name: torch.zeros(
+                search.granularity.units(w.shape), device=w.device, dtype=torch.float32
+            )
             for name, w in weights.items()
         }
 
@@ -206,8 +208,10 @@ def _ranks(scores: Mapping[str, Tensor], of: Mapping[str, Tensor]) -> dict[str, 
     places = torch.cat([chosen.flatten() for chosen in of.values()]).nonzero().squeeze(1)
     flat = torch.cat([s.flatten() for s in scores.values()])
     order = flat[places].sort(stable=True, descending=True).indices
-    ranks = torch.zeros(len(flat), device=flat.device)
-    ranks[places[order]] = torch.linspace(1, 0, len(places), device=flat.device)
+    ranks = torch.zeros(len(flat), device=flat.device, dtype=torch.float32)
+    ranks[places[order]] = torch.linspace(
+        1, 0, len(places), device=flat.device, dtype=torch.float32
+    )
     parts = ranks.split([s.numel() for s in scores.values()])
     return {name: part.view(s.shape) for (name, s), part in zip(scores.items(), parts, strict=True)}
 

@@ -41,7 +41,7 @@ class PlainStep(SearchStep):
         # The moments exist from the start, so that a checkpoint can be loaded into them.
         for p in (*self.params, *self.gains):
             p.grad = torch.zeros_like(p)
-            slots = {"step": torch.zeros((), device=self.device)}
+            slots = {"step": torch.zeros((), device=self.device, dtype=torch.float32)}
             slots |= {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             self.optimizer.state[p] = slots
 

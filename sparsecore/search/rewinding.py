@@ -1,6 +1,5 @@
 """Rewinding: iterative magnitude pruning, the search that the others are measured against."""
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 from .. import checkpoints, schema
 from ..batches import EpochBatches
 from ..convert import require_dense_parameters
+from ..copies import copied
 from ..engine import check_engine
 from ..granularity import NM, Granularity, Weight
 from ..kinds import check_fields
@@ -152,7 +152,10 @@ class Rewinding:
         checkpoints.check_resumable(checkpoint or self.rounds, batches)
         layers = require_dense_parameters(model)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
-        scores = {name: torch.zeros(self.granularity.units(s)) for name, s in shapes.items()}
+        scores = {
+            name: torch.zeros(self.granularity.units(s), dtype=torch.float32)
+            for name, s in shapes.items()
+        }
         count = self.count(sparsity)
         check_possible(shapes, sparsity, self.granularity)
         end = self.start_epoch + self.epochs
@@ -357,7 +360,7 @@ def _network(
     model: nn.Module, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> nn.Module:
     """A copy of the model that holds `weights` under `masks`."""
-    return Ticket(masks, weights).apply_(copy.deepcopy(model))
+    return Ticket(masks, weights).apply_(copied(model))
 
 
 def _rank(done: Round, before: Mapping[str, Tensor], granularity: Granularity) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ An update follows from the seed, the step and what a checkpoint of `training.tra
 goes on to the same ticket.
 """
 
-import copy
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..convert import require_dense_parameters, sparse_layers
+from ..copies import copied
 from ..engine import check_engine
 from ..granularity import Granularity, Weight
 from ..kinds import check_fields
@@ -152,7 +152,7 @@ class AbstractSparseTraining(ABC):
         check_possible(shapes, sparsity, self.granularity)
         masks = self.start(shapes, sparsity)
         counts = {name: int(mask.sum()) for name, mask in masks.items()}
-        network = copy.deepcopy(model)
+        network = copied(model)
         for name, layer in sparse_layers(network).items():
             layer.set_mask_(masks[name])
 

@@ -53,7 +53,7 @@ class SearchStep(AbstractStep):
         self.kept = Kept(shapes, search.granularity, self.device)
         # [steps, tickets]: expected weights kept, where that changes
         self.aims: Tensor | None = None
-        self.total = torch.zeros(len(members), device=self.device)
+        self.total = torch.zeros(len(members), device=self.device, dtype=torch.float32)
 
     def first_targets(self) -> list[float]:
         """Expected weights kept that each ticket's search begins with."""
@@ -64,7 +64,10 @@ class SearchStep(AbstractStep):
         if self.search.control.aims and self.search.ramp_for(1 - self.members[0][0]):
             aims = [self.search.targets(density, steps) for density, _ in self.members]
             aims = [of + of[-1:] * 8 for of in aims]  # a graph is tried out before it is captured
-            self.aims = torch.tensor(aims, device=self.device).T.contiguous() * self.kept.count
+            self.aims = (
+                torch.tensor(aims, device=self.device, dtype=torch.float32).T.contiguous()
+                * self.kept.count
+            )
 
     def begin_epoch(self, samples: int | None) -> None:
         """`samples`: how many the data has, if each looks the same in every epoch."""

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import Any, TypeVar, cast
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..claims import sole
 from ..coverage import coverage
@@ -40,6 +41,7 @@ def telling(search: Method) -> Method:
     ) -> Ticket | list[Ticket]:
         (_, _, _, *rest), kwargs = of_kinds(search, (self, model, batches, *args), kwargs)
         _require_one_rank()
+        _require_shapes(model)
         loss = loss_of(kwargs.get("loss"))
         if dense := left_behind(model):
             batches = batches_of(batches, model, kwargs.get("steps_per_epoch"), empty=True)
@@ -70,6 +72,15 @@ def _watched(watch: Watch, model: nn.Module) -> float:
         return number_in(said)
     except ValueError as error:
         raise SearchError(str(error)) from None
+
+
+def _require_shapes(model: nn.Module) -> None:
+    """Errors: SearchError for parameters that a first forward is to make."""
+    if lazy := [name for name, p in model.named_parameters() if is_lazy(p)]:
+        raise SearchError(
+            f"model: expected parameters with shapes, got lazy ones ({', '.join(lazy[:4])}); run the model once on a "
+            "batch before the search"
+        )
 
 
 def _require_one_rank() -> None:
