@@ -23,6 +23,7 @@ from .writing import put
 
 _SIZE = (6.4, 4.2)  # inches, as of `compare`'s picture
 _MOST = 400  # inches of a picture's side: renderers have a largest one
+_MOST_BARS, _MOST_PANELS = 2_000, 300
 _LONGEST = 60  # characters of a name in a picture
 _LETTER = 0.08  # inches of one
 
@@ -147,8 +148,12 @@ def draw_search(file: Path, records: Sequence[Mapping[str, float]], title: str =
 
 
 def draw_layers(file: Path, sparsities: Mapping[str, Mapping[str, float]], title: str = "") -> Path:
-    """Bars of the fraction removed in each layer (`Ticket.layer_sparsities`), by ticket."""
+    """Bars of the fraction removed in each layer (`Ticket.layer_sparsities`), by ticket.
+
+    Errors: ValueError for more bars than a picture shows.
+    """
     tickets = _some(sparsities, "sparsities")
+    _few("bars", sum(map(len, tickets.values())), _MOST_BARS)
     layers = list(dict.fromkeys(layer for ticket in tickets.values() for layer in ticket))
     figure, axes = _axes(title, "", "weights removed, %")
     names, legend = [*map(shown, layers)], max(len(shown(label)) for label in tickets)
@@ -171,9 +176,10 @@ def draw_layers(file: Path, sparsities: Mapping[str, Mapping[str, float]], title
 def draw_gates(file: Path, gates: Mapping[str, Tensor], bins: int = 50, title: str = "") -> Path:
     """Histograms of gates in [0, 1] on a log scale, one per entry (a layer, or all of them pooled).
 
-    Errors: ValueError for values outside of [0, 1].
+    Errors: ValueError for values outside of [0, 1], and for more entries than a picture shows.
     """
     columns = min(4, len(_some(gates, "gates")))
+    _few("histograms", len(gates), _MOST_PANELS)
     rows = -(-len(gates) // columns)
     size = (max(_SIZE[0], 2.4 * columns), min(max(_SIZE[1], 1.8 * rows), _MOST))
     figure = Figure(figsize=size, layout="constrained")
@@ -224,6 +230,14 @@ def _some(values: Any, what: str) -> Any:
     if not values:
         raise ValueError(f"{what}: expected at least one, got none; measure something first")
     return values
+
+
+def _few(what: str, count: int, most: int) -> None:
+    """Errors: ValueError for more than a picture shows, which would take minutes to draw."""
+    if count > most:
+        raise ValueError(
+            f"figure: expected at most {most:,} {what} in one, got {count:,}; give fewer tickets or layers"
+        )
 
 
 def _axes(title: str, x: str, y: str) -> tuple[Figure, Axes]:

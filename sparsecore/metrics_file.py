@@ -19,25 +19,27 @@ def line(record: dict[str, Any]) -> str:
 def lines_of(path: Path) -> list[str]:
     """The lines of the file, none where there is no file, or a stream.
 
-    Left out are empty ones, and half a line that a kill left.
+    Left out are empty ones at the end, and half a line that a kill left.
 
     Errors: FileError for a file of anything but JSON objects.
     """
     if is_stream(path) or not path.exists():
         return []
     lines = read_plain(path).removeprefix(codecs.BOM_UTF8).splitlines(keepends=True)
+    while lines and not lines[-1].strip():
+        lines.pop()
     if lines and not lines[-1].endswith(b"\n") and lines[-1].startswith(b"{"):
         if not _is_object(lines[-1]):
             lines.pop()
         else:
             lines[-1] += b"\n"
     for number, text in enumerate(lines, 1):
-        if text.strip() and not _is_object(text):
+        if not _is_object(text):
             raise FileError(
                 f"metrics {path}: expected a new file or one JSON object a line, got something else in line {number}; "
                 "name another file"
             )
-    return [text.decode() for text in lines if text.strip()]
+    return [text.decode() for text in lines]
 
 
 def _is_object(text: bytes) -> bool:

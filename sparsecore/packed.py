@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_MOST_SIDES = 64  # of a tensor
+
 
 def layer_order(meta: Mapping[str, Any]) -> list[str]:
     """A file's layers in the model's order, which a file of tensors loses; where none is noted, by name.
@@ -28,8 +30,12 @@ def pack_mask(mask: Tensor) -> Tensor:
 
 def unpack_mask(name: str, packed: Tensor, shape: Any) -> Tensor:
     """The mask of `shape` that `pack_mask` packed.  Errors: ValueError, with the mask's name."""
-    if not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise ValueError(f"mask of {name}: expected a shape, got {shape!r}")
+    if (
+        not isinstance(shape, list)
+        or len(shape) > _MOST_SIDES
+        or not all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    ):
+        raise ValueError(f"mask of {name}: expected a shape, got {shape!r:.80}")
     count = int(np.prod(np.array(shape, dtype=object)))  # Python integers: no overflow
     if packed.dtype != torch.uint8 or packed.ndim != 1 or packed.numel() != -(-count // 8):
         raise ValueError(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .kinds import check_fields
 
 MOST_EPOCHS = 1_000_000
+MOST_MILESTONES = 1_000
 _OPTIMIZERS = ("sgd", "adam", "adamw")
 _SCHEDULES = ("constant", "step", "cosine")
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,7 +22,7 @@ class Recipe:
     """How to train.  Errors: ValueError for a value out of range.
 
     Args:
-        schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run).
+        schedule: `step` multiplies lr by `gamma` at each of `milestones` (fractions of the run, 1,000 at most).
         accumulate: micro-batches that a batch is cut into; the numbers are the same to rounding, where the loss is a
             mean over samples or labels, and not one that compares the samples of a batch.
         amp: `bf16` or `fp16` (GPU only) autocast; None trains in float32.
@@ -49,6 +50,10 @@ class Recipe:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        if len(self.milestones) > MOST_MILESTONES:
+            raise ValueError(
+                f"recipe milestones: expected at most {MOST_MILESTONES:,} fractions, got {len(self.milestones):,}"
+            )
         nesterov = not self.nesterov or self.optimizer != "sgd" or self.momentum > 0
         checks = (
             ("optimizer", self.optimizer in _OPTIMIZERS, f"one of {', '.join(_OPTIMIZERS)}"),

@@ -51,6 +51,7 @@ _KINDS: dict[Any, tuple[Any, str]] = {
     float: (int | float, "a number"),
     str: (str, "a text"),
 }
+_MOST_NUMBERS = 1_000  # of one option: builders make a layer of each
 _TORCHVISION = Recipe(lr=0.1, weight_decay=1e-4, batch=256, epochs=90, milestones=(1 / 3, 2 / 3))
 
 
@@ -77,8 +78,18 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
         _check_numbers(name, key, options[key], torchvision=bool(taken))
 
 
+def _count(value: Any) -> int:
+    """Of what a list holds, in lists too."""
+    return sum(map(_count, value)) if isinstance(value, list) else 1
+
+
 def _check_numbers(name: str, key: str, value: Any, torchvision: bool) -> None:
-    for number in value if isinstance(value, list) else [value]:
+    numbers = value if isinstance(value, list) else [value]
+    if (count := _count(value)) > _MOST_NUMBERS:
+        raise ValueError(
+            f"model option {key} of {name}: expected at most {_MOST_NUMBERS:,} values, got {count:,}"
+        )
+    for number in numbers:
         if not isinstance(number, int | float):
             continue
         if not held_as_float32(number):

@@ -3,6 +3,7 @@
 A digest tells of damage, not of intent: whoever can write a file can write its digest.
 """
 
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -30,7 +31,15 @@ class Range:
         return self.least <= value <= self.most
 
 
+@dataclass(frozen=True)
+class Most:
+    """A bound on how many items a list has, looked at before any of them: `Annotated[list[int], Most(64)]`."""
+
+    items: int
+
+
 Count = Annotated[int, Range(0)]
+Shape = Annotated[list[Count], Most(64)]  # as many sides as a tensor has
 Seconds = Annotated[float, Range(0, 1e12)]
 Fraction = Annotated[float, Range(0, 1)]
 Percent = Annotated[float, Range(0, 100)]
@@ -43,8 +52,8 @@ def facts(value: Any, hint: Any, what: str) -> Any:
     """The JSON value as its type: lists become tuples where those are asked for.
 
     Args:
-        hint: int, float (finite), str, bool, None, Any, Literal, Annotated with a `Range`, unions, list, dict, tuple,
-            or a TypedDict, whose keys have to be there; further ones are left out.
+        hint: int, float (finite), str, bool, None, Any, Literal, Annotated with a `Range` or a `Most`, unions, list,
+            dict, tuple, or a TypedDict, whose keys have to be there; further ones are left out.
         what: begins the message.
 
     Errors: FileError.
@@ -57,34 +66,54 @@ def facts(value: Any, hint: Any, what: str) -> Any:
     if is_typeddict(hint):
         return _fields(value, hint, what)
     if origin is Annotated:
-        if args[1] is ANY and type(value) is float:
-            return value
-        value = facts(value, args[0], what)
-        for bound in args[1:]:
-            if bound is not ANY and not bound.holds(value):
-                raise FileError(f"{what}: expected {bound.least:g} to {bound.most:g}, got {value}")
-        return value
+        return _bounded(value, args[0], args[1:], what)
     if origin in (Union, UnionType):
         return _one_of(value, args, what)
     if origin is Literal:
         good = any(value == arg and type(value) is type(arg) for arg in args)
     elif origin is list and isinstance(value, list):
-        return [facts(v, args[0], f"{what} {i}") for i, v in enumerate(value)]
+        return _items(value, args[:1] * len(value), what)
     elif origin is tuple and isinstance(value, list):
         kinds = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(kinds) != len(value):
             raise _other(value, hint, what)
-        return tuple(facts(v, kind, what) for v, kind in zip(value, kinds, strict=True))
+        return tuple(_items(value, kinds, what))
     elif origin is dict and isinstance(value, dict):
         return {str(k): facts(v, args[1], f"{what} {k!s:.40}") for k, v in value.items()}
-    elif hint is float and type(value) in (int, float):
-        good = -_WHOLE <= value < _WHOLE if isinstance(value, int) else math.isfinite(value)
-    elif hint is int:
-        good = type(value) is int and -_WHOLE <= value < _WHOLE
     else:
-        good = type(value) is (NoneType if hint is None else hint)
+        good = _is(value, hint)
     if not good:
         raise _other(value, hint, what)
+    return value
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether it is a value of a plain kind."""
+    if hint is float and type(value) in (int, float):
+        return -_WHOLE <= value < _WHOLE if isinstance(value, int) else math.isfinite(value)
+    if hint is int:
+        return type(value) is int and -_WHOLE <= value < _WHOLE
+    return type(value) is (NoneType if hint is None else hint)
+
+
+def _items(values: list[Any], hints: tuple[Any, ...], what: str) -> list[Any]:
+    if hints and hints[0] in (int, float) and {*hints} == {hints[0]}:  # there may be millions
+        if all(_is(value, hints[0]) for value in values):
+            return [*values]
+    pairs = zip(values, hints, strict=True)
+    return [facts(value, hint, f"{what} {i}") for i, (value, hint) in enumerate(pairs)]
+
+
+def _bounded(value: Any, hint: Any, bounds: tuple[Any, ...], what: str) -> Any:
+    for bound in bounds:
+        if bound is ANY and type(value) is float:
+            return value
+        if isinstance(bound, Most) and isinstance(value, list) and len(value) > bound.items:
+            raise FileError(f"{what}: expected at most {bound.items:,} items, got {len(value):,}")
+    value = facts(value, hint, what)
+    for bound in bounds:
+        if isinstance(bound, Range) and not bound.holds(value):
+            raise FileError(f"{what}: expected {bound.least:g} to {bound.most:g}, got {value}")
     return value
 
 
@@ -101,10 +130,15 @@ def _one_of(value: Any, kinds: tuple[Any, ...], what: str) -> Any:
 def _fields(value: Any, hint: Any, what: str) -> Facts:
     if not isinstance(value, dict):
         raise _other(value, dict, what)
-    hints = get_type_hints(hint, include_extras=True)
+    hints = _hints_of(hint)
     if missing := sorted(hint.__required_keys__ - value.keys()):
         raise FileError(f"{what}: expected {missing[0]}, got {', '.join(map(str, value))[:80]}")
     return {k: facts(v, hints[k], f"{what} {k}") for k, v in value.items() if k in hints}
+
+
+@functools.cache
+def _hints_of(kind: Any) -> dict[str, Any]:
+    return get_type_hints(kind, include_extras=True)
 
 
 def _other(value: Any, hint: Any, what: str) -> FileError:
@@ -113,6 +147,9 @@ def _other(value: Any, hint: Any, what: str) -> FileError:
     got = repr(value) if type(value) in (bool, float, NoneType) else f"{type(value).__name__}"
     if isinstance(value, str):
         got = repr(value[:40])
+    if type(value) is int:
+        got = str(value) if value.bit_length() <= 64 else f"one of {value.bit_length()} bits"
+        name += " of 64 bits" if hint in (int, float) else ""
     return FileError(f"{what}: expected {name}, got {got}")
 
 

@@ -15,6 +15,7 @@ from .start_weights import TRAINED
 _OF_SEARCHES = (
     "search_epochs", "search_lr", "gain_lr", "tau", "search_dtype", "channels_last", "objective", "control",
 )  # fmt: skip
+_MOST_GLOBS = 1_000
 _LONGEST = 1_000  # characters of a glob: matching takes time with their square
 
 
@@ -75,6 +76,10 @@ class Setup:
                 )
         if self.train_samples is not None and self.train_samples < 1:
             raise ValueError(f"train samples: expected at least 1, got {self.train_samples}")
+        if len(self.globs) > _MOST_GLOBS:
+            raise ValueError(
+                f"layers: expected at most {_MOST_GLOBS:,} globs, got {len(self.globs):,}"
+            )
         for glob in self.globs:
             if len(glob) > _LONGEST:
                 raise ValueError(

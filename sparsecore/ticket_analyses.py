@@ -24,6 +24,8 @@ from .sanity import CHECKS, table_of
 from .sparsities import check_sparsity
 from .tickets import Ticket, TicketError
 
+_MOST_RECORDS = 100_000
+
 
 class _Epoch(TypedDict):
     epoch: float
@@ -93,6 +95,10 @@ def _records(ticket: Ticket, path: Path) -> list[dict[str, Any]]:
         raise TicketError(
             f"{path}: expected a ticket of a search that goes by epochs or rounds; this one notes nothing"
         )
+    if len(records) > _MOST_RECORDS:
+        raise TicketError(
+            f"{path}: expected at most {_MOST_RECORDS:,} records of a search's progress, got {len(records):,}"
+        )
     what = f"{path}: progress"
     schema.facts(records, list[_Record], what)
     for record in records:
@@ -115,11 +121,8 @@ def layers(
         for name, by_layer in found.items()
         for layer, sparsity in by_layer.items()
     ]
-    results.wrote(
-        {"rows": rows},
-        figures.write_csv(results.file("layers.csv"), rows),
-        figures.draw_layers(results.file("layers.png"), found),
-    )
+    picture = figures.draw_layers(results.file("layers.png"), found)  # or neither is written
+    results.wrote({"rows": rows}, figures.write_csv(results.file("layers.csv"), rows), picture)
 
 
 @with_results
@@ -140,11 +143,8 @@ def gates(results: Results, ticket: TicketFile) -> None:
         }
         for name, v in values.items()
     ]
-    results.wrote(
-        {"rows": rows},
-        figures.write_csv(results.file("gates.csv"), rows),
-        figures.draw_gates(results.file("gates.png"), values, title=ticket.stem),
-    )
+    picture = figures.draw_gates(results.file("gates.png"), values, title=ticket.stem)
+    results.wrote({"rows": rows}, figures.write_csv(results.file("gates.csv"), rows), picture)
 
 
 def _gate_of(ticket: Ticket, path: Path) -> AbstractGate:

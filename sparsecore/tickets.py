@@ -368,7 +368,7 @@ class Ticket:
 class _Header(TypedDict):
     """What a file's JSON says."""
 
-    shapes: dict[str, list[schema.Count]]
+    shapes: dict[str, schema.Shape]
     layers: NotRequired[list[str]]
     provenance: schema.Facts
 
