@@ -10,7 +10,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batches import on, parts_of
 from .calls import forward
 from .claims import sole
-from .interrupts import signals_later
 from .loaders import batches_of
 
 
@@ -29,7 +28,7 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
 
     Weights that were interpolated, averaged or pruned need it, since the statistics they came with are
     others' (Izmailov et al. 2018, arXiv 1803.05407).  Whatever else behaves differently in training, such as
-    dropout, is off.  Modes and momenta are put back; a model without running statistics is left alone.
+    dropout, is off.  Modes and momenta are put back, after an error statistics too; a model without is left alone.
 
     Args:
         batches: of training data, as `loaders.batches_of` takes them.
@@ -48,6 +47,17 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
         )
     modes = {module: module.training for module in model.modules()}
     momenta = [norm.momentum for norm in norms]
+    buffers = [(b, b.clone()) for norm in norms for b in norm._buffers.values() if b is not None]
+    done = False
+
+    def put_back() -> None:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+        for buffer, value in () if done else buffers:
+            buffer.copy_(value)
+
     try:
         model.eval()
         for norm in norms:
@@ -58,10 +68,11 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
             device = next(model.parameters()).device
             for batch in islice(batches.epoch(0), limit):
                 forward(model, on(device, parts_of(batch)[0]))
+        done = True
     finally:
-        with signals_later():
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-            for module, mode in modes.items():
-                module.training = mode
+        try:
+            put_back()
+        except BaseException:  # a signal: once more, to the end
+            put_back()
+            raise
     return model

@@ -316,7 +316,7 @@ def test_lists_in_frozen_values() -> None:
 def test_facts_that_no_file_holds_are_named(tmp_path: Path) -> None:
     found = SEARCHES["magnitude"](sc.sparsify_(mlp()), Blobs(), sparsity=0.5)
     with pytest.raises(
-        sc.TicketError, match="facts that JSON holds, got another under 'provenance.where'"
+        sc.TicketError, match=r"facts that JSON holds, got another under 'provenance\.where'"
     ):
         replace(found, meta=found.meta | {"where": tmp_path}).save(tmp_path / "t")
 

@@ -3,7 +3,9 @@ ticket fits a model of the same kind.
 """
 
 import random
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from threading import Lock
 
 import numpy as np
@@ -134,3 +136,16 @@ def test_lazy_parameters_are_refused_by_name(name: str) -> None:
     model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.LazyLinear(4))), "0")
     with pytest.raises(ValueError, match=r"lazy ones \(1.weight, 1.bias\); run the model once"):
         SEARCHES[name](model, Blobs(), sparsity=0.5)
+
+
+def test_statistics_that_cannot_be_measured_stay() -> None:
+    class Broken(Blobs):
+        def epoch(self, index: int) -> Iterator:
+            yield from islice(super().epoch(index), 2)
+            raise OSError("the disk is gone")
+
+    model = network()
+    before = {k: v.clone() for k, v in model.first.state_dict().items()}  # type: ignore[union-attr]
+    with pytest.raises(OSError, match="gone"):
+        sc.recompute_statistics_(model, Broken())
+    assert equal(before, dict(model.first.state_dict()))  # type: ignore[union-attr]

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import api, damage
+from . import api, damage, signals
 from .disk import filling
 from .files import KINDS, prepared, spoiling
 from .kill import interrupting, killing
@@ -35,6 +35,7 @@ def kinds(cache: Path) -> dict[str, Run]:
         "full disk": filling(cache),
         "kill": killing(cache),
         "interrupt": interrupting(cache),
+        "signal": signals.run,
         "two at once": together(cache),
     }
 
