@@ -221,7 +221,7 @@ def test_one_process_at_a_time_goes_on_with_a_folder(tmp_path: Path, expected: d
         "snip,0.9,0,90,1,inf,1,cpu,2",
         "snip,0.9,0,90",
         "snip,0.9,0,90,1,1,1,cpu,2,more",
-        "",
+        ",,,90,,,,,",
         "x" * 200_000,
         "\ufffd\0",
     ],

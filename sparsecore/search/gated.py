@@ -34,7 +34,7 @@ from .gate_epochs import GateEpochs
 from .many_step import ManyStep
 from .penalty import fit_penalty
 from .plain_step import PlainStep
-from .protocol import Watch
+from .protocol import Watch, require_full_precision
 from .steps import FusedStep, Members, SearchStep
 from .told import telling
 
@@ -185,6 +185,7 @@ class AbstractGateSearch(ABC):
         model = self._searched(model, members[0][0])
         layers = require_dense_parameters(model)
         require_own_weights(model)
+        require_full_precision(layers, double=not self.fusible)
         shapes = {name: layer.raw_weight.shape for name, layer in layers.items()}
         for sparsity, _ in members:
             if check_sparsity(sparsity) == 0:

@@ -21,11 +21,13 @@ class SearchError(ValueError):
     """A search that cannot go on; the message says what to change."""
 
 
-def require_full_precision(layers: Mapping[str, SparseLayer]) -> None:
-    """Errors: ValueError for weights in half precision, which gates of float32 do not multiply."""
+def require_full_precision(layers: Mapping[str, SparseLayer], *, double: bool = True) -> None:
+    """Errors: ValueError for weights in half precision, which gates of float32 do not multiply, or, unless these take
+    it, in double.
+    """
     for name, layer in layers.items():
         dtype = layer.raw_weight.dtype
-        if dtype in (torch.bfloat16, torch.float16) or dtype.is_complex:
+        if dtype != torch.float32 and not (double and dtype == torch.float64):
             raise ValueError(
                 f"layer {name}: expected weights of float32 under gates, got {str(dtype).removeprefix('torch.')}; "
                 "search in float32, and convert the model afterwards"

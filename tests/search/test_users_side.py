@@ -45,8 +45,21 @@ def test_what_is_watched_is_told_if_it_is_none(name: str) -> None:
 def test_gates_want_weights_of_full_precision(name: str, dtype: torch.dtype) -> None:
     model = sc.sparsify_(mlp()).to(dtype)
     data = [(x.to(dtype), y) for x, y in Blobs().epoch(0)]
-    with pytest.raises(ValueError, match=r"float32 weights|weights of float32"):
+    with pytest.raises(ValueError, match=r"layer 0: expected weights of float32"):
         WATCHING[name](model, data, sparsity=0.5)
+
+
+@pytest.mark.parametrize("name", ["joint", "continuous", "edge-popup"])
+def test_double_precision_is_searched_or_refused_by_name(name: str) -> None:
+    model = sc.sparsify_(mlp()).double()
+    data = [(x.double(), y) for x, y in Blobs().epoch(0)]
+    if name == "joint":
+        with pytest.raises(
+            ValueError, match=r"layer 0: expected weights of float32 under gates, got float64"
+        ):
+            WATCHING[name](model, data, sparsity=0.5)
+    else:
+        assert WATCHING[name](model, data, sparsity=0.5).sparsity > 0.4
 
 
 def test_grasp_of_soft_targets_is_that_of_their_loss() -> None:
