@@ -12,7 +12,7 @@ _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
 
 def open_closed() -> None:
     """Closed ones of the descriptors 0, 1 and 2 lead nowhere (os.devnull), and so do streams of `sys` that are None."""
-    for descriptor, (name, mode) in enumerate(_STREAMS):
+    for descriptor in range(3):  # all of them, before a stream takes the place of the next
         try:
             os.fstat(descriptor)
         except OSError:
@@ -21,7 +21,6 @@ def open_closed() -> None:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
             os.set_inheritable(descriptor, True)  # as those of any program
-        if (
-            getattr(sys, name) is None
-        ):  # one of its own: by now the descriptor may be somebody's file
+    for name, mode in _STREAMS:
+        if getattr(sys, name) is None:  # one of its own: by now the descriptor may be somebody's file
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  for as long as the process
