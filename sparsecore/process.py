@@ -90,7 +90,7 @@ class _Seeded:
 
     def _read(self) -> _States:
         cuda = [torch.cuda.get_rng_state(d) for d in self.cuda]
-        return [torch.get_rng_state(), *cuda], random.getstate(), np.random.get_state()
+        return [torch.get_rng_state(), *cuda], random.getstate(), np.random.get_state(legacy=False)
 
     def swap(self) -> None:
         """From the one to the other."""
@@ -131,7 +131,8 @@ def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Ite
 
 def _seed(seed: int, devices: Sequence[torch.device]) -> None:
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    kind = np.random.get_state(legacy=False)["bit_generator"]  # another than numpy's own may be in its place
+    np.random.set_state(getattr(np.random, kind)(seed % 2**64).state)
     if any(device.type not in _FORKED for device in devices):
         torch.manual_seed(seed)  # which knows them
         return

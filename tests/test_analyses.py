@@ -3,10 +3,12 @@
 import csv
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import pytest
 
+from sparsecore.analysed import labels_of
 from sparsecore.cli import main
 from sparsecore.tickets import Ticket
 
@@ -54,6 +56,42 @@ def test_progress_layers_and_gates_of_a_search(folder: Path, tmp_path: Path) -> 
         assert row["gates"] == loaded.masks[row["layer"]].numel()
         assert row["closed"] + row["undecided"] + row["open"] == pytest.approx(1)
     assert {p.name for p in tmp_path.glob("*.png")} == {"progress.png", "layers.png", "gates.png"}
+
+
+def test_tickets_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
+    for name in ("joint", "ltr"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "t.safetensors").write_bytes((folder / f"{name}.safetensors").read_bytes())
+    files = [str(tmp_path / name / "t.safetensors") for name in ("joint", "ltr")]
+    found, rows = analysed(folder, tmp_path, "layers", *files, str(folder / "ltr.safetensors"))
+    labels = ["joint/t.safetensors", "ltr/t.safetensors", "ltr"]
+    assert list(dict.fromkeys(r["ticket"] for r in rows)) == labels and len(rows) == 9
+    for label, path in zip(labels, [*files, folder / "ltr.safetensors"], strict=True):
+        own = {r["layer"]: r["sparsity"] for r in found["rows"] if r["ticket"] == label}
+        assert own == pytest.approx(Ticket.load(path).layer_sparsities())
+    _, rows = analysed(folder, tmp_path, "layers", files[0], files[0])  # one ticket
+    assert [r["ticket"] for r in rows] == ["t"] * 3
+
+
+@pytest.mark.parametrize(
+    ("paths", "labels"),
+    [
+        (["a/x.st", "b/y.st"], ["x", "y"]),
+        (["x.st", "x.safetensors", "y"], ["x.st", "x.safetensors", "y"]),
+        (["a/x.st", "b/x.st", "c/y"], ["a/x.st", "b/x.st", "y"]),
+        (["a/x.st", "./a/../a/x.st"], ["x", "x"]),
+        (["p/a/x", "q/a/x", "x.st"], ["p/a/x", "q/a/x", "x.st"]),
+        (["/x", "/a/x", "/a/a/x"], ["/x", "/a/x", "a/a/x"]),
+        (["x.st.st", "x.st", "a/x.st"], None),
+        (["/x", "//x", "x"], None),
+    ],
+)
+def test_labels_tell_files_apart(paths: list[str], labels: list[str] | None) -> None:
+    found = labels_of([Path(path) for path in paths])
+    assert list(found) == list(dict.fromkeys(map(Path, paths)))
+    if labels is not None:
+        assert list(found.values()) == list(dict(zip(map(Path, paths), labels, strict=True)).values())
+    assert len({*found.values()}) == len({os.path.abspath(path) for path in paths})  # noqa: PTH100
 
 
 def test_rounds_have_angles_and_barriers(folder: Path, tmp_path: Path) -> None:

@@ -120,6 +120,6 @@ def test_a_fraction_of_an_epoch_that_is_no_step_is_told(
         assert main([*DIGITS, *few, "--rewind-epochs", rewind]) == 0
         said = f"rewind epochs: {rewind} of an epoch of 2 batches is no step"
         assert (said in capsys.readouterr().err) is told
-    for epochs, told in (("0.5", False), ("0.1", True)):
+    for epochs, told in (("0.5", False), ("0.1", True), ("1e-20", True), ("4.94066e-324", True)):
         assert main(["train", "t", "--engine", "eager", "--epochs", epochs]) == 0
         assert (f"epochs: {epochs} of an epoch of 2" in capsys.readouterr().err) is told

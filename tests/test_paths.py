@@ -1,5 +1,6 @@
 """What a command would write over, or could not write, it says before any work, and leaves all files as they are."""
 
+import json
 import os
 from pathlib import Path
 
@@ -8,7 +9,7 @@ from PIL import Image
 
 from sparsecore import cli, writing
 from sparsecore.cli import main
-from sparsecore.metrics_file import lines_of
+from sparsecore.metrics_file import catch_up, lines_of
 from sparsecore.paths import check_cache, check_paths
 from sparsecore.tickets import Ticket
 
@@ -98,6 +99,12 @@ def test_no_file_is_written_over_another(
         (["compare", "--data", "folder:images", "--out", "images/a/runs"], "would be a class"),
         ([*QUICK[:1], *QUICK[3:], "--data", "folder:images", "--out", "images/a/0.png"], "one of images"),
         (["analyze", "width", "--out", "t"], "expected the name of a folder, got the file"),
+        (["analyze", "layers", "t", "--out", "lost"], "lost, a link that leads nowhere"),
+        (["compare", "--data", "digits", "--out", "lost"], "lost, a link that leads nowhere"),
+        (["compare", "--data", "digits", "--out", "lost/c"], "lost, a link that leads nowhere"),
+        (["compare", "--data", "digits", "--out", "x"], "x/tickets, a link that leads nowhere"),
+        ([*QUICK, "--out", "new", "--rounds", "lost"], "lost, a link that leads nowhere"),
+        (["train", "t", "--plan-cache", "pipe"], "got a pipe or device"),
     ],
     ids=lambda v: " ".join(v) if isinstance(v, list) else "",
 )  # fmt: skip
@@ -108,6 +115,8 @@ def test_a_place_that_cannot_be_is_told_before_any_work(
     Path("x").mkdir()
     Path("x/text").write_text("a\nb\n")
     os.mkfifo("pipe")
+    Path("lost").symlink_to("no/where")
+    Path("x/tickets").symlink_to("no/where")
     for label in "ab":
         (Path("images") / label).mkdir(parents=True)
         for i in range(4):
@@ -161,10 +170,16 @@ def test_what_is_no_clash(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["images"] and not out.exists()
 
 
-@pytest.mark.parametrize("text", ["", "\n" * 0, '{"epoch": 1}\n', '{"epoch": 1}\n{"epo'])
+EDITED = ['{"epoch": 1}\r\n', '{"epoch": 1}\n\n \n', '\ufeff{"epoch": 1}\n', '{"epoch": 1}']
+
+
+@pytest.mark.parametrize("text", ["", "\n" * 2, '{"epoch": 1}\n', '{"epoch": 1}\n{"epo', *EDITED])
 def test_metrics_go_on(text: str, tmp_path: Path) -> None:
-    (tmp_path / "m").write_text(text)
-    lines_of(tmp_path / "m")
+    file = tmp_path / "m"
+    file.write_bytes(text.encode())
+    assert len(lines_of(file)) == ("1}" in text)
+    catch_up(file, [{"epoch": 1}, {"epoch": 2}])
+    assert [json.loads(x) for x in file.read_text().splitlines()] == [{"epoch": 1}, {"epoch": 2}]
 
 
 @pytest.mark.parametrize("content", [b"notes", b"[1]\n", b'{"a": 1}\n\n{"a": 2}\n', b"\xff\xfe\n"])

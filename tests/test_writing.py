@@ -232,6 +232,27 @@ def test_where_no_lock_can_be_files_are_used_without(
         pass
 
 
+def test_of_what_this_process_has_open_nobody_need_read_all(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "link").symlink_to("/dev/stdout")
+    read, write = os.pipe()
+    os.close(read)
+    try:
+        append(Path(f"/dev/fd/{write}"), "more\n")
+        with open(write, "w", closefd=False) as printed:
+            printed.write("held")
+            monkeypatch.setattr(sys, "stdout", printed)  # which cannot be flushed any more
+            kept = os.open(tmp_path / "log", os.O_WRONLY | os.O_CREAT)
+            append(Path(f"/dev/fd/{kept}"), "all\n")
+            os.close(kept)
+            monkeypatch.undo()
+            os.dup2(os.open(os.devnull, os.O_WRONLY), write)
+    finally:
+        os.close(write)
+    assert (tmp_path / "log").read_text() == "all\n"
+
+
 def test_what_this_process_has_open_is_written_where_it_has_come_to(tmp_path: Path) -> None:
     """Behind /dev/stdout may lie a log that has lines already, and gets more."""
     log, link = tmp_path / "log", tmp_path / "link"
