@@ -7,6 +7,7 @@ trains, and its `watch` evaluates.
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from inspect import signature
 from threading import Lock, get_ident
 from typing import Any, NamedTuple, ParamSpec, TypeVar
@@ -74,6 +75,28 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
             raise
 
 
+_looking = ContextVar("looking", default=False)
+
+
+@contextmanager
+def only_looking() -> Iterator[None]:
+    """Inside, what this thread works with is looked at; copies and other models are the user's."""
+    token = _looking.set(True)
+    try:
+        yield
+    finally:
+        _looking.reset(token)
+
+
+def _require_own(model: nn.Module, what: str) -> None:
+    with _lock:
+        if any(key in _claims for key in _parts(model)):
+            raise ValueError(
+                f"{what}: expected a model of the watch's own, got one that the search is at work on; a watch looks at "
+                "it, and changes a copy.deepcopy"
+            )
+
+
 def _parts(model: nn.Module) -> dict[int, Any]:
     """All that two models can have in common, by id; patterns are their layers'."""
     found: list[Any] = []
@@ -88,7 +111,7 @@ def _parts(model: nn.Module) -> dict[int, Any]:
 
 
 def sole(
-    what: str, *, differentiates: bool = False, whole: bool = False
+    what: str, *, differentiates: bool = False, whole: bool = False, alters: bool = True
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A function of a `model` that has it for itself, takes arguments of the kinds it says, and leaves tensors that can
     train, under `torch.inference_mode` too.
@@ -97,9 +120,10 @@ def sole(
         what: it does, in an error's words.
         differentiates: whether it takes gradients, under `torch.no_grad` too.
         whole: whether a signal comes when it is done, since half of it would be no model; for what takes no time.
+        alters: whether the model is another afterwards, which a search's `watch` may not make of it.
 
-    Errors: KindError for what is no module, and as `kinds.checked`; ValueError as `claimed`, and for parameters made in
-    inference mode.
+    Errors: KindError for what is no module, and as `kinds.checked`; ValueError as `claimed`, for parameters made in
+    inference mode, and for what alters a model that is only to be looked at.
     """
 
     def of(function: Callable[P, R]) -> Callable[P, R]:
@@ -113,6 +137,8 @@ def sole(
             model: Any = args[place] if len(args) > place else kwargs["model"]
             require_trainable_tensors(require_module(model, what), what, values=differentiates)
             given, named = of_kinds(function, args, kwargs)
+            if alters and _looking.get():
+                _require_own(model, what)
             with claimed(model, what), torch_that_trains(differentiates), later():
                 return function(*given, **named)
 

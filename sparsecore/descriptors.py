@@ -22,5 +22,7 @@ def open_closed() -> None:
                 os.close(nowhere)
             os.set_inheritable(descriptor, True)  # as those of any program
     for name, mode in _STREAMS:
-        if getattr(sys, name) is None:  # one of its own: by now the descriptor may be somebody's file
+        if (
+            getattr(sys, name) is None
+        ):  # one of its own: by now the descriptor may be somebody's file
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  for as long as the process

@@ -131,7 +131,9 @@ def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Ite
 
 def _seed(seed: int, devices: Sequence[torch.device]) -> None:
     random.seed(seed)
-    kind = np.random.get_state(legacy=False)["bit_generator"]  # another than numpy's own may be in its place
+    kind = np.random.get_state(legacy=False)[
+        "bit_generator"
+    ]  # another than numpy's own may be in its place
     np.random.set_state(getattr(np.random, kind)(seed % 2**64).state)
     if any(device.type not in _FORKED for device in devices):
         torch.manual_seed(seed)  # which knows them

@@ -61,7 +61,9 @@ def test_progress_layers_and_gates_of_a_search(folder: Path, tmp_path: Path) -> 
 def test_tickets_of_one_name_are_told_apart(folder: Path, tmp_path: Path) -> None:
     for name in ("joint", "ltr"):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "t.safetensors").write_bytes((folder / f"{name}.safetensors").read_bytes())
+        (tmp_path / name / "t.safetensors").write_bytes(
+            (folder / f"{name}.safetensors").read_bytes()
+        )
     files = [str(tmp_path / name / "t.safetensors") for name in ("joint", "ltr")]
     found, rows = analysed(folder, tmp_path, "layers", *files, str(folder / "ltr.safetensors"))
     labels = ["joint/t.safetensors", "ltr/t.safetensors", "ltr"]
@@ -90,7 +92,9 @@ def test_labels_tell_files_apart(paths: list[str], labels: list[str] | None) -> 
     found = labels_of([Path(path) for path in paths])
     assert list(found) == list(dict.fromkeys(map(Path, paths)))
     if labels is not None:
-        assert list(found.values()) == list(dict(zip(map(Path, paths), labels, strict=True)).values())
+        assert list(found.values()) == list(
+            dict(zip(map(Path, paths), labels, strict=True)).values()
+        )
     assert len({*found.values()}) == len({os.path.abspath(path) for path in paths})  # noqa: PTH100
 
 

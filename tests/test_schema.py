@@ -9,7 +9,7 @@ from helpers import rand
 from typing_extensions import NotRequired, TypedDict
 
 from sparsecore import schema
-from sparsecore.schema import Count, Fraction, Number, Range, facts, tensor, tensors
+from sparsecore.schema import Count, Fraction, Most, Number, Range, Shape, facts, tensor, tensors
 from sparsecore.writing import FileError
 
 

@@ -142,7 +142,7 @@ class Compacted:
         return self.table()
 
 
-@sole("compact")
+@sole("compact", alters=False)
 def compact(model: nn.Module, *example: Tensor, training: bool = True) -> Compacted:
     """A smaller copy of a masked model that computes and trains the same.
 

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from ..claims import sole
+from ..claims import only_looking, sole
 from ..coverage import coverage
 from ..kinds import of_kinds
 from ..loaders import batches_of
@@ -67,7 +67,8 @@ def telling(search: Method) -> Method:
 
 def _watched(watch: Watch, model: nn.Module) -> float:
     """What `watch` says, as a number that a ticket can keep.  Errors: SearchError for what is none."""
-    said = watch(model)
+    with only_looking():
+        said = watch(model)
     try:
         return number_in(said)
     except ValueError as error:
