@@ -1,5 +1,6 @@
 """`sparsecore analyze ...`: what explains a ticket, as a table, a CSV file and a figure."""
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from .needs import check_memory
 from .options import Device, Seed, device_of, numbers, with_setup
 from .plain import require_plain
 from .progress import Progress
+from .recipe import Recipe
 from .regions import angular_distances, round_paths
 from .rounds import load_rounds
 from .ticket_analyses import gates, layers, progress, sanity, width
@@ -105,6 +107,17 @@ def _alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
+def _to_the_end(setup: Setup) -> Recipe:
+    """The recipe of a whole training, in whole epochs.  Errors: ValueError for none, or an end before the rewind point."""
+    epochs = round(setup.total_epochs)
+    if epochs < max(1, setup.rewind_epochs):
+        raise ValueError(
+            f"epochs: expected a training that ends with a whole epoch after the rewind point, got "
+            f"{setup.rewind_epochs:g} rewind epochs and {setup.train_epochs:g} after them; take more --epochs"
+        )
+    return replace(setup.recipe, epochs=epochs)
+
+
 @app.command("instability")
 @with_case
 def instability_(
@@ -113,11 +126,16 @@ def instability_(
     seed: Seed = 0,
 ) -> None:
     """Train a ticket twice with different data orders: do the runs stay linearly connected?"""
-    setup = case.setup
+    setup, recipe = case.setup, _to_the_end(case.setup)
+    if recipe.epochs == setup.rewind_epochs:
+        warnings.warn(
+            f"instability: no step between the rewind point and the end, epoch {recipe.epochs}, so both runs are one",
+            stacklevel=2,
+        )
     name = f"instability-{case.ticket.hash[:12]}-{seed}"
     with goes_on(kept_in(case.out / name)), Progress() as progress:
         found = instability(
-            case.model, replace(setup.recipe, epochs=round(setup.total_epochs)), case.batches,
+            case.model, recipe, case.batches,
             case.test, seeds=(seed + 1, seed + 2), start_epoch=setup.rewind_epochs, points=points,
             folder=case.file(name), progress=progress,
         ).path  # fmt: skip
@@ -145,7 +163,7 @@ def rewind(
 ) -> None:
     """Instability of dense training from several rewind points: the first stable one is where to rewind to."""
     target, epochs = device_of(device), numbers(candidates, "candidates")
-    recipe = replace(setup.recipe, epochs=round(setup.total_epochs))
+    recipe = _to_the_end(setup)
     if not all(0 <= epoch <= recipe.epochs for epoch in epochs):
         raise ValueError(
             f"candidates: expected rewind epochs of 0 to {recipe.epochs}, the end, got {candidates}"

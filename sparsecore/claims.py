@@ -5,7 +5,7 @@ trains, and its `watch` evaluates.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from inspect import signature
@@ -75,22 +75,22 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
             raise
 
 
-_looking = ContextVar("looking", default=False)
+_looking = ContextVar[dict[int, Any] | None]("looking", default=None)
 
 
 @contextmanager
-def only_looking() -> Iterator[None]:
-    """Inside, what this thread works with is looked at; copies and other models are the user's."""
-    token = _looking.set(True)
+def only_looking(model: nn.Module) -> Iterator[None]:
+    """Inside, this model and what is claimed are looked at alone; copies and other models are the user's."""
+    token = _looking.set(_parts(model))
     try:
         yield
     finally:
         _looking.reset(token)
 
 
-def _require_own(model: nn.Module, what: str) -> None:
+def _require_own(model: nn.Module, what: str, looked: Mapping[int, Any]) -> None:
     with _lock:
-        if any(key in _claims for key in _parts(model)):
+        if any(key in looked or key in _claims for key in _parts(model)):
             raise ValueError(
                 f"{what}: expected a model of the watch's own, got one that the search is at work on; a watch looks at "
                 "it, and changes a copy.deepcopy"
@@ -137,8 +137,8 @@ def sole(
             model: Any = args[place] if len(args) > place else kwargs["model"]
             require_trainable_tensors(require_module(model, what), what, values=differentiates)
             given, named = of_kinds(function, args, kwargs)
-            if alters and _looking.get():
-                _require_own(model, what)
+            if alters and (looked := _looking.get()) is not None:
+                _require_own(model, what, looked)
             with claimed(model, what), torch_that_trains(differentiates), later():
                 return function(*given, **named)
 

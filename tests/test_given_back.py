@@ -2,6 +2,7 @@
 ticket fits a model of the same kind.
 """
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,7 +12,7 @@ from threading import Lock
 import numpy as np
 import pytest
 import torch
-from helpers import Blobs, equal, seeded
+from helpers import Blobs, equal, mlp, seeded
 from test_threads import ADAM, SEARCHES
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -149,3 +150,26 @@ def test_statistics_that_cannot_be_measured_stay() -> None:
     with pytest.raises(OSError, match="gone"):
         sc.recompute_statistics_(model, Broken())
     assert equal(before, dict(model.first.state_dict()))  # type: ignore[union-attr]
+
+
+WATCHED = [name for name in SEARCHES if name not in ("random", "magnitude", "snip", "grasp")]
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_watch_looks_at_the_model_and_changes_copies(name: str) -> None:
+    def change(network: nn.Module) -> float:
+        sc.evaluate(network, Blobs())
+        for other in (copy.deepcopy(network), sc.sparsify_(seeded(mlp))):
+            sc.densify_(other)
+        for attempt in (sc.densify_, first.apply_, lambda m: sc.recompute_statistics_(m, Blobs())):
+            for model in (network, own):
+                with pytest.raises(ValueError, match="expected a model of the watch's own"):
+                    attempt(model)
+        looked.append(network)
+        return 0.0
+
+    looked: list[nn.Module] = []
+    own = network()
+    first = SEARCHES["magnitude"](own, Blobs(), sparsity=0.5)
+    found = SEARCHES[name](own, Blobs(), sparsity=0.7, watch=change)
+    assert looked and abs(found.sparsity - 0.7) < 0.01

@@ -143,7 +143,7 @@ class AbstractSparseTraining(ABC):
         first = _steps(self.start_epoch, length)
         steps = _steps(end, length) - first
         schedule = self.schedule(steps, length)
-        if not schedule:
+        if not (steps and schedule):
             raise ValueError(
                 f"{self.name}: expected a run with at least one update of its masks, got {steps} steps in "
                 f"epochs of {length}: train for longer or update more often"

@@ -67,7 +67,7 @@ def telling(search: Method) -> Method:
 
 def _watched(watch: Watch, model: nn.Module) -> float:
     """What `watch` says, as a number that a ticket can keep.  Errors: SearchError for what is none."""
-    with only_looking():
+    with only_looking(model):
         said = watch(model)
     try:
         return number_in(said)
