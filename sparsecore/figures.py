@@ -23,7 +23,7 @@ from .writing import put
 
 _SIZE = (6.4, 4.2)  # inches, as of `compare`'s picture
 _MOST = 400  # inches of a picture's side: renderers have a largest one
-_MOST_BARS, _MOST_PANELS = 2_000, 300
+_MOST_BARS, _MOST_PANELS = 8_000, 300  # ten seconds of drawing
 _LONGEST = 60  # characters of a name in a picture
 _LETTER = 0.08  # inches of one
 
