@@ -108,7 +108,7 @@ def _alike(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool
 
 
 def _to_the_end(setup: Setup) -> Recipe:
-    """The recipe of a whole training, in whole epochs.  Errors: ValueError for none, or an end before the rewind point."""
+    """The recipe of a training in whole epochs.  Errors: ValueError for none, or an end before the rewind point."""
     epochs = round(setup.total_epochs)
     if epochs < max(1, setup.rewind_epochs):
         raise ValueError(

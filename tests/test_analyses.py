@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+from command_line import one_error
 
 from sparsecore.analysed import labels_of
 from sparsecore.cli import main
@@ -167,6 +168,36 @@ def test_provenance_that_is_nonsense(
     assert main(["analyze", command, str(tmp_path / "t"), "--out", str(tmp_path / "a")]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("rewind", "train", "code", "said"),
+    [
+        (0.0, 0.4, 2, "error: epochs: expected a training that ends with a whole epoch"),
+        (1.2, 0.2, 2, "error: epochs: expected a training that ends with a whole epoch"),
+        (1.0, 5e-324, 0, "warning: instability: no step between the rewind point and the end"),
+    ],
+)
+def test_instability_of_a_ticket_with_too_few_epochs(
+    rewind: float, train: float, code: int, said: str, folder: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    found = Ticket.load(folder / "joint.safetensors")
+    setup = found.meta["setup"] | {"rewind_epochs": rewind, "train_epochs": train}
+    dataclasses.replace(found, meta=found.meta | {"setup": setup}).save(tmp_path / "t")
+    command = ["analyze", "instability", str(tmp_path / "t"), "--points", "2"]
+    assert main([*command, "--out", str(tmp_path / "a")]) == code
+    assert capsys.readouterr().err.startswith(said)
+
+
+@pytest.mark.parametrize("method", ["gmp", "gradual", "rigl", "imp"])
+def test_a_search_without_a_step_is_refused(
+    method: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = ["--rewind-epochs", "0", "--epochs", "1e-20", "--method", method]
+    command = ["search", "--data", "digits", "--model-option", "width=0.1", *few]
+    assert main([*command, "--sparsity", "0.9", "--out", str(tmp_path / "t")]) == 2
+    assert "expected" in one_error(capsys) and not (tmp_path / "t").exists()
 
 
 def test_a_rewind_point_by_instability(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Ways to spoil a file: its bytes, or its contents with everything else, the digest too, as it should be."""
 
+import codecs
 import hashlib
 import json
 from dataclasses import dataclass, replace
@@ -357,16 +358,20 @@ def _put(value: Any, path: tuple[Any, ...], new: Any) -> Any:
 
 
 def of_lines(data: bytes, rng: Random) -> bytes:
-    """A table or records by line: lines and fields changed."""
+    """A table or records by line: lines and fields changed, or all of it as editors and spreadsheets save it."""
     lines = data.split(b"\n")
     at, hostile = rng.randrange(len(lines)), str(rng.choice(VALUES)).encode(errors="replace")
     fields = lines[at].split(b",")
     fields[rng.randrange(len(fields))] = hostile
-    match rng.randrange(8):
+    match rng.randrange(10):
         case 0:
             del lines[at]
         case 1:
             lines.insert(at, lines[at])
+        case 8:
+            return rng.choice([b"", codecs.BOM_UTF8]) + data.replace(b"\n", b"\r\n")
+        case 9:
+            lines += rng.choice([[b""], [b"\r", b"  ", b""], [b",,", b""]])
         case 2:
             lines[at] = hostile
         case 3:
