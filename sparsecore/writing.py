@@ -110,7 +110,17 @@ def _open(path: Path) -> int:
         with contextlib.suppress(BrokenPipeError):  # another stream than this, maybe
             sys.stdout.flush()
         return os.dup(own)
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
+    real = os.path.realpath(path)
+    if real in _pipes and _is_at(_pipes[real], Path(real)):
+        return os.dup(_pipes[real])
+    found = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | _CLOSED, 0o666)
+    if stat.S_ISFIFO(os.fstat(found).st_mode):
+        _pipes[real] = os.dup(found)
+    return found
+
+
+# Named pipes, open as long as this process: whoever reads one ends when it is closed, and the next write would wait.
+_pipes: dict[str, int] = {}
 
 
 def is_stream(path: Path) -> bool:

@@ -273,3 +273,14 @@ def test_what_this_process_has_open_is_written_where_it_has_come_to(tmp_path: Pa
             subprocess.run([sys.executable, "-c", script, link], stdout=out, check=True)
         lines = (["old"] if mode == "a" else []) + ['{"epoch": 1}', "new", "said", "refused"] * 3
         assert log.read_text().splitlines() == lines
+
+
+def test_a_reader_of_a_named_pipe_gets_all_lines(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
+        code = (
+            "import sys\nfrom pathlib import Path\nfrom sparsecore.writing import append\n"
+            "for i in range(3):\n    append(Path(sys.argv[1]), f'{i}\\n')\n"
+        )
+        subprocess.run([sys.executable, "-c", code, tmp_path / "pipe"], check=True, timeout=60)
+        assert reader.stdout is not None and reader.stdout.read() == "0\n1\n2\n"
