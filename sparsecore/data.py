@@ -211,7 +211,9 @@ def corrupted(dataset: Dataset, seed: int) -> Dataset:
     images = require_in_memory(dataset)
     generator = torch.Generator().manual_seed(seed)
     count, channels, height, width = images.shape
-    order = torch.rand(count, height * width, generator=generator).argsort(1)  # of the pixels
+    order = torch.rand(count, height * width, generator=generator, dtype=torch.float32).argsort(
+        1
+    )  # of the pixels
     pixels = images.flatten(2).gather(2, order[:, None].expand(-1, channels, -1))
     labels = dataset.train.labels[torch.randperm(count, generator=generator)]
     return replace(dataset, train=Split(pixels.view_as(images), labels))
@@ -302,8 +304,8 @@ class Batches:
         self.images = part.images
         if isinstance(self.images, Tensor):
             self.images = self.images.to(self.device)
-        mean = torch.tensor(dataset.mean, device=self.device)[:, None, None]
-        std = torch.tensor(dataset.std, device=self.device)[:, None, None]
+        mean = torch.tensor(dataset.mean, dtype=torch.float32, device=self.device)[:, None, None]
+        std = torch.tensor(dataset.std, dtype=torch.float32, device=self.device)[:, None, None]
         # (x / 255 - mean) / std as one multiply and one add
         self._scale, self._shift = 1 / (255 * std), -mean / std
         self._next = 0
@@ -358,7 +360,7 @@ class Batches:
     def _draw(self, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Flips (bool [N]) and crop offsets (int64 [N], rows and columns) of a whole epoch."""
         n = len(self.labels)
-        flip = torch.rand(n, generator=generator) < 0.5
+        flip = torch.rand(n, generator=generator, dtype=torch.float32) < 0.5
         rows, columns = torch.randint(0, 2 * _PAD + 1, (2, n), generator=generator)
         return flip.to(self.device), rows.to(self.device), columns.to(self.device)
 

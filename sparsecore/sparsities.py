@@ -194,7 +194,10 @@ def check_possible(
     densities: Mapping[str, float] | None = None,
 ) -> None:
     """The errors that `masks_from_scores` has for any scores, before there are any."""
-    level = {name: torch.zeros(granularity.units(shape)) for name, shape in shapes.items()}
+    level = {
+        name: torch.zeros(granularity.units(shape), dtype=torch.float32)
+        for name, shape in shapes.items()
+    }
     masks_from_scores(level, shapes, sparsity, granularity, densities)
 
 

@@ -44,7 +44,7 @@ class Survey:
 
 def sample_of(count: int) -> Tensor:
     """int64 [min(count, 2048)]: which of so many images are looked at."""
-    return torch.linspace(0, count - 1, min(count, SAMPLE)).long()
+    return torch.linspace(0, count - 1, min(count, SAMPLE), dtype=torch.float32).long()
 
 
 def survey(paths: Sequence[Path], image_size: int | None, others: Sequence[Path] = ()) -> Survey:

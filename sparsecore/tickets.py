@@ -239,8 +239,10 @@ class Ticket:
                     layer.set_mask_(self.masks[name])
                 else:
                     layer.pattern = Dense()
+            if plan != "auto":  # which measures, for seconds
+                plan_(model, self._sided(plan), *example, captured=captured)
         tell_applied(self, model, stacklevel=4)
-        return plan_(model, self._sided(plan), *example, captured=captured)
+        return plan_(model, plan, *example, captured=captured) if plan == "auto" else model
 
     def _sided(self, plan: str) -> str:
         """ "block" with the sides that the masks were searched with."""
@@ -317,7 +319,9 @@ class Ticket:
         """Each layer keeps as many units, at random places: the layerwise shuffle control."""
         generator = torch.Generator().manual_seed(seed)
         noise = {
-            name: torch.rand(self.granularity.units(mask.shape), generator=generator)
+            name: torch.rand(
+                self.granularity.units(mask.shape), generator=generator, dtype=torch.float32
+            )
             for name, mask in self.masks.items()
         }
         masks = self._reranked(lambda name: noise[name])

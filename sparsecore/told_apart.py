@@ -39,8 +39,15 @@ def told_apart(value: Any) -> str:
     Of other objects those attributes count that the code around them names, so that a logger in a closure does not
     make a run another.  Functions and classes of PyTorch and of this library are their names, sparse layers their
     weights and masks.
+
+    Errors: ValueError for containers in each other beyond what Python's stack takes.
     """
-    return _Telling().digest(value)
+    try:
+        return _Telling().digest(value)
+    except RecursionError:
+        raise ValueError(
+            "loss: expected what it computes with to lie in at most some hundred containers in each other, got more"
+        ) from None
 
 
 class _Telling:

@@ -132,6 +132,17 @@ def test_another_default_dtype_changes_no_ticket(name: str) -> None:
         torch.set_default_dtype(torch.float32)
 
 
+def test_another_default_dtype_changes_no_batch() -> None:
+    data = sc.load("digits")
+    first = next(iter(sc.Batches(data, "train", 32, augment=True)))
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = next(iter(sc.Batches(data, "train", 32, augment=True)))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(first[0], again[0]) and again[0].dtype == torch.float32
+
+
 @each_search
 def test_lazy_parameters_are_refused_by_name(name: str) -> None:
     model = sc.sparsify_(seeded(lambda: nn.Sequential(nn.Linear(12, 16), nn.LazyLinear(4))), "0")

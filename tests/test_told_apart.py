@@ -235,3 +235,11 @@ def test_objects_in_circles_and_sets_are_told() -> None:
         return found[0]
 
     assert told_apart(ring(1, 2, 3)) == told_apart(ring(1, 2, 3)) != told_apart(ring(1, 2, 4))
+
+
+def test_containers_beyond_the_stack_are_refused() -> None:
+    deep: list[Any] = []
+    for _ in range(20_000):
+        deep = [deep]
+    with pytest.raises(ValueError, match="some hundred containers"):
+        told_apart(lambda o, t: deep and o)

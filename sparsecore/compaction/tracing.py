@@ -36,7 +36,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> Trac
         raise ValueError("compact: expected a plain module, got a compiled one; compact it before")
     try:
         original, model = model, copy.deepcopy(model).eval()
-    except RuntimeError as error:  # tensors with a history
+    except (RuntimeError, TypeError) as error:  # tensors with a history, locks, open files
         raise ValueError(
             f"compact: {type(model).__name__} cannot be copied: {error}; delete tensors that forward "
             "has left on it"
