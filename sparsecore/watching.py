@@ -22,7 +22,7 @@ def number_in(said: Any) -> float:
         if isinstance(one, (str, bytes)):
             raise TypeError
         return float(one)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(
             f"watch: expected a function of the model that gives a number, got {kind_of(said)} from it"
         ) from None

@@ -49,6 +49,7 @@ OTHERS: dict[str, Any] = {
     "no entry": torch.ones(0),
     "a pair": (1.0, 2.0),
     "complex": 1j,
+    "beyond floats": 10**400,
 }
 
 
