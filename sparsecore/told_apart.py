@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .functions import closed_over, is_of, names_in
+from .functions import closed_over, is_of, names_in, written_by
 from .layer import SparseLayer
 from .safefile import bytes_of
 
@@ -137,7 +137,9 @@ class _Telling:
         if is_of(fn, _LIBRARIES):  # a decorator of theirs holds what is the user's
             return "library", fn.__module__, fn.__qualname__, self.of(around, names)
         told = self.of([around, fn.__defaults__, fn.__kwdefaults__], names)
-        taken = {n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys())}
+        taken = {
+            n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys() - written_by(fn))
+        }
         taken = {n: v for n, v in taken.items() if _counts(v)}
         return "function", self._code(code), told, self.of(taken, names)
 

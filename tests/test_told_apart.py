@@ -243,3 +243,20 @@ def test_containers_beyond_the_stack_are_refused() -> None:
         deep = [deep]
     with pytest.raises(ValueError, match="some hundred containers"):
         told_apart(lambda o, t: deep and o)
+
+
+CALLS = 0
+
+
+def counting(output: Tensor, target: Tensor) -> Tensor:
+    global CALLS
+    CALLS += 1
+    return F.cross_entropy(output, target) * ALPHA
+
+
+def test_a_global_that_counts_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = told_apart(counting)
+    counting(randn(2, 3), torch.tensor([0, 1]))
+    assert CALLS and told_apart(counting) == before
+    monkeypatch.setattr(sys.modules[__name__], "ALPHA", 0.7)
+    assert told_apart(counting) != before
