@@ -1,6 +1,7 @@
 """A process for each input: forked from a warm one, watched, and told apart by how it ended."""
 
 import contextlib
+import gc
 import os
 import shutil
 import signal
@@ -98,6 +99,7 @@ def _child(given: Input, folder: Path, said: int) -> None:
     """Runs the input and never returns."""
     code = 1
     try:
+        gc.freeze()  # what the parent has not collected yet would hide as much of what is taken here
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever reads it is at its end
         os.dup2(said, 1)
