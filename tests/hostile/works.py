@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import sparsecore as sc
+from sparsecore.writing import _PART
 
 from .faults import Changes, stop
 from .judge import Failure, call, command, contents
@@ -231,7 +232,9 @@ def check_again(name: str, cache: Path, passes: Passes, faults: int) -> str:
     Errors: Failure for another end, another result, work that is done twice, and files that should not be there.
     """
     work, undisturbed, folder = WORKS[name], reference_of(name, cache), Path.cwd()
-    if empty := [n for n, data in contents(folder).items() if not data and n != "m"]:
+    # What a killed write had begun may be empty, and is gone below.
+    left = (n for n, data in contents(folder).items() if not data and not n.endswith(_PART))
+    if empty := [n for n in left if n != "m"]:
         raise Failure(f"empty files were left: {empty}")
     if (how := work.run()) != "fine":
         raise Failure(f"the same command again was {how}")
