@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import math
 import mmap
 import shutil
 import time
@@ -38,14 +39,15 @@ class Work:
         result: what it has come to, as JSON, from the files that it wrote.
         make: what it needs.
         saved: whether its result is safe, so that nothing is lost if it begins anew.
-        unit: how many passes backward may be lost by a fault: those of an epoch, or of what is kept as a whole.
+        unit: how many passes backward may be lost by a fault: those of an epoch, or of what is kept as a whole; infinite
+            where clocks say how many there are.
     """
 
     run: Callable[[], str]
     result: Callable[[], Any]
     make: Callable[[], None] = lambda: None
     saved: Callable[[], bool] = lambda: Path("t").exists()
-    unit: int = 4
+    unit: float = 4
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,7 @@ def _sure(value: Any) -> Any:
     return [_sure(v) for v in value] if isinstance(value, list) else value
 
 
-def searching(method: str, *more: str, unit: int = 4) -> Work:
+def searching(method: str, *more: str, unit: float = 4) -> Work:
     argv = [
         "search",
         *DATA,
@@ -191,7 +193,7 @@ WORKS: dict[str, Work] = {
         lambda: command(_INSTABILITY), lambda: [json_of("o"), rows_of("a/instability.csv")], make_tickets
     ),
     "plan": Work(
-        lambda: command([*PLAN, *EAGER]), lambda: None, make_tickets, unit=1000
+        lambda: command([*PLAN, *EAGER]), lambda: None, make_tickets, unit=math.inf
     ),
 }  # fmt: skip
 
