@@ -39,8 +39,8 @@ class Work:
         result: what it has come to, as JSON, from the files that it wrote.
         make: what it needs.
         saved: whether its result is safe, so that nothing is lost if it begins anew.
-        unit: how many passes backward may be lost by a fault: those of an epoch, or of what is kept as a whole; infinite
-            where clocks say how many there are.
+        unit: how many passes backward may be lost by a fault: those of an epoch, or of what is kept as a whole;
+            infinite where clocks say how many there are.
     """
 
     run: Callable[[], str]
