@@ -28,8 +28,8 @@ def copying(model: nn.Module) -> Iterator[None]:
         found = _uncopied(model)
         at = f"its attribute {found}" if found else "what"
         raise ValueError(
-            f"model: expected one that copy.deepcopy can copy, got {at} that it cannot ({str(error)[:200]}); give the "
-            "class a __deepcopy__, or make that attribute where it is used"
+            f"model: expected one that copy.deepcopy can copy, got {at} that it cannot ({str(error)[:200]}); delete "
+            "what forward has left on it, or give the class a __deepcopy__"
         ) from None
 
 

@@ -140,8 +140,7 @@ def train(
     progress.tell("engine", run.engine.told)
     try:
         if parts and run.evaluation is not None and test_batches is not None:
-            with seeded(seed, [run.device]):
-                run.evaluation.try_first(test_batches)
+            run.evaluation.try_first(test_batches)
         with progress.task("train", total=done + left) as advance:
             advance(done)
             for part in parts:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import DIGITS
 
 from sparsecore import descriptors
 from sparsecore.cli import main
@@ -48,27 +49,10 @@ def test_closed_ones_lead_nowhere(closed: tuple[int, ...], tmp_path: Path) -> No
 @pytest.mark.slow
 def test_a_command_with_all_of_them_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    search = [
-        "search",
-        "--data",
-        "digits",
-        "--model-option",
-        "width=0.05",
-        "--method",
-        "magnitude",
-        "--rewind-epochs",
-    ]
-    assert main([*search, "0", "--epochs", "1", "--engine", "eager", "--out", "t"]) == 0
+    assert main([*DIGITS, "--method", "magnitude", "--rewind-epochs", "0", "--epochs", "1"]) == 0
     command = [
         sys.executable,
-        "-m",
-        "sparsecore",
-        "train",
-        "t",
-        "--engine",
-        "eager",
-        "--metrics",
-        "/dev/stderr",
+        *["-m", "sparsecore", "train", "t", "--engine", "eager", "--metrics", "/dev/stderr"],
     ]
     command += ["--json", "j", "--save", "w", "--checkpoint", "c"]
     done = subprocess.run(["sh", "-c", '"$@" 0<&- 1>&- 2>&-', "sh", *command])

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from command_line import one_error
+from command_line import DIGITS, one_error
 
 from sparsecore.cells import FIELDS, read_rows
 from sparsecore.cli import main
@@ -86,17 +86,7 @@ def test_commands_that_read_a_pipe(
     words: list[str], place: str, fifo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
     monkeypatch.chdir(fifo.parent)
-    search = [
-        "search",
-        "--data",
-        "digits",
-        "--model-option",
-        "width=0.05",
-        "--method",
-        "magnitude",
-        "--rewind-epochs",
-    ]
-    assert main([*search, "0", "--epochs", "0.1", "--engine", "eager", "--out", "t"]) == 0
+    assert main([*DIGITS, "--method", "magnitude", "--rewind-epochs", "0", "--epochs", "0.1"]) == 0
     capsys.readouterr()
     assert at_once(lambda: main([place if word == "P" else word for word in words])) == 2
     assert f"{place}: expected a file, got a pipe or device" in one_error(capsys)

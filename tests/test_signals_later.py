@@ -3,6 +3,7 @@
 import linecache
 import signal
 import sys
+from collections.abc import Callable
 from threading import Thread
 from types import FrameType
 from typing import Any
@@ -95,6 +96,19 @@ def masked(model: nn.Module) -> nn.Module:
     return model
 
 
+def interrupted(call: Callable[[], object], at: int, names: tuple[str, ...] = WHERE) -> "At | None":
+    """The call with Ctrl-C at such a line; None if it had fewer."""
+    trace = At(at, names)
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        sys.settrace(None)
+    return None if trace.count < at else trace
+
+
 CALLS = {
     "search": lambda m: sc.JointSearch(epochs=1)(m, BLOBS, sparsity=0.5),
     "evaluate": lambda m: sc.evaluate(m, BLOBS),
@@ -107,38 +121,33 @@ def test_a_model_is_whole_after_a_signal_anywhere(name: str) -> None:
     modes = [m.training for m in model.modules()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
-    for at in range(1, 10_000):
-        trace = At(at)
-        sys.settrace(trace)
-        try:
-            call(model)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            sys.settrace(None)
-        if trace.count < at:
-            break
+    at = 1
+    while trace := interrupted(lambda: call(model), at):
         assert [m.training for m in model.modules()] == modes, trace.where
         assert equal(state, dict(model.state_dict())), trace.where
         assert [p.requires_grad for p in model.parameters()] == flags, trace.where
         assert not claims._claims, trace.where
+        at += 1
     assert at > 10
 
 
-def test_a_change_of_a_model_is_whole_or_not_begun() -> None:
-    for change in (sc.densify_, lambda m: sc.plan_(m, "state"), lambda m: sc.plan_(m, "mask")):
-        for at in range(1, 10_000):
-            model = masked(network())
-            before = model.eval()(BLOBS.x)
-            trace = At(at, ("convert.py", "plans.py", "decided.py"))
-            sys.settrace(trace)
-            try:
-                change(model)
-            except KeyboardInterrupt:
-                pass
-            finally:
-                sys.settrace(None)
-            if trace.count < at:
-                break
-            torch.testing.assert_close(model(BLOBS.x), before)
-            assert change(model) is model
+CHANGES: dict[str, tuple[Callable[[nn.Module], nn.Module], Callable[[nn.Module], nn.Module]]] = {
+    "densify_": (masked, sc.densify_),
+    "plan": (masked, lambda m: sc.plan_(m, "state")),
+    "mask": (lambda m: sc.plan_(masked(m), "state"), lambda m: sc.plan_(m, "mask")),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_change_of_a_model_is_whole_or_not_begun(name: str) -> None:
+    make, change = CHANGES[name]
+    at = 1
+    while True:
+        model = make(network())
+        before = model.eval()(BLOBS.x)
+        if not interrupted(lambda m=model: change(m), at, ("convert.py", "plans.py", "decided.py")):
+            break
+        torch.testing.assert_close(model(BLOBS.x), before)
+        assert change(model) is model
+        at += 1
+    assert at > 10

@@ -5,7 +5,6 @@ torch.fx leaves out is added here or kept whole: operations in place, custom gra
 that forward reads by itself, and tensors that it leaves on modules.
 """
 
-import copy
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..attention import SparseMultiheadAttention
+from ..copies import copied
 from ..layer import SparseLayer
 from .operations import IN_PLACE, Traced, hooked, kind_of_call, kind_of_module
 
@@ -34,17 +34,11 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> Trac
     """
     if hasattr(model, "_orig_mod"):
         raise ValueError("compact: expected a plain module, got a compiled one; compact it before")
-    try:
-        original, model = model, copy.deepcopy(model).eval()
-    except (RuntimeError, TypeError) as error:  # tensors with a history, locks, open files
-        raise ValueError(
-            f"compact: {type(model).__name__} cannot be copied: {error}; delete tensors that forward "
-            "has left on it"
-        ) from error
+    original, model = model, copied(model).eval()
     with _Reads() as reads:
         graph = _graph(model, example)
     # A copy again, since a trace puts constants that it meets on the model.
-    if training and _steps(_graph(copy.deepcopy(original).train(), example)) != _steps(graph):
+    if training and _steps(_graph(copied(original).train(), example)) != _steps(graph):
         raise ValueError(
             f"compact: {type(model).__name__} runs other operations in training than in evaluation; "
             "compact(..., training=False) keeps what it computes in evaluation"
@@ -53,7 +47,7 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> Trac
     try:
         with torch.no_grad():
             shapes.run(*example)
-            output = copy.deepcopy(original).eval()(*example)  # with the hooks of the model itself
+            output = copied(original).eval()(*example)  # with the hooks of the model itself
     except Exception as error:
         raise ValueError(
             f"compact: {type(model).__name__} does not run on the example, "
