@@ -6,14 +6,14 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from .attention import SparseMultiheadAttention, bare_keys, projections
 from .claims import require_module, sole
+from .given_back import given_back
 from .layer import SparseLayer
 from .nn import computes_itself, sparse_type
-from .patterns import PATTERNS, Gated, Planned
+from .patterns import Gated, Planned
 from .process import Shared
 from .recurrent import RECURRENT, SparseRecurrent, matrices, matrix_keys
 from .tied import require_own_memory, tie_
@@ -277,46 +277,16 @@ def advance_(model: nn.Module) -> None:
 def batch_statistics(model: nn.Module) -> Iterator[None]:
     """Search mode: dropout and the like off, BatchNorm on the batch's own statistics.
 
-    PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  On leaving, modes and
-    all buffers (running statistics, a forward's own counts) are what they were, and so are embeddings whose rows a
-    forward renormalises.
+    PyTorch's fused evaluation of transformers is off too, since it knows no gradients.  The model is given back.
     """
-    modes = {module: module.training for module in model.modules()}
-    renormalised = {
-        module: weight.detach().clone()
-        for module in model.modules()
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.max_norm is not None
-        if isinstance(weight := module._parameters.get("weight"), nn.Parameter)
-    }
-    buffers = {m: m._buffers.copy() for m in model.modules() if not isinstance(m, PATTERNS)}
-    held = {b for own in buffers.values() for b in own.values() if b is not None and not is_lazy(b)}
-    values = {b: b.detach().clone() for b in held}
-
-    def put_back() -> None:
-        for module, own in buffers.items():
-            module._buffers.update(own)
-        for module, mode in modes.items():
-            module.training = mode
-        with torch.no_grad():
-            for buffer, value in values.items():  # what a forward counts by itself
-                buffer.copy_(value)
-            for module, weight in renormalised.items():
-                module._parameters["weight"].copy_(weight)  # pyright: ignore
-
-    try:
+    with given_back(model):
         model.eval()
-        for module in buffers:
+        for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 # Without running statistics BatchNorm uses its batch's, and has nothing to update.
                 module._buffers.update(running_mean=None, running_var=None)
         with _unfused:
             yield
-    finally:
-        try:
-            put_back()
-        except BaseException:  # a signal: once more, to the end
-            put_back()
-            raise
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .calls import forward_example
 from .costs import seconds
-from .interrupts import signals_later
+from .given_back import given_back
 from .outputs import tensors_in
 from .process import seeded
 
@@ -58,17 +58,7 @@ def device_of(model: nn.Module) -> torch.device:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Training mode with gradients, after which modes, buffers and random state are what they were."""
-    modes = {m: m.training for m in model.modules()}
-    buffers = {b: b.detach().clone() for b in model.buffers()}
     devices = sorted({p.device for p in model.parameters()}, key=str)
-    try:
+    with given_back(model), seeded(devices=devices), torch.enable_grad():
         model.train()
-        with seeded(devices=devices), torch.enable_grad():
-            yield
-    finally:
-        with signals_later():
-            for module, mode in modes.items():
-                module.training = mode
-            with torch.no_grad():
-                for buffer, kept in buffers.items():
-                    buffer.copy_(kept)
+        yield
