@@ -32,6 +32,7 @@ from .experiment import (
 )
 from .fields import choose
 from .interrupts import Stop, goes_on, kept_by_training, kept_in, stopped_by_signals
+from .locks import held
 from .methods import METHODS
 from .metrics_file import lines_of
 from .needs import check_memory
@@ -62,7 +63,7 @@ from .sparsities import check_sparsity
 from .telling import of_masks, short_search
 from .tickets import Ticket, dense_state
 from .training_plan import plan_for
-from .writing import held, put
+from .writing import put
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -33,6 +33,7 @@ from .experiment import (
 from .fields import choose
 from .figures import save, shown
 from .interrupts import kept_in
+from .locks import held
 from .plain import read_plain
 from .progress import QUIET, Progress
 from .sanity import CHECKS, Verdict, verdict
@@ -40,7 +41,7 @@ from .search.sparse_training import AbstractSparseTraining
 from .sparsities import check_sparsity
 from .telling import short_search
 from .tickets import Ticket, dense_state
-from .writing import FileError, held, put, sweep
+from .writing import FileError, put, sweep
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt

@@ -17,8 +17,9 @@ from .data import DataWarning
 from .interrupts import Stop
 from .printable import Screen, one_line, shell_word, tell
 from .start_weights import WeightsWarning
+from .streams import append, is_stream
 from .telling import ShortSearchWarning, SparsityWarning
-from .writing import append, is_stream, put
+from .writing import put
 
 console = Screen()
 _TOLD = (SparsityWarning, DataWarning, WeightsWarning)

@@ -1,17 +1,20 @@
-"""The three streams that a program begins with, there where whoever started this one had closed them (`>&-`).
+"""What a process has open: by which names, and the three streams that a program begins with.
 
-Otherwise the next file that is opened becomes one of them, and what libraries print goes into it.  This module imports
-nothing of the others: it comes first.
+This module imports nothing of the others: it comes first.
 """
 
 import os
 import sys
+from pathlib import Path
 
 _STREAMS = (("stdin", "r"), ("stdout", "w"), ("stderr", "w"))
+_FDS = ("/dev/fd", "/proc/self/fd", "/proc/thread-self/fd")
 
 
 def open_closed() -> None:
-    """Closed ones of the descriptors 0, 1 and 2 lead nowhere (os.devnull), and so do streams of `sys` that are None."""
+    """Closed ones of the descriptors 0, 1 and 2 (`>&-`) lead nowhere (os.devnull), and so do streams of `sys` that are
+    None.  Otherwise the next file that is opened becomes one of them, and what libraries print goes into it.
+    """
     for descriptor in range(3):  # all of them, before a stream takes the place of the next
         try:
             os.fstat(descriptor)
@@ -26,3 +29,19 @@ def open_closed() -> None:
             getattr(sys, name) is None
         ):  # one of its own: by now the descriptor may be somebody's file
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  for as long as the process
+
+
+def descriptor_of(path: Path) -> int | None:
+    """The descriptor that it is or links to, of what this process has open (behind it may lie a file of others); -1 for
+    a name that is none.
+    """
+    numbers = {name: str(number) for number, (name, _) in enumerate(_STREAMS)}
+    for _ in range(40):  # as many links as Linux follows
+        folder, _, name = str(path.absolute()).rpartition("/")
+        if folder in (*_FDS, f"/proc/{os.getpid()}/fd") or (folder == "/dev" and name in numbers):
+            name = numbers.get(name, name)
+            return int(name) if name.isascii() and name.isdigit() and len(name) < 10 else -1
+        if not path.is_symlink():
+            return None
+        path = path.parent / path.readlink()
+    return None

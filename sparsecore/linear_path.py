@@ -21,9 +21,10 @@ from .copies import copied
 from .engine.evaluation import Evaluation
 from .kinds import checked
 from .loaders import batches_of
+from .locks import alone
 from .losses import Loss, LossLike, loss_of
 from .progress import QUIET, Progress
-from .writing import FileError, alone
+from .writing import FileError
 
 STABLE = 2.0  # percent: Frankle et al. call a smaller instability stable
 State = Mapping[str, Tensor]

@@ -8,7 +8,8 @@ from typing import Any
 
 from .plain import read_plain
 from .safefile import finite
-from .writing import FileError, append, is_stream, put
+from .streams import append, is_stream
+from .writing import FileError, put
 
 
 def line(record: dict[str, Any]) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 from .folders import is_class_folder
 from .plain import read_plain
 from .safefile import check_name
-from .writing import FileError, check_stream, is_printed_to, is_stream, sweep, target_of
+from .streams import check_stream, is_printed_to, is_stream
+from .writing import FileError, sweep, target_of
 
 _LONGEST = 240  # bytes; file systems take 255
 Paths = Mapping[str, Path | None]  # by what they are called in messages; None: not asked for

@@ -21,16 +21,18 @@ from .engine.training_step import Penalty
 from .evaluating import evaluate as evaluate
 from .evaluating import metric_of
 from .loaders import batches_of
+from .locks import alone
 from .losses import LossLike, loss_of
 from .process import seeded
 from .progress import QUIET, Progress
 from .recipe import MOST_EPOCHS, require_trainable
 from .recipe import Recipe as Recipe
+from .streams import append
 from .telling import tell_loss
 from .training_run import AfterStep, Facts, History, Run, Saved, epoch_of, parts_between
 from .training_run import Step as Step
 from .watching import number_in
-from .writing import FileError, alone, append
+from .writing import FileError
 
 
 class TrainingError(ValueError):

@@ -196,7 +196,7 @@ def test_small_files_are_whole_or_not_there(
 
 def test_one_process_at_a_time_goes_on_with_a_folder(tmp_path: Path, expected: dict) -> None:
     script = (
-        "import sys; from pathlib import Path; from sparsecore.writing import held\n"
+        "import sys; from pathlib import Path; from sparsecore.locks import held\n"
         "with held(Path(sys.argv[1])):\n    print(flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", script, tmp_path / "results.csv"]

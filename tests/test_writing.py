@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from sparsecore import writing
-from sparsecore.writing import FileError, append, held, put
+from sparsecore import locks, writing
+from sparsecore.locks import held
+from sparsecore.streams import append
+from sparsecore.writing import FileError, put
 
 fcntl = pytest.importorskip("fcntl")
 
@@ -178,7 +180,7 @@ def test_a_text_is_appended_whole_or_not_at_all(
 
 
 HOLDING = (
-    "import sys; from pathlib import Path; from sparsecore.writing import held\n"
+    "import sys; from pathlib import Path; from sparsecore.locks import held\n"
     "with held(Path(sys.argv[1])):\n    print('held', flush=True); sys.stdin.read()"
 )
 
@@ -214,7 +216,7 @@ def test_one_process_at_a_time_and_the_line_says_which(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("note", [b"", b"\x1b[2J", b"[1]", b'["x", 1, 2, 3]', b"[" * 2000])
 def test_who_holds_a_lock_may_say_anything(note: bytes) -> None:
-    assert writing._told(note) == "another process"
+    assert locks._told(note) == "another process"
 
 
 def test_where_no_lock_can_be_files_are_used_without(
@@ -260,11 +262,11 @@ def test_what_this_process_has_open_is_written_where_it_has_come_to(tmp_path: Pa
     link.symlink_to("/dev/stdout")
     script = (
         "import sys; from pathlib import Path\n"
-        "from sparsecore import metrics_file, writing\n"
+        "from sparsecore import metrics_file, streams, writing\n"
         "for path in map(Path, ['/dev/stdout', '/dev/fd/1', sys.argv[1]]):\n"
-        "    assert writing.is_stream(path)\n"
+        "    assert streams.is_stream(path)\n"
         "    metrics_file.catch_up(path, [{'epoch': 1}])\n"
-        "    writing.append(path, 'new\\n'); print('said')\n"
+        "    streams.append(path, 'new\\n'); print('said')\n"
         "    try: writing.put(path, b'')\n"
         "    except writing.FileError: print('refused')\n"
     )
@@ -279,7 +281,7 @@ def test_a_reader_of_a_named_pipe_gets_all_lines(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with subprocess.Popen(["cat", tmp_path / "pipe"], stdout=subprocess.PIPE, text=True) as reader:
         code = (
-            "import sys\nfrom pathlib import Path\nfrom sparsecore.writing import append\n"
+            "import sys\nfrom pathlib import Path\nfrom sparsecore.streams import append\n"
             "for i in range(3):\n    append(Path(sys.argv[1]), f'{i}\\n')\n"
         )
         subprocess.run([sys.executable, "-c", code, tmp_path / "pipe"], check=True, timeout=60)

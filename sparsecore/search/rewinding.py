@@ -18,6 +18,7 @@ from ..engine import check_engine
 from ..granularity import NM, Granularity, Weight
 from ..kinds import check_fields
 from ..loaders import batches_of
+from ..locks import held
 from ..losses import Loss, LossLike, loss_of
 from ..progress import QUIET, Progress
 from ..recipe import Recipe
@@ -28,7 +29,7 @@ from ..telling import note_training
 from ..tickets import Ticket, dense_state
 from ..training import train
 from ..unsaved import Unsaved
-from ..writing import FileError, held
+from ..writing import FileError
 from .protocol import SearchError, Watch
 from .told import telling
 

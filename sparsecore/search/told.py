@@ -13,13 +13,13 @@ from ..claims import only_looking, sole
 from ..coverage import coverage
 from ..kinds import of_kinds
 from ..loaders import batches_of
+from ..locks import held
 from ..loss_functions import untouched
 from ..losses import loss_of
 from ..ranks import ranks
 from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
 from ..watching import number_in
-from ..writing import held
 from .bypass import left_behind, require_through
 from .protocol import SearchError, Watch
 
