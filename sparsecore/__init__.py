@@ -42,9 +42,10 @@ from .nn import (
     SparseLinear,
 )
 from .patterns import Dense, Gated, Masked, Planned
-from .plans import plan_, remask_, report
+from .plans import plan_, report
 from .recipe import Recipe
 from .recurrent import SparseGRU, SparseLSTM, SparseRNN
+from .remasking import remask_
 from .rounds import Round, load_rounds
 from .search import (
     SET,

@@ -25,7 +25,7 @@ from .layer import SparseLayer, plain_type
 from .parts import Part
 from .patterns import Masked, Planned
 from .planner import SIDES, Cache, Choice, cache_of, choose, order, regime, where
-from .ranks import require_equal_ranks, require_one_rank
+from .ranks import require_one_rank
 from .steptime import device_of, step_time, undisturbed
 from .telling import SparsityWarning
 from .tied import holders
@@ -111,7 +111,7 @@ def plan_(
         )
     if plan != "mask":
         require_one_rank("plan_", "use plan='mask'")
-    layers = {name: layer for name, layer in found.items() if _mask(layer) is not None}
+    layers = {name: layer for name, layer in found.items() if mask_of(layer) is not None}
     if plan == "mask":
         with signals_later():
             for layer in layers.values():
@@ -166,7 +166,7 @@ def check_plan(plan: str) -> None:
 
 def _open_(layer: SparseLayer, cache: str | Path | None, *, measured: bool, captured: bool) -> None:
     """A layer that is to choose by itself, unless its mask says enough."""
-    mask = _mask(layer)
+    mask = mask_of(layer)
     assert mask is not None
     share = int(mask.sum()) / max(mask.numel(), 1)  # exact: a mean in float32 rounds to 1
     if share == 1:
@@ -198,7 +198,7 @@ def _masked_(layer: SparseLayer, choice: Choice) -> None:
     pattern.choice = choice
 
 
-def _mask(layer: SparseLayer) -> Tensor | None:
+def mask_of(layer: SparseLayer) -> Tensor | None:
     pattern = layer.pattern
     return pattern.mask if isinstance(pattern, Masked | Planned) else None
 
@@ -232,7 +232,7 @@ def _named(plan: str, layer: SparseLayer, shared: str | None) -> str | None:
         )
     if not layer.multiplies:
         return plan
-    mask = _mask(layer)
+    mask = mask_of(layer)
     assert mask is not None
     if plan == "block":
         h, w = min(SIDES, key=lambda side: stored(mask, *side))
@@ -339,58 +339,6 @@ def _step_time(
     kinds = ("dense" if choices[name].formats is None else "kept" for name in layers)
     update = sum(choices[n].update.get(k, 0.0) for n, k in zip(layers, kinds, strict=True))
     return step_time(model, example, update, captured=captured)
-
-
-@sole("remask_", whole=True)
-def remask_(
-    model: nn.Module,
-    masks: Mapping[str, Tensor],
-    optimizer: torch.optim.Optimizer | None = None,
-) -> nn.Module:
-    """Other masks for masked or planned layers, as dynamic sparse training wants them; returns the model.
-
-    Weights that stay keep their values and, in every state tensor that `optimizer` holds for them, their
-    entries; what has grown starts at 0.  Formats stay, nothing is measured anew.  Averages of a planned model
-    (EMA) and optimisers that are not given hold the old places: make them anew.
-
-    Errors: ValueError for a layer that is not there or has no mask, a mask of another shape or dtype, masks that
-    differ between the ranks of a process group, a model that another thread works with; nothing changes then.
-    """
-    layers = sparse_layers(model)
-    require_equal_ranks(masks)
-    for name, mask in masks.items():
-        plain = isinstance(mask, Tensor) and mask.layout == torch.strided
-        if not plain or mask.dtype != torch.bool:
-            found = (
-                (mask.dtype if plain else mask.layout)
-                if isinstance(mask, Tensor)
-                else kind_of(mask)
-            )
-            raise ValueError(f"remask_: expected a bool tensor for {name}, got {found}")
-        layer = layers.get(name)
-        if layer is None or _mask(layer) is None or mask.shape != layer.weight_shape:
-            found = (
-                "no such layer"
-                if layer is None
-                else f"{layer.pattern}, {tuple(layer.weight_shape)}"
-            )
-            raise ValueError(
-                f"remask_: expected a layer {name} with a mask of shape {tuple(mask.shape)}, got {found}"
-            )
-        layer.require_one_mask(mask)
-    for name, mask in masks.items():
-        layer = layers[name]
-        old, size = layer.pattern, layer.raw_weight.shape
-        stay = layer.remask_(mask) & mask.to(layer.raw_weight.device)
-        new = layer.pattern
-        slots = {} if optimizer is None else optimizer.state.get(layer.raw_weight, {})
-        for slot, value in slots.items():
-            if isinstance(value, Tensor) and value.shape == size:
-                if isinstance(new, Planned):
-                    slots[slot] = new.kept(old(value))
-                else:
-                    value.masked_fill_(~stay, 0)
-    return model
 
 
 def report(model: nn.Module) -> list[LayerPlan]:

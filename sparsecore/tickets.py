@@ -13,6 +13,8 @@ from typing_extensions import NotRequired, TypedDict
 from . import foreign, safefile, schema
 from .claims import sole
 from .convert import plain_state, require_sparse_layers
+from .fits import TicketError as TicketError
+from .fits import check_castable, check_names, check_shapes, check_values
 from .granularity import NM, Granularity, Weight, parse_granularity
 from .interrupts import signals_later
 from .kinds import check_fields, checked
@@ -23,10 +25,6 @@ from .sparsities import masks_from_scores, top_k
 from .telling import tell_applied
 from .tied import require_own_memory
 from .unsaved import Unsaved
-
-
-class TicketError(safefile.FileError):
-    """A ticket that cannot be used: what was expected, what was found."""
 
 
 def dense_state(model: nn.Module) -> dict[str, Tensor]:
@@ -210,18 +208,18 @@ class Ticket:
             raise TicketError(str(error)) from None
         own = plain_state(model)
         found = {name: layer.weight_shape for name, layer in layers.items()}
-        _check_names("sparse layers", self.masks, found, subset=True)
-        _check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
+        check_names("sparse layers", self.masks, found, subset=True)
+        check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
         for name, mask in self.masks.items():
             if (mask.dtype, mask.layout) != (torch.bool, torch.strided):
                 raise TicketError(
                     f"masks: expected dense bool tensors, got {mask.dtype}, {mask.layout} for {name}"
                 )
         if weights:
-            _check_names("weights", self.weights, own)
-            _check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
-            _check_values(own)
-            _check_castable(self.weights, own)
+            check_names("weights", self.weights, own)
+            check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})
+            check_values(own)
+            check_castable(self.weights, own)
         require_own_memory(model)
         for name, mask in self.masks.items():
             layers[name]._require_parameter("apply_")
@@ -349,8 +347,8 @@ class Ticket:
         """
         patterns = tuple(f"{name}.pattern.".lstrip(".") for name in self.masks)
         plain = {key: w for key, w in weights.items() if not key.startswith(patterns)}
-        _check_names("weights", plain, self.weights)
-        _check_shapes({key: (w, self.weights[key].shape) for key, w in plain.items()})
+        check_names("weights", plain, self.weights)
+        check_shapes({key: (w, self.weights[key].shape) for key, w in plain.items()})
         fresh = {key: w.detach().cpu().clone() for key, w in plain.items()}
         meta = self.meta | {"sanity": "reinit"}
         return replace(self, weights=fresh, meta=meta, unsaved=None)
@@ -375,48 +373,3 @@ class _Header(TypedDict):
     shapes: dict[str, schema.Shape]
     layers: NotRequired[list[str]]
     provenance: schema.Facts
-
-
-def _check_names(
-    what: str, ticket: Mapping[str, Any], model: Mapping[str, Any], *, subset: bool = False
-) -> None:
-    missing = sorted(set(ticket) - set(model))
-    extra = [] if subset else sorted(set(model) - set(ticket))
-    if missing or extra:
-        raise TicketError(
-            f"the ticket is for another model: its {what} are {_some(ticket)}, "
-            f"the model's are {_some(model)} (differing: {_some(missing + extra)})"
-        )
-
-
-def _check_shapes(pairs: Mapping[str, tuple[Tensor, torch.Size]]) -> None:
-    for name, (ticket, shape) in pairs.items():
-        if ticket.shape != shape:
-            raise TicketError(
-                f"the ticket is for another model: {name} has shape {tuple(ticket.shape)}, "
-                f"the model's is {tuple(shape)}"
-            )
-
-
-def _check_values(state: Mapping[str, Tensor]) -> None:
-    bare = [key for key, value in state.items() if value.is_meta]
-    if bare:
-        raise TicketError(
-            f"expected parameters with values to load the ticket's weights into, got the meta device in "
-            f"{', '.join(bare[:4])}; call model.to_empty(device=...) first, or apply_(..., weights=False) and load a "
-            "state_dict afterwards"
-        )
-
-
-def _check_castable(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Errors: TicketError for numbers of another kind than the model's, or that are not finite where its are."""
-    for key, value in weights.items():
-        try:
-            schema.castable(value, own[key], f"the ticket's weight {key}")
-        except safefile.FileError as error:
-            raise TicketError(str(error)) from None
-
-
-def _some(names: Any) -> str:
-    names = list(names)
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -23,9 +23,9 @@ from ..layer import SparseLayer
 from ..loaders import batches_of
 from ..losses import Loss, LossLike, loss_of
 from ..patterns import Masked
-from ..plans import remask_
 from ..progress import QUIET, Progress
 from ..recipe import Recipe
+from ..remasking import remask_
 from ..sparsities import check_possible, check_sparsity
 from ..telling import note_training
 from ..tickets import Ticket, dense_state
