@@ -10,6 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .batches import on, parts_of
 from .calls import forward
 from .claims import sole
+from .interrupts import ending_with
 from .loaders import batches_of
 
 
@@ -58,7 +59,7 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
         for buffer, value in () if done else buffers:
             buffer.copy_(value)
 
-    try:
+    with ending_with(put_back):
         model.eval()
         for norm in norms:
             norm.reset_running_stats()
@@ -69,10 +70,4 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
             for batch in islice(batches.epoch(0), limit):
                 forward(model, on(device, parts_of(batch)[0]))
         done = True
-    finally:
-        try:
-            put_back()
-        except BaseException:  # a signal: once more, to the end
-            put_back()
-            raise
     return model

@@ -17,7 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import is_lazy
 
 from .batches import kind_of
-from .interrupts import signals_later
+from .interrupts import ending_with, signals_later
 from .kinds import KindError, of_kinds
 from .patterns import PATTERNS
 from .process import torch_that_trains
@@ -53,7 +53,7 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
             for key in own:
                 _claims.pop(key, None)
 
-    try:
+    with ending_with(give_back):
         with _lock:
             for key in parts:
                 other = _claims.get(key)
@@ -67,12 +67,6 @@ def claimed(model: nn.Module, what: str, *, shared: bool = False) -> Iterator[No
                 own = {key: part for key, part in parts.items() if key not in _claims}
                 _claims.update({k: _Claim(get_ident(), what, part) for k, part in own.items()})
         yield
-    finally:
-        try:
-            give_back()
-        except BaseException:  # a signal: once more, to the end
-            give_back()
-            raise
 
 
 _looking = ContextVar[dict[int, Any] | None]("looking", default=None)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from .interrupts import ending_with
 from .patterns import PATTERNS
 
 
@@ -37,11 +38,5 @@ def given_back(model: nn.Module) -> Iterator[None]:
             for module, weight in renormalised.items():
                 module._parameters["weight"].copy_(weight)  # pyright: ignore
 
-    try:
+    with ending_with(put_back):
         yield
-    finally:
-        try:
-            put_back()
-        except BaseException:  # a signal: once more, to the end
-            put_back()
-            raise

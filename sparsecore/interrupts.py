@@ -89,6 +89,21 @@ def signals_later() -> Iterator[None]:
 
 
 @contextmanager
+def ending_with(put_back: Callable[[], None]) -> Iterator[None]:
+    """A block after which this has been done to its end, whatever ends the block: once more where a signal came in its
+    midst, so that doing it twice has to be as good.
+    """
+    try:
+        yield
+    finally:
+        try:
+            put_back()
+        except BaseException:
+            put_back()
+            raise
+
+
+@contextmanager
 def stopped_by_signals() -> Iterator[None]:
     """Signals raise `Stop` inside; a second one, while the first is dealt with, ends the process."""
     if threading.current_thread() is not threading.main_thread():

@@ -18,7 +18,16 @@ from sparsecore import claims
 from sparsecore.interrupts import signals_later
 
 # Functions that begin something and end it, once a call.
-WHERE = ("batch_statistics", "_gated", "claimed", "_evaluating", "put_back", "give_back")
+WHERE = (
+    "batch_statistics",
+    "_gated",
+    "claimed",
+    "_evaluating",
+    "put_back",
+    "give_back",
+    "ending_with",
+    "given_back",
+)
 BLOBS = Blobs(count=64, batch=64)
 
 

@@ -12,6 +12,7 @@ from .. import capture
 from ..accuracy import hits
 from ..batches import Batch, EpochBatches, on, parts_of, size_of
 from ..calls import fits, forward
+from ..interrupts import ending_with
 from ..loss_functions import plain
 from ..losses import Loss
 from .auto import launch
@@ -127,18 +128,12 @@ class Evaluation(AbstractStep):
             for module, mode in modes.items():
                 module.training = mode
 
-        try:
+        with ending_with(put_back):
             for part in parts:
                 part.eval()
             # Not inference_mode: what a model keeps for later, as positions, has to be fit for training.
             with torch.no_grad():
                 yield
-        finally:
-            try:
-                put_back()
-            except BaseException:  # a signal: once more, to the end
-                put_back()
-                raise
 
     @contextmanager
     def undone(self) -> Iterator[None]:

@@ -18,6 +18,7 @@ from ..convert import batch_statistics, require_dense_parameters
 from ..engine import check_engine
 from ..gates import AbstractGate, Concrete
 from ..granularity import Granularity, Weight
+from ..interrupts import ending_with
 from ..kinds import check_fields
 from ..layer import SparseLayer
 from ..loaders import batches_of
@@ -312,26 +313,19 @@ class AbstractGateSearch(ABC):
                 if p in values:
                     p.data.copy_(values[p])
 
-        with batch_statistics(model):
-            try:
-                if not self.trains_weights:
-                    for p in required:
-                        p.requires_grad_(False)
-                for index, (name, layer) in enumerate(layers.items()):
-                    gated[name] = layer.pattern = Gated(
-                        layer.raw_weight.shape,
-                        gate,
-                        self.granularity,
-                        density=density,
-                        seed=self.seed,
-                        layer=index,
-                        gain=self.gain_lr > 0,
-                        device=layer.raw_weight.device,
-                    )
-                yield gated
-            finally:
-                try:
-                    put_back()
-                except BaseException:  # a signal: once more, to the end
-                    put_back()
-                    raise
+        with batch_statistics(model), ending_with(put_back):
+            if not self.trains_weights:
+                for p in required:
+                    p.requires_grad_(False)
+            for index, (name, layer) in enumerate(layers.items()):
+                gated[name] = layer.pattern = Gated(
+                    layer.raw_weight.shape,
+                    gate,
+                    self.granularity,
+                    density=density,
+                    seed=self.seed,
+                    layer=index,
+                    gain=self.gain_lr > 0,
+                    device=layer.raw_weight.device,
+                )
+            yield gated
