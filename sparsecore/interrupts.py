@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM on the command line: one line that says what is true, no traceback, nothing left behind.
+"""Ctrl-C and the like: what they must not tear, and on the command line one line that says what is true, no traceback,
+nothing left behind.
 
 This module imports nothing of the others: it comes first, since they take seconds.
 """
