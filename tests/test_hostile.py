@@ -2,6 +2,7 @@
 
 import faulthandler
 import gc
+import mmap
 import os
 import signal
 import subprocess
@@ -65,9 +66,11 @@ def collects_and_grows(seed: int, folder: Path) -> str:
 
 
 @linux
-def test_what_another_child_holds_hides_nothing(monkeypatch) -> None:
+def test_what_others_hold_hides_nothing(monkeypatch) -> None:
     monkeypatch.setattr(sandbox, "BYTES", 128 << 20)
     held = torch.ones(1 << 27)  # 512 MB
+    shared = mmap.mmap(-1, 1 << 29)  # as pages of libraries on a tmpfs count; a child has none of them yet
+    shared.write(bytes(1 << 29))
     other = os.fork()
     if other == 0:
         time.sleep(60)
@@ -82,6 +85,21 @@ def test_what_another_child_holds_hides_nothing(monkeypatch) -> None:
         gc.enable()
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
+        shared.close()
+
+
+@linux
+def test_shared_memory_counts(monkeypatch) -> None:
+    monkeypatch.setattr(sandbox, "BYTES", 64 << 20)
+    size = sandbox._own(os.getpid())[1] + (192 << 20)
+
+    def shares(seed: int, folder: Path) -> str:
+        held = mmap.mmap(-1, size)
+        held.write(bytes(1 << 20) * (size >> 20))
+        time.sleep(0.5)
+        return "fine"
+
+    assert "of memory" in ended(shares).why
 
 
 def exits(seed: int, folder: Path) -> str:

@@ -11,14 +11,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 
 SECONDS = 12.0
 # Of memory that no file backs, which is what a machine runs out of. A limit of addresses (RLIMIT_AS) would turn a
-# request for too much into an error that a machine with that much to promise does not raise, and so hide the fault;
-# pages of files (libraries, mapped weights) are the parent's alone after a fork: compared with them, it hides as well.
+# request for too much into an error that a machine with that much to promise does not raise, and so hide the fault.
+# Pages of files (libraries, mapped weights) are the parent's alone after a fork: compared with them, it hides as well;
+# where files lie in memory (tmpfs) they count as shared, so what is shared has a limit of its own.
 BYTES = 1 << 30
-_FIELDS = ("RssAnon", "RssShmem", "VmSwap")
+_KINDS = (("RssAnon", "VmSwap"), ("RssShmem",))
 
 Run = Callable[[int, Path], str]  # (seed, an empty folder) -> "fine" or "refused"
 
@@ -54,7 +56,7 @@ class _Try:
         self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
-        self.most = _own(os.getpid()) + BYTES
+        self.most = [own + BYTES for own in _own(os.getpid())]
         self.pid = os.fork()
         if self.pid == 0:
             _child(given, self.folder, said)
@@ -69,7 +71,7 @@ class _Try:
         if pid == 0:
             if not self.killed and time.monotonic() > self.end:
                 self._kill(f"took more than {self.input.seconds:g} s")
-            elif not self.killed and _held(self.pid) > self.most:
+            elif not self.killed and any(map(gt, _held(self.pid), self.most)):
                 self._kill("took more than 1 GB of memory")
             return None
         _end_group(self.pid)  # what it has started itself
@@ -126,19 +128,20 @@ def _end_group(pid: int) -> None:
             continue
 
 
-def _held(pid: int) -> int:
-    """Bytes that the greatest of a process and its children holds; 0 for one that has ended."""
+def _held(pid: int) -> list[int]:
+    """Bytes of each kind that the greatest of a process and its children holds; 0 for one that has ended."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return max([_own(pid), *(_held(int(child)) for child in children)])
+        return [max(held) for held in zip(_own(pid), *(_held(int(child)) for child in children), strict=True)]
     except OSError:
-        return 0
+        return [0 for _ in _KINDS]
 
 
-def _own(pid: int) -> int:
+def _own(pid: int) -> list[int]:
     """Without its children, which are other tries or whatever else was forked off earlier, when more was held."""
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return sum(int(line.split()[1]) << 10 for line in lines if line.startswith(_FIELDS))
+    lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
+    sizes = {line[0].rstrip(":"): int(line[1]) << 10 for line in lines if line[2:] == ["kB"]}
+    return [sum(sizes.get(name, 0) for name in names) for names in _KINDS]
 
 
 def outcomes(inputs: Iterable[Input], *, at_once: int = 2) -> Iterator[Outcome]:
