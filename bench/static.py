@@ -1,7 +1,8 @@
 """`python -m bench static` compiles every kernel for three generations of GPU and reads the machine code.
 
 No GPU is needed.  The rows in results/static.csv say what each kernel cost when they were made;
-`--check` compiles again and fails where one breaks a rule or costs more than its row.  Rules for all:
+`--check` compiles again what has changed since and fails where one breaks a rule or costs more than its
+row.  Rules for all:
 
 compiles, and its shared memory fits the GPU; spill_bytes = 0; vector_loads; a kernel whose product
 belongs on tensor cores uses them and, on sm_90, does so by wgmma (hgmma > 0) with no
@@ -19,10 +20,12 @@ serialised_waits      loops' products that are waited for at once, so that nothi
                       in the ttgir or by the assembler, whichever shows more; not where a condition ends
                       a tile, whose sums are then stored
 vector_loads          16-byte loads from global memory, or stores where only scalars are loaded
+source                a digest of all that the row follows from; none where it breaks a rule, waived or not
 """
 
 import argparse
 import csv
+import hashlib
 import importlib
 import pkgutil
 import re
@@ -49,7 +52,7 @@ from sparsecore.kernels.static import StaticCase, static_case
 TABLE = Path(__file__).parent / "results" / "static.csv"
 FIELDS: tuple[str, ...] = (
     "kernel", "config", "arch", "registers", "spill_bytes", "shared_bytes", "instructions",
-    "instructions_per_gate", "hgmma", "serialised_waits", "vector_loads", "triton",
+    "instructions_per_gate", "hgmma", "serialised_waits", "vector_loads", "triton", "source",
 )  # fmt: skip
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block may ask for
 COSTS = ("registers", "spill_bytes", "shared_bytes", "serialised_waits", "instructions")
@@ -148,12 +151,31 @@ def wants_tensor_cores(ttir: str) -> bool:
     return any("inputPrecision" in dot or not re.search(plain, dot) for dot in dots)
 
 
+def _compiled_from(case: StaticCase) -> ASTSource:
+    return ASTSource(case.function, case.signature, case.constexprs, case.attributes)
+
+
+def source_of(case: StaticCase, arch: int) -> str:
+    """A digest of the kernel, what it calls, how it is compiled, the compiler, and how its code is read."""
+    reader = Path(__file__).read_text()
+    parts = (
+        _compiled_from(case).hash(),
+        arch,
+        sorted(case.options.items()),
+        case.gates,
+        triton.__version__,
+        reader,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
 def read(case: StaticCase, arch: int) -> tuple[Row, list[tuple[str, str]]]:
     """A case's row, and the rules it breaks: (rule, what is wrong).  No row if it does not compile."""
     options = {name: value for name, value in case.options.items() if name != "waive"}
-    source = ASTSource(case.function, case.signature, case.constexprs, case.attributes)
     try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        compiled = triton.compile(
+            _compiled_from(case), target=GPUTarget("cuda", arch, 32), options=options
+        )
     except Exception as error:  # whatever the compiler raises is the finding
         return {}, [("compiles", f"{type(error).__name__}: {' '.join(str(error).split())[:500]}")]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -180,7 +202,8 @@ def read(case: StaticCase, arch: int) -> tuple[Row, list[tuple[str, str]]]:
         ("serialised_waits", waits == 0, f"{waits} products in loops are waited for at once"),
     ]
     broken = [(rule, message) for rule, kept, message in rules if not kept]
-    return dict(zip(FIELDS, values, strict=True)), broken
+    source = "" if broken else source_of(case, arch)
+    return dict(zip(FIELDS, (*values, source), strict=True)), broken
 
 
 def static_cases() -> list[StaticCase]:
@@ -208,15 +231,20 @@ def _read_in_worker(module: str, position: int, arch: int) -> tuple[Row, list[tu
     return read(StaticCase(*importlib.import_module(module).static_cases()[position]), arch)
 
 
-def measure(workers: int = 2) -> tuple[list[Row], list[str]]:
-    """Rows of all that compiles, and the broken rules that no waiver names."""
-    rows, broken = [], []
+def measure(known: Iterable[Row] = (), workers: int = 2) -> tuple[list[Row], list[str]]:
+    """Rows of all that compiles, and broken rules that no waiver names; `known` rows stand while their source does."""
+    held = {(_key(row), row["source"]): row for row in known if row["source"]}
+    rows, broken, jobs = [], [], {}
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        jobs = {
-            pool.submit(_read_in_worker, *place, arch): (case, arch)
-            for place, case in collect().items()
-            for arch in SHARED_LIMIT
-        }
+        for place, case in collect().items():
+            for arch in SHARED_LIMIT:
+                key = case.name, case.config, f"sm_{arch}", triton.__version__
+                if row := held.get((key, source_of(case, arch))):
+                    rows.append(row)
+                else:
+                    jobs[pool.submit(_read_in_worker, *place, arch)] = case, arch
+        if rows:
+            _say(f"{len(rows)} unchanged since their rows were made")
         for done, job in enumerate(as_completed(jobs), 1):
             (case, arch), (row, faults) = jobs[job], job.result()
             name = f"{case.name} [{case.config}] sm_{arch}"
@@ -257,8 +285,8 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if knobs.runtime.interpret:
         parser.error("nothing is compiled under TRITON_INTERPRET; unset it")
-    rows, problems = measure()
     committed = list(csv.DictReader(TABLE.read_text().splitlines())) if TABLE.exists() else []
+    rows, problems = measure(committed if arguments.check else ())
     others = [row for row in committed if row["triton"] != triton.__version__]
     mine = [row for row in committed if row not in others]
     if not arguments.check:
@@ -275,7 +303,7 @@ def main(argv: list[str] | None = None) -> int:
             f"no rows of this Triton to compare with, only of {sorted({r['triton'] for r in others})}"
         )
     sys.stdout.writelines(f"{problem}\n" for problem in problems)
-    _say(f"{len(rows)} compiled by Triton {triton.__version__}, {len(problems)} problems")
+    _say(f"{len(rows)} kernels by Triton {triton.__version__}, {len(problems)} problems")
     return int(bool(problems))
 
 

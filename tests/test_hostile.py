@@ -69,7 +69,9 @@ def collects_and_grows(seed: int, folder: Path) -> str:
 def test_what_others_hold_hides_nothing(monkeypatch) -> None:
     monkeypatch.setattr(sandbox, "BYTES", 128 << 20)
     held = torch.ones(1 << 27)  # 512 MB
-    shared = mmap.mmap(-1, 1 << 29)  # as pages of libraries on a tmpfs count; a child has none of them yet
+    shared = mmap.mmap(
+        -1, 1 << 29
+    )  # as pages of libraries on a tmpfs count; a child has none of them yet
     shared.write(bytes(1 << 29))
     other = os.fork()
     if other == 0:

@@ -132,7 +132,10 @@ def _held(pid: int) -> list[int]:
     """Bytes of each kind that the greatest of a process and its children holds; 0 for one that has ended."""
     try:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [max(held) for held in zip(_own(pid), *(_held(int(child)) for child in children), strict=True)]
+        return [
+            max(held)
+            for held in zip(_own(pid), *(_held(int(child)) for child in children), strict=True)
+        ]
     except OSError:
         return [0 for _ in _KINDS]
 

@@ -99,10 +99,29 @@ def static_cases() -> list[tuple[Any, ...]]:
     ]
 
 
+def sources() -> list[str]:
+    """Of cases that differ in one thing each."""
+    case = static.StaticCase(*static_cases()[0])
+    changes: list[dict[str, Any]] = [
+        {},
+        {"function": _product_kernel},
+        {"constexprs": {"BLOCK": 512}},
+        {"attributes": {}},
+        {"options": {"num_warps": 8}},
+        {"options": {"num_warps": 4, "waive": ["hgmma"]}},
+        {"gates": 4},
+    ]
+    return [
+        static.source_of(case, 80),
+        *(static.source_of(case._replace(**c), 90) for c in changes),
+    ]
+
+
 def test_faults_are_found() -> None:
     result = compiling(__file__)
     assert result.returncode == 0, result.stderr
-    rows, broken = json.loads(result.stdout)
+    rows, broken, sources = json.loads(result.stdout)
+    assert len({*sources}) == len(sources)
     found = {(line.split(" [")[0], line.split(": ")[1]) for line in broken}
     assert found == {
         ("misaligned copy", "vector_loads"),
@@ -118,6 +137,11 @@ def test_faults_are_found() -> None:
     assert "waived waived product [bf16] sm_90: serialised_waits" in result.stderr
     assert "waived elsewhere" not in result.stderr
     numbers = {row["kernel"]: row for row in rows}
+    assert {name for name, row in numbers.items() if row["source"]} == {"aligned copy", "product"}
+    _, unchanged, again = result.stderr.partition("2 unchanged since their rows were made")
+    assert unchanged
+    for case in static_cases():
+        assert (f"/8 {case[0]} [" in again) == (case[0] not in ("aligned copy", "product"))
     assert "no block" not in numbers
     copy, product = numbers["aligned copy"], numbers["product"]
     assert copy["vector_loads"] == "true" and copy["hgmma"] == 0
@@ -235,7 +259,7 @@ def test_who_wants_tensor_cores(dot: str, wanted: bool) -> None:
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    values = ("k", "c", "sm_90", 100, 0, 1024, 1000, "", 8, 0, "true", "3.8.0")
+    values = ("k", "c", "sm_90", 100, 0, 1024, 1000, "", 8, 0, "true", "3.8.0", "f00d")
     return dict(zip(static.FIELDS, values, strict=True)) | changes
 
 
@@ -277,7 +301,9 @@ if __name__ == "__main__":
     places = {(Path(__file__).stem, i): static.StaticCase(*c) for i, c in enumerate(static_cases())}
     static.collect = lambda: places
     static.SHARED_LIMIT = {90: static.SHARED_LIMIT[90]}
-    print(json.dumps(static.measure()))
+    made = static.measure()
+    print(json.dumps([*made, sources()]))
+    static.measure(made[0])
 
 
 def test_waits_that_the_assembler_adds_are_counted() -> None:
