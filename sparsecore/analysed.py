@@ -121,7 +121,7 @@ def _case(
     Results(out, json_file).check({"the ticket": ticket}, setup.data)
     dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
-    check_memory(setup, dataset, target)
+    check_memory(setup, dataset, target, ticket=loaded)
     return Case(out, json_file, ticket, loaded, setup, dataset, target)
 
 

@@ -212,7 +212,7 @@ def train(
     chosen = recipe_with(setup.recipe, recipe)
     dataset = data_of_ticket(setup, data, data_dir)
     tell_other_data(loaded, setup, dataset)
-    check_memory(setup, dataset, target, recipe=chosen)
+    check_memory(setup, dataset, target, recipe=chosen, ticket=loaded)
     if sanity is not None:
         loaded = apply_sanity(loaded, sanity, dataset, seed)
     with held(save), goes_on(kept_by_training(checkpoint)), Progress() as progress:
@@ -301,7 +301,7 @@ def plan(
     if batch is not None:
         chosen = dataclasses.replace(chosen, batch=batch)
     dataset = data_of_ticket(setup, data, data_dir)
-    check_memory(setup, dataset, target, recipe=chosen)
+    check_memory(setup, dataset, target, recipe=chosen, ticket=loaded)
     model = model_of(loaded, dataset, target)
     planned = plan_for(model, plan, dataset, chosen, cache, engine)
     taken = min(chosen.batch, len(dataset.train))  # what there is to measure on

@@ -22,19 +22,18 @@ from .fields import choose
 from .forecheck import check_search
 from .granularity import parse_granularity
 from .methods import split
-from .needs import check_image_size
+from .needs import check_image_size, check_size
 from .progress import QUIET, Progress
 from .provenance import setup_of
 from .recipe import Recipe
-from .recipes import build, outline_of
+from .recipes import build
 from .search import Rewinding
 from .setups import Setup as Setup
 from .sparsities import check_extent, check_sparsity
 from .start_weights import TRAINED, read_state, start_from_, start_trained_
-from .tickets import Ticket, TicketError
+from .tickets import Ticket
 from .training import History, evaluate, train
 
-_LARGE = 256 << 20  # bytes: a model of more is built for a ticket of such alone
 SANITIES = (
     "shuffle",
     "reinit",
@@ -269,13 +268,7 @@ def model_of(ticket: Ticket, dataset: Dataset, device: torch.device) -> nn.Modul
     Errors: TicketError for a ticket of another model, one that is far larger before it is built.
     """
     setup = setup_of(ticket)
-    known = outline_of(setup.model, dataset.shape, dataset.classes, setup.model_options)
-    own = sum(weight.nbytes for weight in ticket.weights.values())
-    if known is not None and known.weights > 2 * own + _LARGE:
-        raise TicketError(
-            f"the ticket is for another model: it has {own / 2**20:,.0f} MiB of weights, and {setup.model}, which it "
-            f"names, has {known.weights / 2**20:,.0f}"
-        )
+    check_size(ticket, setup, dataset)
     return ticket.apply_(new_model(setup, dataset, seed=0)).to(device)
 
 

@@ -15,7 +15,9 @@ from .recipes import outline_of
 from .search import ContinuousSparsification, JointSearch
 from .search.gated import AbstractGateSearch
 from .setups import Setup
+from .tickets import Ticket, TicketError
 
+_LARGE = 256 << 20  # bytes: a model of more is built for a ticket of such alone
 _TEST_BATCH = 1024  # as `experiment.loaders` evaluates
 
 
@@ -26,6 +28,7 @@ def check_memory(
     *,
     methods: Sequence[str] = (),
     recipe: Recipe | None = None,
+    ticket: Ticket | None = None,
 ) -> None:
     """What is counted is what cannot be done without: weights, gradients, moments, gates, what a forward keeps for its
     backward, and on a GPU the data.
@@ -33,13 +36,16 @@ def check_memory(
     Args:
         methods: that search; their batches are the setup's of searches.
         recipe: of training; None: the setup's.
+        ticket: whose model it is said to be.
 
-    Errors: ValueError for a step of training, an evaluation or a search that needs more memory than `device` has left,
-    as for a model that cannot be built.
+    Errors: TicketError for a ticket of another model, one that is far larger; ValueError for a step of training, an
+    evaluation or a search that needs more memory than `device` has left, as for a model that cannot be built.
     """
     known = outline_of(setup.model, data.shape, data.classes, setup.model_options)
     if known is None:  # only the model itself tells
         return
+    if ticket is not None:
+        _check_size(ticket, setup.model, known)
     there = _of_data(data) if device.type == "cuda" else 0
     recipe = recipe or setup.recipe
     batch = -(-min(recipe.batch, len(data.train)) // recipe.accumulate)
@@ -57,6 +63,22 @@ def check_memory(
             f"a step of {method.partition(':')[0]}", known, batch, copies, setup.search_dtype != "fp32", there, device,
             "take a smaller --search-batch, --image-size or model",
         )  # fmt: skip
+
+
+def check_size(ticket: Ticket, setup: Setup, data: Dataset) -> None:
+    """Errors: TicketError for a ticket of another model than the setup's, one far larger, before it is built."""
+    known = outline_of(setup.model, data.shape, data.classes, setup.model_options)
+    if known is not None:
+        _check_size(ticket, setup.model, known)
+
+
+def _check_size(ticket: Ticket, model: str, known: Outline) -> None:
+    own = sum(weight.nbytes for weight in ticket.weights.values())
+    if known.weights > 2 * own + _LARGE:
+        raise TicketError(
+            f"the ticket is for another model: it has {own / 2**20:,.0f} MiB of weights, and {model}, which it names, "
+            f"has {known.weights / 2**20:,.0f}"
+        )
 
 
 def _require(

@@ -36,11 +36,10 @@ NETWORKS = {
     "vgg-16-bn": {},
     "vit-small": {},
     "torchvision:resnet50": {},
-    "torchvision:wide_resnet50_2": {},
     "torchvision:vit_b_16": {"image_size": 32},
     "torchvision:swin_t": {},
 }
-LARGE = {"torchvision:wide_resnet50_2", "torchvision:vit_b_16"}  # 70 and 86 million weights
+LARGE = {"torchvision:vit_b_16"}  # 86 million weights
 
 
 def pictures(count: int, channels: int = 3, size: int = 32) -> Dataset:

@@ -16,7 +16,7 @@ from command_line import DIGITS, images, one_error
 from data_files import mnist
 from hostile.mutations import of_json
 
-from sparsecore import data, experiment, named_data, safefile
+from sparsecore import data, experiment, memory, named_data, safefile
 from sparsecore.cli import main
 from sparsecore.provenance import setup_of, with_data, with_weights
 from sparsecore.tickets import Ticket, TicketError
@@ -301,6 +301,9 @@ def test_a_model_far_larger_than_its_ticket_is_not_built(
         found, Path("t"), model="torchvision:vit_h_14", model_options={}, train_samples=None
     )
     monkeypatch.setattr(experiment, "build", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(
+        memory, "free_bytes", lambda *_: 1 << 30
+    )  # too little for it, which is not what is wrong
     assert main(["train", ticket, "--data", "folder:pictures", "--epochs", "0"]) == 2
     assert "the ticket is for another model: it has 0 MiB of weights" in one_error(capsys)
 
