@@ -301,9 +301,8 @@ def test_a_model_far_larger_than_its_ticket_is_not_built(
         found, Path("t"), model="torchvision:vit_h_14", model_options={}, train_samples=None
     )
     monkeypatch.setattr(experiment, "build", lambda *_, **__: 1 / 0)
-    monkeypatch.setattr(
-        memory, "free_bytes", lambda *_: 1 << 30
-    )  # too little for it, which is not what is wrong
+    # Enough for its weights, not for a step of it, which is not what is wrong.
+    monkeypatch.setattr(memory, "free_bytes", lambda *_: 4 << 30)
     assert main(["train", ticket, "--data", "folder:pictures", "--epochs", "0"]) == 2
     assert "the ticket is for another model: it has 0 MiB of weights" in one_error(capsys)
 
