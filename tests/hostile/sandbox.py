@@ -15,10 +15,9 @@ from operator import gt
 from pathlib import Path
 
 SECONDS = 12.0
-# Of memory that no file backs, which is what a machine runs out of. A limit of addresses (RLIMIT_AS) would turn a
-# request for too much into an error that a machine with that much to promise does not raise, and so hide the fault.
-# Pages of files (libraries, mapped weights) are the parent's alone after a fork: compared with them, it hides as well;
-# where files lie in memory (tmpfs) they count as shared, so what is shared has a limit of its own.
+# Beyond what a try begins with, of memory that no file backs, which is what a machine runs out of. A limit of addresses
+# (RLIMIT_AS) would turn a request for too much into an error that a machine with that much to promise does not raise,
+# and so hide the fault. What is shared has a limit of its own: where files lie in memory (tmpfs), libraries are.
 BYTES = 1 << 30
 _KINDS = (("RssAnon", "VmSwap"), ("RssShmem",))
 
@@ -49,18 +48,25 @@ class _Try:
     """A running child."""
 
     def __init__(self, given: Input) -> None:
-        self.input, self.end = given, time.monotonic() + given.seconds
+        self.input = given
         self.folder = Path(tempfile.mkdtemp(prefix="hostile-"))
         self.read, said = os.pipe()  # which no limit of files' sizes stops
         os.set_blocking(self.read, False)
         self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
-        self.most = [own + BYTES for own in _own(os.getpid())]
+        wait, go = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
+            os.close(go)
+            os.read(wait, 1)
+            os.close(wait)
             _child(given, self.folder, said)
-        os.close(said)
+        # Its own, not what its parent holds, who has more: pages of files, what other children are, or was shared.
+        self.most = [begun + BYTES for begun in _held(self.pid)]
+        for end in (said, wait, go):
+            os.close(end)
+        self.end = time.monotonic() + given.seconds
 
     def outcome(self) -> Outcome | None:
         """How it ended; None while it goes on."""
