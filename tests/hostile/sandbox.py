@@ -137,20 +137,16 @@ def _end_group(pid: int) -> None:
 def _held(pid: int) -> list[int]:
     """Bytes of each kind that the greatest of a process and its children holds; 0 for one that has ended."""
     try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [
-            max(held)
-            for held in zip(_own(pid), *(_held(int(child)) for child in children), strict=True)
-        ]
+        lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     except OSError:
         return [0 for _ in _KINDS]
-
-
-def _own(pid: int) -> list[int]:
-    """Without its children, which are other tries or whatever else was forked off earlier, when more was held."""
-    lines = [line.split() for line in Path(f"/proc/{pid}/status").read_text().splitlines()]
     sizes = {line[0].rstrip(":"): int(line[1]) << 10 for line in lines if line[2:] == ["kB"]}
-    return [sum(sizes.get(name, 0) for name in names) for names in _KINDS]
+    sizes.setdefault("RssAnon", sizes.get("VmRSS", 0))  # of kernels that do not tell them apart
+    own = [sum(sizes.get(name, 0) for name in names) for names in _KINDS]
+    children = list[str]()
+    with contextlib.suppress(OSError):  # not every kernel tells
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [max(held) for held in zip(own, *(_held(int(child)) for child in children), strict=True)]
 
 
 def outcomes(inputs: Iterable[Input], *, at_once: int = 2) -> Iterator[Outcome]:
