@@ -2,6 +2,7 @@
 
 import functools
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,9 @@ from smoke import SMOKE
 
 # Tests run side by side: threads of their own would wait for each other's.
 torch.set_num_threads(1)
+
+# A shell's background jobs ignore Ctrl-C, and so would tests of it and all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Without a GPU the kernels run in Triton's interpreter, chosen before anything imports them.
 if not torch.cuda.is_available():
