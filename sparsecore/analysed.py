@@ -55,16 +55,11 @@ class Results:
 
     def check(self, reads: Paths | None = None, data: str = "") -> None:
         """Errors: ValueError for results that would lie over what is read, over each other, or among the images."""
-        own = self.json_file
-        if own is not None and own.suffix.lower() in (".csv", ".png"):
-            if own.absolute().parent == self.out.absolute():
-                raise ValueError(
-                    f"--json {own}: expected a file of its own, got a table or figure of --out; name another"
-                )
         check_paths(
             reads,
             written={"--json": self.json_file},
             folders={"--out": self.out},
+            made={"the tables": (self.out, "*.csv"), "the figures": (self.out, "*.png")},
             data=folder_of(data),
         )
 

@@ -113,6 +113,7 @@ def search(
         written={"--json": json_file},
         replaced={"--out": out, "the rewind point's checkpoint": dense_part},
         folders={"--rounds": rounds},
+        made={} if rounds is None else {"the rounds": (rounds, "round-*")},
         data=datasets.folder_of(setup.data),
     )
     data = data_of(setup, data_dir)

@@ -9,7 +9,7 @@ import torch
 import typer
 
 from . import data as datasets
-from .compare import FILES, Comparison, check_method, comparison_kept
+from .compare import FILES, MADE, Comparison, check_method, comparison_kept
 from .console import command, console, show, write_json
 from .describe import covered_of
 from .engine import check_engine
@@ -92,6 +92,7 @@ def report(
         {"--weights": setup.weights_file},
         written={"--json": json_file, **{f"the comparison's {name}": out / name for name in FILES}},
         folders={"--out": out, "the comparison's tickets": out / "tickets"},
+        made={what: (out, pattern) for what, pattern in MADE.items()},
         data=datasets.folder_of(setup.data),
     )
     dataset = data_of(setup, data_dir)

@@ -48,6 +48,13 @@ from matplotlib import pyplot as plt
 
 FILES = ("setup.json", "results.csv", "accuracy.png")  # what a folder holds besides its folders
 
+_LONGEST = 180  # file systems take 255, and sparsity, seed and endings come behind a method
+MADE = {  # and how their files are called
+    "the tickets": "tickets/*",
+    "the rewind points": "rewind-*.safetensors",
+    "the rounds": "rounds/*/*",
+}
+
 _DIGESTS = {
     "data_digest": "images or labels than those now in the data",
     "weights_digest": "start weights than those now in the file",
@@ -100,6 +107,9 @@ class _Known(TypedDict):
     """Of a ticket's provenance, what comparisons need."""
 
     search: str
+    sparsity: float
+    seed: int
+    data_digest: str
     setup: schema.Facts
     search_seconds: schema.Seconds
 
@@ -143,6 +153,11 @@ class Comparison:
             check_sparsity(sparsity)
         for method in methods:
             check_method(self.setup, method)
+            if len(os.fsencode(method)) > _LONGEST:
+                raise ValueError(
+                    f"methods: expected at most {_LONGEST} bytes, as files are called by them, got "
+                    f"{len(os.fsencode(method))} for {method[:40]}...; write its numbers shorter"
+                )
         seeds = list(seeds)
         self._check_files(dataset)
         cells = [Cell("dense", 0.0, seed) for seed in seeds]
@@ -197,7 +212,7 @@ class Comparison:
         path = self.folder / "tickets" / f"{stem}-{short(cell.sparsity)}-{cell.seed}.safetensors"
         checkpoint = path.with_suffix(".checkpoint")
         if path.exists():
-            ticket = self._known(path, cell)
+            ticket = self._known(path, cell, searched)
             _remove(checkpoint)  # a kill between the two has left it
         else:
             start = self.setup.start_of(cell.base)
@@ -214,7 +229,7 @@ class Comparison:
             self.caveats[f"{method}, {100 * cell.sparsity:g} %"] = told
         return apply_sanity(ticket, sanity, dataset, cell.seed) if sanity else ticket
 
-    def _known(self, path: Path, cell: Cell) -> Ticket:
+    def _known(self, path: Path, cell: Cell, searched: Dataset) -> Ticket:
         """A ticket that an earlier run has found.  Errors: FileError for another's."""
         try:
             ticket = Ticket.load(path)
@@ -224,9 +239,11 @@ class Comparison:
         any_size = {"image_size": None}  # a folder's may be its images' median
         own = _facts_of(self.setup.start_of(cell.base)) | any_size
         told = _DEFAULTS | ticket.meta["setup"] | any_size
-        if ticket.meta["search"] != cell.base or told != own:
+        found = tuple(ticket.meta[name] for name in ("search", "sparsity", "seed", "data_digest"))
+        if found != (cell.base, cell.sparsity, cell.seed, searched.digest) or told != own:
             raise FileError(
-                f"{path}: expected the ticket of {cell.base} that this comparison found, got another; remove it"
+                f"{path}: expected the ticket of {cell.base} at sparsity {short(cell.sparsity)}, seed {cell.seed}, "
+                "that this comparison found, got another; remove it, and it is searched again"
             )
         return ticket
 
@@ -235,13 +252,26 @@ class Comparison:
     ) -> torch.nn.Module:
         """A setup's rewind point, trained once a seed and kept on disk."""
         path = self.folder / f"rewind-{setup.rewind_epochs:g}-{seed}.safetensors"
+        facts = {
+            "setup": _facts_of(self.setup),
+            "epochs": setup.rewind_epochs,
+            "seed": seed,
+            **self.files,
+        }
         if path.exists():
             model = new_model(setup, dataset, seed)
-            found = safefile.read(path, kind="weights")[0]
+            found, known = safefile.read(path, kind="weights")
+            if isinstance(before := known.get("setup"), dict):
+                known["setup"] = _DEFAULTS | before
+            if known != facts:
+                raise FileError(
+                    f"{path}: expected the rewind point of this comparison and seed {seed}, got another; remove it, "
+                    "and it is trained again"
+                )
             model.load_state_dict(schema.tensors(found, model.state_dict(), str(path)))
             return model.to(device)
         model = rewind_point(setup, dataset, seed, device, progress, engine=self.engine)
-        safefile.write(path, dense_state(model), {}, kind="weights")
+        safefile.write(path, dense_state(model), facts, kind="weights")
         return model
 
     def _stored(self) -> dict[str, Any] | None:

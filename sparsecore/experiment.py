@@ -214,6 +214,7 @@ def find_ticket(
     if folder_of(setup.data) is not None:  # the median may be another when images are added
         setup = replace(setup, image_size=dataset.shape[-1])
     told = {"search": method, "setup": asdict(setup), "data_digest": dataset.digest}
+    told |= {"sparsity": sparsity, "seed": seed}
     return replace(ticket, meta=meta | told), seconds
 
 

@@ -1,5 +1,6 @@
 """The files that a command reads and writes: none over another, and every place writable, before any work."""
 
+import glob
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ def check_paths(
     written: Paths | None = None,
     replaced: Paths | None = None,
     folders: Paths | None = None,
+    made: Mapping[str, tuple[Path, str]] | None = None,
     data: Path | None = None,
 ) -> None:
     """Told before hours of work, not after.  What is refused is as it was.
@@ -34,6 +36,7 @@ def check_paths(
         written: files that it writes into; a pipe or device such as /dev/stdout is one, too.
         replaced: files that it makes anew and puts in their place.
         folders: folders that it writes into, and makes where there are none.
+        made: what it writes there, whose names it chooses: a folder and a pattern of paths in it.
         data: a folder of images, in which a new folder would be a class.
 
     Errors: ValueError for two that are one file, a file where a folder is wanted or the other way round, and places
@@ -46,6 +49,13 @@ def check_paths(
     for name, path in (written | replaced).items():
         _check_file(name, path, [*folders.values()], stream=name in written)
     _check_apart(read, written | replaced | folders)
+    for what, (folder, pattern) in (made or {}).items():
+        whole = os.path.join(glob.escape(str(_real(folder))), pattern)  # noqa: PTH118  of which parts are patterns
+        for name, path in (read | written | replaced).items():
+            if _real(path).match(whole):
+                raise ValueError(
+                    f"{name} {path}: expected a file of its own, got one of {what} of this command; name another"
+                )
     for name, path in folders.items():
         if data is not None and is_class_folder(data, path):
             raise ValueError(
@@ -96,7 +106,10 @@ def require_room(path: Path | None, state: Mapping[str, Tensor]) -> None:
     if path is None or is_stream(path):
         return
     needed = sum(value.numel() * value.element_size() for value in state.values())
-    free = shutil.disk_usage(_real(path).parent).free
+    folder = _real(path).parent
+    while not folder.exists():  # it is made later
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(
             f"{path}: expected {needed:,} bytes of room for weights, got {free:,} free; make room, or name a place on "

@@ -115,12 +115,18 @@ def _unprefixed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mappi
 
 def _check_numbers(what: str, value: Tensor, own: Tensor) -> None:
     """Errors: ValueError for a tensor that a plain copy would change, or could not read."""
-    plain = value.layout == torch.strided and not value.is_quantized and not value.is_meta
+    odd = value.is_quantized or value.is_meta or value.is_nested
+    plain = value.layout == torch.strided and not odd
     alike = value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype
     if not (plain and alike):
-        kind = str(value.layout if value.layout != torch.strided else value.dtype).removeprefix(
-            "torch."
+        kind = (
+            "nested"
+            if value.is_nested
+            else value.dtype
+            if value.layout == torch.strided
+            else value.layout
         )
+        kind = str(kind).removeprefix("torch.")
         wanted = "floating-point numbers" if own.is_floating_point() else own.dtype
         raise ValueError(
             f"weights: expected plain {wanted} as {what}, got "

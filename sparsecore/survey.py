@@ -17,11 +17,12 @@ from typing_extensions import TypedDict
 
 from . import safefile, schema
 from .images import WHITES, DataError, ImageFiles, deep_grey, read_header
+from .plain import read_plain
 
 SAMPLE = 2048  # images that are looked at, evenly over all
 CHUNK_BYTES = 32 << 20  # of pixels that are counted at once
 _FILE = ".sparsecore-moments.safetensors"
-_VERSION = "2"  # of how images are read: what an older one remembered is looked at again
+_VERSION = "3"  # of how images are read: what an older one remembered is looked at again
 _STD_FLOOR = 1e-3  # images of one colour would be divided by zero
 
 Moments = tuple[tuple[float, ...], tuple[float, ...]]
@@ -117,7 +118,7 @@ class _Remembered(TypedDict):
 def remembered(
     root: Path, paths: Sequence[Path], image_size: int | None, others: Sequence[Path] = ()
 ) -> Survey | None:
-    """What `remember` wrote for these very files, by name, size and time; None if there is nothing of use."""
+    """What `remember` wrote for these very files, by name, size and times; None if there is nothing of use."""
     path = root / _FILE
     if not path.is_file():
         return None
@@ -142,13 +143,21 @@ def remember(
     found: Survey,
     others: Sequence[Path] = (),
 ) -> None:
-    """Writes a survey beside the images, where that is allowed: whoever reads them has it then, moved or shared."""
+    """Writes a survey beside the images, where that is allowed and nothing else lies, for all who read them."""
     assert found.moments is not None
     mean, std = (torch.tensor(values, dtype=torch.float64) for values in found.moments)
     key = _key(root, paths, image_size, others)
     meta = {"key": key, "size": found.size, "whites": found.whites}
     with contextlib.suppress(safefile.FileError):  # a folder of somebody else's, a full disk
-        safefile.write(root / _FILE, {"mean": mean, "std": std}, meta, kind="moments")
+        if _is_ours(root / _FILE):
+            safefile.write(root / _FILE, {"mean": mean, "std": std}, meta, kind="moments")
+
+
+def _is_ours(path: Path) -> bool:
+    """Or nobody's: what lies in a folder of images does not decide what is written over, by a link or a name."""
+    if path.is_symlink():
+        return False
+    return not path.exists() or b"sparsecore/moments" in read_plain(path)[:4096]
 
 
 def _key(root: Path, paths: Sequence[Path], image_size: int | None, others: Sequence[Path]) -> str:
@@ -159,5 +168,7 @@ def _key(root: Path, paths: Sequence[Path], image_size: int | None, others: Sequ
         except OSError as error:
             raise DataError(f"{path}: expected a readable image ({error.strerror})") from None
         name = os.fsencode(path.relative_to(root))
-        digest.update(b"\0%s\0%d\0%d" % (name, status.st_size, status.st_mtime_ns))
+        # A copy may be given its original's time of change by whoever makes it, but none of its own.
+        times = status.st_mtime_ns, status.st_ctime_ns
+        digest.update(b"\0%s\0%d\0%d\0%d" % (name, status.st_size, *times))
     return digest.hexdigest()

@@ -236,14 +236,52 @@ def test_rows_of_others_are_refused(row: str, tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def without(folder: Path, method: str) -> None:
+    """As if killed before its rows."""
+    rows = folder / "results.csv"
+    rows.write_text("".join(x for x in rows.read_text().splitlines(True) if method not in x))
+
+
 def test_a_ticket_of_another_search_is_refused(tmp_path: Path) -> None:
     run(tmp_path)
     path = next(p for p in (tmp_path / "tickets").iterdir() if p.name.startswith("synflow"))
     ticket = sc.Ticket.load(path)
-    rows = tmp_path / "results.csv"
-    rows.write_text("".join(x for x in rows.read_text().splitlines(True) if "synflow" not in x))
+    without(tmp_path, "synflow")
     other = ticket.meta["setup"] | {"model": "lenet-300-100", "search_batch": 17}
-    for meta in ({"setup": other}, {"search": "random"}, {"search_seconds": "1"}):
+    differing = [{"seed": 1}, {"sparsity": 0.9}, {"data_digest": "0" * 64}]
+    for meta in ({"setup": other}, {"search": "random"}, {"search_seconds": "1"}, *differing):
         replace(ticket, meta=ticket.meta | meta).save(path)
         with pytest.raises(FileError, match="expected"):
             run(tmp_path)
+    ticket.save(path)
+    run(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "facts", [{}, {"seed": 1}, {"epochs": 2}, {"data_digest": "0" * 64}, {"setup": {}}]
+)
+def test_a_rewind_point_of_another_run_is_refused(facts: dict, tmp_path: Path) -> None:
+    run(tmp_path)
+    path = tmp_path / "rewind-1-0.safetensors"
+    tensors, meta = safefile.read(path, kind="weights")
+    without(tmp_path, "dense")
+    safefile.write(path, tensors, meta | facts if facts else {}, kind="weights")
+    with pytest.raises(
+        FileError,
+        match="expected the rewind point of this comparison and seed 0, got another; remove",
+    ):
+        run(tmp_path)
+    path.unlink()
+    run(tmp_path)
+
+
+def test_a_method_that_no_file_could_be_called_by_is_told_before_all_others(tmp_path: Path) -> None:
+    comparison = Comparison(tmp_path, SETUP)
+    method = "ltr:rate=0.4" + "0" * 200
+    with pytest.raises(
+        ValueError, match=r"methods: expected at most 180 bytes.*got 212 for ltr:rate=0\.400"
+    ):
+        comparison.run(
+            experiment.data_of(SETUP), ["random", method], [0.5], [0], torch.device("cpu")
+        )
+    assert not comparison.rows and not [*tmp_path.glob("rewind-*")]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,12 @@ CLASHES = [
     ["analyze", "layers", "t", "--out", "a", "--json", "t"],
     ["analyze", "layers", "t", "--out", "a", "--json", "a/layers.csv"],
     ["analyze", "path", "t", "w", "t", "--out", "a", "--json", "w"],
+    ["analyze", "layers", "a/layers.csv", "--out", "a"],
+    ["analyze", "path", "t", "w", "a/path.csv", "--out", "a"],
+    ["compare", "--data", "digits", "--out", "c", "--json", "c/tickets/new"],
+    ["compare", "--data", "digits", "--out", "c[1]", "--json", "c[1]/rewind-1-0.safetensors"],
+    ["compare", "--data", "digits", "--out", "c", "--json", "c/rounds/ltr-0/round-0000.safetensors"],
+    [*QUICK, "--method", "ltr", "--out", "new", "--rounds", "r", "--json", "r/round-0000.safetensors"],
 ]  # fmt: skip
 
 
@@ -71,6 +78,9 @@ def test_no_file_is_written_over_another(
     Path("link").hardlink_to("t")
     Path("w").write_bytes(b"weights")
     Path("x").mkdir()
+    for name in ("a/layers.csv", "a/path.csv", "c/tickets/x", "c/rounds/ltr-0/x", "c[1]/x", "r/x"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy("t", name)
     before = contents()
     capsys.readouterr()
     assert main(command) == 2
@@ -151,6 +161,12 @@ def test_folders_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
         check_paths(replaced={"--out": tmp_path / "t"})
     with refused:
         check_paths(folders={"--out": tmp_path / "new" / "runs"})
+
+
+def test_a_ticket_in_a_folder_that_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main([*QUICK, "--method", "ltr:rate=0.5", "--rounds", "r", "--out", "r/t"]) == 0
+    assert Path("r/t").is_file()
 
 
 def test_what_is_no_clash(tmp_path: Path) -> None:

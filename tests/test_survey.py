@@ -105,6 +105,14 @@ def touch(root: Path) -> None:
     os.utime(root / "a" / "1.png", (1, 1))
 
 
+def dated(root: Path) -> None:
+    """Another image, of the size and time of the one before, as `cp -p` and `rsync -t` leave it."""
+    path = root / "a" / "1.png"
+    before = path.stat()
+    path.write_bytes(path.read_bytes()[:-1] + b"\0")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
 def rename(root: Path) -> None:
     (root / "a" / "1.png").rename(root / "a" / "9.png")
 
@@ -117,16 +125,12 @@ def damage(root: Path) -> None:
     (root / MEMORY).write_bytes((root / MEMORY).read_bytes()[:-1])
 
 
-def replace(root: Path) -> None:
-    (root / MEMORY).write_text("not ours")
-
-
 def nonsense(root: Path) -> None:
     tensors, meta = survey.safefile.read(root / MEMORY, kind="moments")
     survey.safefile.write(root / MEMORY, tensors | {"std": torch.zeros(3)}, meta, kind="moments")
 
 
-@pytest.mark.parametrize("change", [touch, rename, add, damage, replace, nonsense])
+@pytest.mark.parametrize("change", [touch, dated, rename, add, damage, nonsense])
 def test_other_files_are_looked_at_and_a_damaged_memory_is_made_again(
     change, tmp_path: Path
 ) -> None:
@@ -136,6 +140,28 @@ def test_other_files_are_looked_at_and_a_damaged_memory_is_made_again(
     changed = (root / MEMORY).read_bytes()
     after = data.load(f"folder:{root}")
     assert min(after.std) > 0 and (root / MEMORY).read_bytes() != changed
+
+
+@pytest.mark.parametrize("way", ["link", "dead link", "file", "folder", "pipe"])
+def test_what_lies_where_the_memory_would_is_left_alone(way: str, tmp_path: Path) -> None:
+    """A folder of images is a stranger's: what it holds does not decide what is written."""
+    root, other = image_folder(tmp_path), tmp_path / "precious"
+    memory = root / MEMORY
+    if way == "link":
+        other.write_text("mine")
+    if "link" in way:
+        memory.symlink_to(other)
+    elif way == "file":
+        memory.write_text("mine")
+    elif way == "folder":
+        memory.mkdir()
+    else:
+        os.mkfifo(memory)
+    plain = data.load(f"folder:{root}")
+    assert min(plain.std) > 0 and other.exists() == (way == "link")
+    if way in ("link", "file"):
+        assert memory.read_text() == "mine"
+    assert memory.is_symlink() == ("link" in way)
 
 
 def test_a_folder_that_cannot_be_written_loads(
