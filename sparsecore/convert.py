@@ -285,7 +285,7 @@ def batch_statistics(model: nn.Module) -> Iterator[None]:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 # Without running statistics BatchNorm uses its batch's, and has nothing to update.
                 module._buffers.update(running_mean=None, running_var=None)
-        with _unfused:
+        with _unfused():
             yield
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
+from .interrupts import ending_with, signals_later
 from .streams import is_stream
 from .writing import CLOSED, NO_LINK, FileError, beside, fcntl, is_at
 
@@ -20,7 +21,7 @@ R = TypeVar("R")
 
 _LOCK = ".sparsecore-lock"
 
-_held: dict[Path, tuple[int, int]] = {}  # by lock: the thread that has it here, and how often
+_held: dict[Path, int] = {}  # by lock: the thread that has it here
 _guard = threading.Lock()
 
 
@@ -37,20 +38,23 @@ def held(path: Path | None) -> Iterator[None]:
         return
     real = Path(os.path.realpath(path))
     lock = beside(real, _LOCK)
-    with _guard:
-        owner, count = _held.get(lock, (threading.get_ident(), 0))
-        if owner != threading.get_ident():
-            raise FileError(f"{path}: in use by another thread of this program; {_MEND}")
-        descriptor = None if count else _locked(path, lock)
-        _held[lock] = owner, count + 1
-    try:
-        yield
-    finally:
-        with _guard:
-            _held[lock] = owner, count
-            if not count:
+    me, taken = threading.get_ident(), list[int | None]()
+
+    def give_back() -> None:
+        with signals_later(), _guard:
+            if taken:
+                _unlock(lock, taken.pop())
                 del _held[lock]
-                _unlock(lock, descriptor)
+
+    with ending_with(give_back):
+        with signals_later(), _guard:
+            owner = _held.get(lock, me)
+            if owner != me:
+                raise FileError(f"{path}: in use by another thread of this program; {_MEND}")
+            if lock not in _held:
+                taken.append(_locked(path, lock))
+                _held[lock] = me
+        yield
 
 
 def _is_nobodys(path: Path) -> bool:

@@ -9,14 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from threading import Condition, Lock, get_ident
-from types import TracebackType
 from typing import Any, TypeAlias, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .interrupts import signals_later
+from .interrupts import ending_with, signals_later
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -30,8 +29,13 @@ class Turn:
     """
 
     def __init__(self) -> None:
-        self._changed = Condition(Lock())
+        self._free()
         self._waiting: deque[object] = deque()
+
+    def _free(self) -> None:
+        # A Condition takes and gives its lock in Python, where an interrupt may come between: the lock itself does not.
+        self._lock = Lock()
+        self._changed = Condition(self._lock)
         self._owner, self.depth = 0, 0
 
     @property
@@ -44,34 +48,48 @@ class Turn:
         return self._owner == get_ident()
 
     def __enter__(self) -> None:
-        with self._changed:
-            if not self.mine:
-                self._await()
-            self.depth += 1
+        depth = self.depth if self.mine else 0
+        try:
+            with self._lock:
+                if not self.mine:
+                    self._await()
+                self.depth = depth + 1
+        except BaseException:  # an interrupt
+            self._back_to(depth)
+            raise
 
     def __exit__(self, *error: object) -> None:
-        with self._changed:
-            self.depth -= 1
-            if self.depth == 0:
-                self._owner = 0
+        depth = self.depth - 1
+        try:
+            self._back_to(depth)
+        except BaseException:
+            self._back_to(depth)
+            raise
+
+    def _back_to(self, depth: int) -> None:
+        with self._lock:
+            if self.mine:
+                self._owner, self.depth = self._owner if depth else 0, depth
                 self._changed.notify_all()
 
     def _await(self) -> None:
         place = object()
-        self._waiting.append(place)
         try:
+            self._waiting.append(place)
             self._changed.wait_for(lambda: self._owner == 0 and self._waiting[0] is place)
             self._owner = get_ident()
-        finally:  # an interrupt, too
-            self._waiting.remove(place)
+        finally:  # an interrupt, too, wherever it comes
+            if place in self._waiting:
+                self._waiting.remove(place)
             self._changed.notify_all()
 
     def begin_anew(self) -> None:
         """In a forked process, which has the thread that forked alone."""
-        self._changed = Condition(Lock())
+        mine, depth = self.mine, self.depth
+        self._free()
         self._waiting.clear()
-        if not self.mine:
-            self._owner, self.depth = 0, 0
+        if mine:
+            self._owner, self.depth = get_ident(), depth
 
 
 drawing = Turn()
@@ -118,14 +136,15 @@ def seeded(seed: int | None = None, devices: Sequence[torch.device] = ()) -> Ite
     """
     with drawing:
         mine = _Seeded(devices)
-        _seeded.append(mine)
         try:
+            _seeded.append(mine)
             if seed is not None:
                 _seed(seed, devices)
             yield
         finally:
             with signals_later():
-                _seeded.remove(mine)
+                if mine in _seeded:
+                    _seeded.remove(mine)
                 mine.swap()
 
 
@@ -149,23 +168,29 @@ def between_steps() -> None:
     """Lets another thread draw, if one waits and nothing around this thread's `seeded` holds generators too."""
     if not (drawing.mine and drawing.wanted and drawing.depth == 1 and _seeded):
         return
-    mine = _seeded.pop()
-    mine.swap()
-    drawing.__exit__()
-    interrupt: BaseException | None = None
+    mine, interrupt = _seeded[-1], None
+    try:
+        with signals_later():
+            _seeded.remove(mine)
+            mine.swap()
+            drawing.__exit__()
+    except BaseException as error:
+        interrupt = error
     while not drawing.mine:  # whoever leaves `seeded` has to have it, an interrupt notwithstanding
         try:
             drawing.__enter__()
         except BaseException as error:
             interrupt = error
-    mine.swap()
-    _seeded.append(mine)
+    with signals_later():
+        mine.swap()
+        _seeded.append(mine)
     if interrupt is not None:
         raise interrupt
 
 
 class Shared:
-    """A switch of the process: thrown by the first thread that enters, put back by the last one that leaves.
+    """A switch of the process: `with switch():` throws it for the first thread that enters, and puts it back for the
+    last one that leaves.
 
     By itself each would put back what it found: one that came second, what the first one had thrown.
 
@@ -177,25 +202,29 @@ class Shared:
         self._throw, self._lock, self._within = throw, Lock(), 0
         self._context: AbstractContextManager[object] | None = None
 
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._within == 0:
-                self._context = self._throw()
-                self._context.__enter__()
-            self._within += 1
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        inside = list[bool]()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                assert self._context is not None
-                self._context.__exit__(None, None, None)
-                self._context = None
+        def leave() -> None:
+            with signals_later(), self._lock:
+                if not inside:
+                    return
+                inside.clear()
+                self._within -= 1
+                if self._within == 0:
+                    assert self._context is not None
+                    self._context.__exit__(None, None, None)
+                    self._context = None
+
+        with ending_with(leave):
+            with signals_later(), self._lock:
+                if self._within == 0:
+                    self._context = self._throw()
+                    self._context.__enter__()
+                self._within += 1
+                inside.append(True)
+            yield
 
 
 @contextmanager

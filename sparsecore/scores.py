@@ -107,7 +107,7 @@ def grasp(
     Errors: ValueError if there is no batch, or no sample whose label counts; RuntimeError from PyTorch for an operation
     without a second derivative (hardsigmoid).
     """
-    with _differentiable(model) as weights, _plain_attention:
+    with _differentiable(model) as weights, _plain_attention():
         _require_real("grasp", weights)
         by = loss_of(loss)
         parts = _few_samples(model, _read(batches, model), per_class, seed, by)

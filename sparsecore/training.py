@@ -31,7 +31,7 @@ from .streams import append
 from .telling import tell_loss
 from .training_run import AfterStep, Facts, History, Run, Saved, epoch_of, parts_between
 from .training_run import Step as Step
-from .watching import number_in
+from .watching import looking, number_in
 from .writing import FileError
 
 
@@ -166,7 +166,9 @@ def train(
                     with seeded(_mix(seed, part.epoch, part.last), [run.device]):  # a loss may draw
                         record |= run.measured()
                 if watch is not None:
-                    record["watched"] = number_in(watch(run.evaluated))
+                    with looking(run.evaluated):
+                        said = watch(run.evaluated)
+                    record["watched"] = number_in(said)
                 record["seconds"] = perf_counter() - start
                 history.epochs.append(record)
                 if part.end in snapshots:

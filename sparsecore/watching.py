@@ -1,11 +1,25 @@
 """What a user's `watch` says of a network: one number, of whatever kind, which records keep as JSON."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batches import kind_of
+from .given_back import given_back
+from .process import seeded
+
+
+@contextmanager
+def looking(model: nn.Module) -> Iterator[None]:
+    """Modes, buffers and generators are afterwards what they were: evaluation as everybody writes it ends with
+    `model.train()`, and would draw other dropout from then on.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with given_back(model), seeded(devices=[*devices]):
+        yield
 
 
 def number_in(said: Any) -> float:

@@ -184,3 +184,45 @@ def test_a_watch_looks_at_the_model_and_changes_copies(name: str) -> None:
     first = SEARCHES["magnitude"](own, Blobs(), sparsity=0.5)
     found = SEARCHES[name](own, Blobs(), sparsity=0.7, watch=change)
     assert looked and abs(found.sparsity - 0.7) < 0.01
+
+
+def as_everybody(model: nn.Module) -> float:
+    model.eval()
+    with torch.no_grad():
+        said = float(model(Blobs().x).square().mean())
+    model.train()
+    return said
+
+
+def in_training(model: nn.Module) -> float:
+    model.train()
+    return float(model(Blobs().x).square().mean() + torch.rand(()) + random.random())
+
+
+@pytest.mark.parametrize("watch", [as_everybody, in_training])
+@pytest.mark.parametrize("name", SEARCHES)
+def test_a_watch_changes_no_ticket(name: str, watch) -> None:
+    """It may leave the network in training, draw, and move running statistics."""
+
+    def network() -> nn.Module:
+        parts = [nn.Linear(12, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(), nn.Linear(16, 4)]
+        return nn.Sequential(*parts)
+
+    def found(**options) -> sc.Ticket:
+        return SEARCHES[name](sc.sparsify_(seeded(network)), Blobs(), sparsity=0.5, **options)
+
+    before = torch.get_rng_state(), random.getstate()
+    assert found().hash == found(watch=watch).hash
+    assert torch.equal(torch.get_rng_state(), before[0]) and random.getstate() == before[1]
+
+
+def test_a_watch_changes_no_training() -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(12, 16), nn.BatchNorm1d(16), nn.Dropout(), nn.Linear(16, 4))
+
+    def trained(**options) -> dict[str, Tensor]:
+        model = seeded(network)
+        sc.train(model, Blobs(), None, ADAM, stop_epoch=2, total_epochs=2, **options)
+        return dict(model.state_dict())
+
+    assert equal(trained(), trained(watch=in_training))

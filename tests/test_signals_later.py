@@ -1,20 +1,24 @@
 """A signal at any line of what puts a model back comes when that is whole."""
 
 import linecache
+import pickle
+import random
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from threading import Thread
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import Blobs, equal, seeded
 from torch import nn
 
 import sparsecore as sc
-from sparsecore import claims
+from sparsecore import claims, locks, process
 from sparsecore.interrupts import signals_later
 
 # Functions that begin something and end it, once a call.
@@ -27,6 +31,8 @@ WHERE = (
     "give_back",
     "ending_with",
     "given_back",
+    "held",
+    "process.py",
 )
 BLOBS = Blobs(count=64, batch=64)
 
@@ -118,24 +124,42 @@ def interrupted(call: Callable[[], object], at: int, names: tuple[str, ...] = WH
     return None if trace.count < at else trace
 
 
-CALLS = {
-    "search": lambda m: sc.JointSearch(epochs=1)(m, BLOBS, sparsity=0.5),
-    "evaluate": lambda m: sc.evaluate(m, BLOBS),
-}
+def search(model: nn.Module, checkpoint: Path) -> None:
+    sc.JointSearch(epochs=1)(model, BLOBS, sparsity=0.5, checkpoint=checkpoint)
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_a_model_is_whole_after_a_signal_anywhere(name: str) -> None:
-    model, call = network(), CALLS[name]
+def evaluate(model: nn.Module, checkpoint: Path) -> None:
+    sc.evaluate(model, BLOBS)
+
+
+def generators() -> list[bytes]:
+    states = (
+        bytes(torch.get_rng_state().tolist()),
+        np.random.get_state(legacy=False),
+        random.getstate(),
+    )
+    return [pickle.dumps(state) for state in states]
+
+
+@pytest.mark.parametrize("call", [search, evaluate])
+def test_all_is_given_back_after_a_signal_anywhere(call: Callable, tmp_path: Path) -> None:
+    """The model, the generators and whose turn it is at them, claims and locks."""
+    model, checkpoint = network(), tmp_path / "part"
+    before = generators()
     modes = [m.training for m in model.modules()]
     state = {k: v.clone() for k, v in model.state_dict().items()}
     flags = [p.requires_grad for p in model.parameters()]
     at = 1
-    while trace := interrupted(lambda: call(model), at):
+    while trace := interrupted(lambda: call(model, checkpoint), at):
         assert [m.training for m in model.modules()] == modes, trace.where
         assert equal(state, dict(model.state_dict())), trace.where
         assert [p.requires_grad for p in model.parameters()] == flags, trace.where
-        assert not claims._claims, trace.where
+        assert not claims._claims and not locks._held and not process._seeded, trace.where
+        assert not process.drawing.wanted and process.drawing.depth == 0, trace.where
+        assert torch.backends.mha.get_fastpath_enabled(), trace.where
+        assert process.drawing._owner == 0 and generators() == before, trace.where
+        checkpoint.unlink(missing_ok=True)
+        assert not [*tmp_path.iterdir()], trace.where
         at += 1
     assert at > 10
 

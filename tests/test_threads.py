@@ -375,11 +375,12 @@ def test_a_shared_switch_is_put_back_by_the_last() -> None:
             thrown.append("off")
 
     switch = Shared(Throw)
-    switch.__enter__()
-    assert in_threads(lambda: switch.__enter__() or "in") == ["in"]
-    switch.__exit__(None, None, None)
+    first, second = switch(), switch()
+    first.__enter__()
+    assert in_threads(lambda: second.__enter__() or "in") == ["in"]
+    first.__exit__(None, None, None)
     assert thrown == ["on"]
-    switch.__exit__(None, None, None)
+    second.__exit__(None, None, None)
     assert thrown == ["on", "off"]
 
 

@@ -19,7 +19,7 @@ from ..losses import loss_of
 from ..ranks import ranks
 from ..telling import tell_found, tell_loss, within_a_search
 from ..tickets import Ticket
-from ..watching import number_in
+from ..watching import looking, number_in
 from .bypass import left_behind, require_through
 from .protocol import SearchError, Watch
 
@@ -67,7 +67,7 @@ def telling(search: Method) -> Method:
 
 def _watched(watch: Watch, model: nn.Module) -> float:
     """What `watch` says, as a number that a ticket can keep.  Errors: SearchError for what is none."""
-    with only_looking(model):
+    with only_looking(model), looking(model):
         said = watch(model)
     try:
         return number_in(said)
