@@ -18,6 +18,7 @@ from .convert import sparse_layers
 from .kernels import laid_out_as
 from .losses import Loss
 from .patterns import Planned
+from .told_apart import network
 
 # By optimiser, what it holds for a parameter that it has moved: those of `recipe.optimizer_for`.
 _SLOTS: dict[type, tuple[str, ...]] = {
@@ -152,8 +153,10 @@ def apart(
 def fingerprint(
     model: nn.Module, batches: EpochBatches, *facts: Any, loss: Loss | None = None
 ) -> str:
-    """Tells runs apart: the facts (those of `data.Batches` too), the loss by what it computes, the first batch, all
-    data that lies in memory, and the values a run starts from (masks included).  Compare by `same_run`.
+    """Tells runs apart: the facts (those of `data.Batches` too), the loss and the network by what they compute, the
+    first batch, all data that lies in memory, and the values a run starts from (masks included).
+
+    Compare by `same_run`.
 
     Errors: ValueError for no batch.
     """
@@ -164,7 +167,7 @@ def fingerprint(
     facts += () if loss is None else loss.facts
     own = getattr(batches, "facts", ())
     facts += own if isinstance(own, tuple) else ()
-    digest = hashlib.sha256(repr((facts, data)).encode())
+    digest = hashlib.sha256(repr((facts, data, network(model))).encode())
     for key, value in model.state_dict().items():
         digest.update(key.encode())
         digest.update(safefile.bytes_of(value).data)
@@ -174,6 +177,13 @@ def fingerprint(
 def same_run(saved: Any, run: str) -> bool:
     """Whether a file's fingerprint is that of this run; older files do not tell of data beyond the first batch."""
     return saved in (run, re.sub("-[0-9a-f]{16}", "", run))
+
+
+def told_apart_by(saved: str, run: str) -> str:
+    """Of two fingerprints, what an error says of them."""
+    if saved[:12] == run[:12]:
+        return "it began like this run, with other data"
+    return f"its fingerprint is {saved[:12]}, this run's {run[:12]}"
 
 
 def _of_contents(batches: Any) -> str:

@@ -14,6 +14,22 @@ class TicketError(FileError):
     """A ticket that cannot be used: what was expected, what was found."""
 
 
+def check_plain(what: str, tensors: Mapping[str, Tensor], *, masks: bool = False) -> None:
+    """Errors: TicketError for a tensor without plain entries that are there."""
+    for name, value in tensors.items():
+        plain = value.layout is torch.strided and not (
+            value.is_nested or value.is_meta or value.is_quantized
+        )
+        if not plain or (masks and value.dtype is not torch.bool):
+            kind = (
+                "a nested tensor"
+                if value.is_nested
+                else f"{value.dtype}, {value.layout}, on {value.device}"
+            )
+            wanted = "dense bool tensors" if masks else "dense tensors with values"
+            raise TicketError(f"{what}: expected {wanted}, got {kind} for {name}")
+
+
 def check_names(
     what: str, ticket: Mapping[str, Any], model: Mapping[str, Any], *, subset: bool = False
 ) -> None:

@@ -1,7 +1,16 @@
 """What a function of the user's takes from around it."""
 
 import dis
-from collections.abc import Callable
+from collections.abc import (
+    Callable,
+    Iterator,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    MutableSet,
+    Sequence,
+    Set,
+)
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
@@ -25,6 +34,34 @@ def written_by(function: FunctionType) -> frozenset[str]:
         return frozenset()
     code = dis.get_instructions(function)
     return frozenset(i.argval for i in code if i.opcode == _STORE)
+
+
+def sets_attributes(function: FunctionType) -> frozenset[str]:
+    """Attributes that it sets, of whatever object."""
+    code = _instructions(function.__code__)
+    return frozenset(i.argval for i in code if i.opname == "STORE_ATTR")
+
+
+def gathers(function: FunctionType) -> bool:
+    """Whether it may change what containers and objects around it hold, as one does that counts or logs."""
+    code = [*_instructions(function.__code__)]
+    return any(i.opname in _CHANGE for i in code) or any(i.argval in _CHANGING for i in code)
+
+
+_CHANGE = ("STORE_ATTR", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR")
+_CHANGING = {*vars(MutableMapping), *vars(MutableSequence), *vars(MutableSet)} - {
+    *vars(Mapping),
+    *vars(Sequence),
+    *vars(Set),
+}
+_CHANGING = frozenset(name for name in _CHANGING if not name.startswith("_"))
+
+
+def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    yield from dis.get_instructions(code)
+    for inner in code.co_consts:
+        if isinstance(inner, CodeType):
+            yield from _instructions(inner)
 
 
 def is_of(value: type | Callable[..., Any], libraries: tuple[str, ...]) -> bool:

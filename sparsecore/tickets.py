@@ -14,7 +14,7 @@ from . import foreign, safefile, schema
 from .claims import sole
 from .convert import plain_state, require_sparse_layers
 from .fits import TicketError as TicketError
-from .fits import check_castable, check_names, check_shapes, check_values
+from .fits import check_castable, check_names, check_plain, check_shapes, check_values
 from .granularity import NM, Granularity, Weight, parse_granularity
 from .interrupts import signals_later
 from .kinds import check_fields, checked
@@ -42,6 +42,8 @@ class Ticket:
         meta: JSON-able provenance (method, sparsity asked for, seed, granularity, ...).
         scores: one per unit, for `inverted`; None where there are none.
         unsaved: the checkpoint of the search that found it, which `save` removes.
+
+    Errors: TicketError for tensors that are sparse, nested, quantised or on meta, and masks that are not bool.
     """
 
     masks: Mapping[str, Tensor]
@@ -52,6 +54,9 @@ class Ticket:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        check_plain("masks", self.masks, masks=True)
+        check_plain("weights", self.weights)
+        check_plain("scores", self.scores or {})
         if self.unsaved is not None:
             self.unsaved.belongs_to(self.masks)
 
@@ -210,11 +215,6 @@ class Ticket:
         found = {name: layer.weight_shape for name, layer in layers.items()}
         check_names("sparse layers", self.masks, found, subset=True)
         check_shapes({f"mask of {n}": (m, found[n]) for n, m in self.masks.items()})
-        for name, mask in self.masks.items():
-            if (mask.dtype, mask.layout) != (torch.bool, torch.strided):
-                raise TicketError(
-                    f"masks: expected dense bool tensors, got {mask.dtype}, {mask.layout} for {name}"
-                )
         if weights:
             check_names("weights", self.weights, own)
             check_shapes({key: (w, own[key].shape) for key, w in self.weights.items()})

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from operator import itemgetter
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .functions import closed_over, is_of, names_in, written_by
+from .functions import closed_over, gathers, is_of, names_in, sets_attributes, written_by
 from .layer import SparseLayer
 from .safefile import bytes_of
 
@@ -34,11 +34,11 @@ _MODULES_OWN = vars(nn.Module()).keys()  # every module has these: hooks, modes,
 def told_apart(value: Any) -> str:
     """A digest of a function, module or other value by what it computes with.
 
-    A function is its code, its defaults, and the values that it takes from around it (closures, and globals that are
-    plain, tensors, functions or modules); a module its class, attributes, parameters and buffers; a partial its parts.
-    Of other objects those attributes count that the code around them names, so that a logger in a closure does not
-    make a run another.  Functions and classes of PyTorch and of this library are their names, sparse layers their
-    weights and masks.
+    A function is its code, its defaults, and the values that it takes from around it (closures; globals that are plain,
+    tensors, functions or modules, and others that cannot be called where it only reads); a module its class,
+    attributes, parameters and buffers; a partial its parts.  Of other objects those attributes count that the code
+    around them names, so that a logger in a closure does not make a run another.  Functions and classes of PyTorch and
+    of this library are their names, sparse layers their weights and masks.
 
     Errors: ValueError for containers in each other beyond what Python's stack takes.
     """
@@ -48,6 +48,13 @@ def told_apart(value: Any) -> str:
         raise ValueError(
             "loss: expected what it computes with to lie in at most some hundred containers in each other, got more"
         ) from None
+
+
+def network(model: nn.Module) -> str:
+    """A digest of how a network computes, whatever its values: its modules by their names, with the code of the user's
+    methods and the settings that none of them writes as it runs (strides, rates, activations; no counts).
+    """
+    return _Telling().digest_of_network(model)
 
 
 class _Telling:
@@ -71,6 +78,21 @@ class _Telling:
             told.append(self._named(*self.met[done]))
             done += 1
         return _hash(repr(told).encode())
+
+    def digest_of_network(self, model: nn.Module) -> str:
+        return self.digest([(name, self._settings(module)) for name, module in _modules(model)])
+
+    def _settings(self, module: nn.Module) -> Any:
+        kind = type(module)
+        written = frozenset[str]().union(*map(sets_attributes, _methods(kind, but=("__init__",))))
+        sparse = isinstance(module, SparseLayer)
+        own = {
+            name: value
+            for name, value in vars(module).items()
+            if name not in _MODULES_OWN and name not in written and _is_setting(value)
+            if not (sparse and name.startswith("_"))  # what its pattern is at
+        }
+        return kind.__qualname__, [self._code(f.__code__) for f in _methods(kind)], self.of(own)
 
     def of(self, value: Any, names: frozenset[str] | None = None) -> Any:
         """Nested tuples of plain values and numbers.  names: attributes of unknown objects that count; None: all."""
@@ -140,7 +162,8 @@ class _Telling:
         taken = {
             n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys() - written_by(fn))
         }
-        taken = {n: v for n, v in taken.items() if _counts(v)}
+        reads = not gathers(fn)
+        taken = {n: v for n, v in taken.items() if _counts(v) or (reads and not callable(v))}
         return "function", self._code(code), told, self.of(taken, names)
 
     def _code(self, code: types.CodeType) -> Any:
@@ -186,10 +209,33 @@ def _named_by(kind: type) -> frozenset[str]:
     return frozenset[str]().union(*(names_in(f.__code__) for f in _methods(kind)))
 
 
-def _methods(kind: type) -> list[types.FunctionType]:
+def _methods(kind: type, but: tuple[str, ...] = ()) -> list[types.FunctionType]:
     own = [base for base in kind.__mro__ if not is_of(base, _LIBRARIES)]
-    found = [getattr(f, "__func__", f) for base in own for _, f in sorted(vars(base).items())]
+    found = [
+        getattr(f, "__func__", f)
+        for base in own
+        for name, f in sorted(vars(base).items())
+        if name not in but
+    ]
     return [f for f in found if isinstance(f, types.FunctionType)]
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All by name, sparse layers as one whatever they compute with."""
+    within = ""
+    for name, module in model.named_modules():
+        if within and name.startswith(within):
+            continue
+        within = f"{name}." if name and isinstance(module, SparseLayer) else ""
+        yield name, module
+
+
+def _is_setting(value: Any) -> bool:
+    return (
+        isinstance(value, (*_PLAIN, type, torch.dtype))
+        or inspect.isroutine(value)
+        or (isinstance(value, tuple) and all(map(_is_setting, value)))
+    )
 
 
 def _counts(value: Any) -> bool:

@@ -193,8 +193,8 @@ def _read(path: Path, fingerprint: str) -> Saved:
     tensors, meta = checkpoints.read(path, Facts)
     if not checkpoints.same_run(meta["run"], fingerprint):
         raise checkpoints.OtherRunError(
-            f"{path} belongs to another run (its fingerprint is {meta['run'][:12]}, this run's "
-            f"{fingerprint[:12]}): a run goes on with the model as it began (one that was interrupted "
+            f"{path} belongs to another run ({checkpoints.told_apart_by(meta['run'], fingerprint)}): a run goes on "
+            "with the model as it began (one that was interrupted "
             "has moved: make it anew, or apply the ticket again), one of a plan that dropped dead units under that "
             "plan alone; for another run remove it or name another checkpoint"
         )

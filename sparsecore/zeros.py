@@ -172,6 +172,8 @@ class Keeper:
     def before_step(self, parameter: nn.Parameter) -> None:
         """Zeros in a gradient that was changed since the backward: noise, hooks of others, centralisation."""
         grad, mask = parameter.grad, self.mask
+        if parameter._version != self.version:  # written since its zeros were seen: noise, say
+            self.trusted = ()
         if grad is None or mask is None or _state_of(grad) == self.accumulated or not self.still():
             return
         if grad.layout == torch.strided and grad.shape == mask.shape and not is_sharded(grad):

@@ -5,6 +5,7 @@ import json
 import pickle
 import struct
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -351,3 +352,28 @@ def test_numbers_of_numpy_and_torch_are_as_good_as_pythons(tmp_path: Path) -> No
     meta = {"a": np.float32(1), "b": [torch.tensor(2)], "c": np.arange(2), "d": float("nan")}
     Ticket(ticket.masks, ticket.weights, meta).save(tmp_path / "t")
     assert Ticket.load(tmp_path / "t").meta == {"a": 1, "b": [2], "c": [0, 1], "d": None}
+
+
+ODD = {
+    "sparse": lambda v: v.to_sparse(),
+    "csr": lambda v: v.to_sparse_csr(),
+    "meta": lambda v: v.to("meta"),
+    "nested": lambda v: torch.nested.nested_tensor([v, v]),
+    "quantised": lambda v: torch.quantize_per_tensor(v.float(), 0.1, 0, torch.qint8),
+}
+
+
+@pytest.mark.parametrize("part", ["masks", "weights", "scores"])
+@pytest.mark.parametrize("kind", [*ODD, "float"])
+def test_tensors_that_no_ticket_has_are_refused_by_name(kind: str, part: str) -> None:
+    if (kind, part) in (("float", "weights"), ("float", "scores")):
+        return
+    mask, odd = torch.ones(2, 3, dtype=torch.bool), ODD.get(kind, lambda v: v.float())
+    parts: dict[str, Any] = {
+        "masks": {"0": mask},
+        "weights": {"0.weight": mask.float()},
+        "scores": {"0": mask.float()},
+    }
+    parts[part] = {name: odd(value) for name, value in parts[part].items()}
+    with pytest.raises(TicketError, match=f"{part}: expected dense .* for 0"):
+        sc.Ticket(**parts)

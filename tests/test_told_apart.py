@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.losses import Loss
-from sparsecore.told_apart import told_apart
+from sparsecore.told_apart import network, told_apart
 from sparsecore.training import Recipe, train
 
 ALPHA = 0.1
@@ -260,3 +260,112 @@ def test_a_global_that_counts_does_not_tell(monkeypatch: pytest.MonkeyPatch) -> 
     assert CALLS and told_apart(counting) == before
     monkeypatch.setattr(sys.modules[__name__], "ALPHA", 0.7)
     assert told_apart(counting) != before
+
+
+CONFIG: Any = None
+
+
+def by_entry(outputs: Tensor, targets: Tensor) -> Tensor:
+    return CONFIG["alpha"][0] * F.cross_entropy(outputs, targets)
+
+
+def by_attribute(outputs: Tensor, targets: Tensor) -> Tensor:
+    return CONFIG.alpha * F.cross_entropy(outputs, targets)
+
+
+def logging(outputs: Tensor, targets: Tensor) -> Tensor:
+    CONFIG["log"].append(float(outputs.sum()))
+    return F.cross_entropy(outputs, targets)
+
+
+def counting_in_it(outputs: Tensor, targets: Tensor) -> Tensor:
+    CONFIG["calls"] += 1
+    return F.cross_entropy(outputs, targets)
+
+
+def test_settings_in_a_global_tell_unless_they_gather(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(loss: Callable, config: Any) -> str:
+        monkeypatch.setattr(sys.modules[__name__], "CONFIG", config)
+        return told_apart(loss)
+
+    assert told(by_entry, {"alpha": [1.0]}) == told(by_entry, {"alpha": [1.0]})
+    assert told(by_entry, {"alpha": [1.0]}) != told(by_entry, {"alpha": [2.0]})
+    one, two = (SimpleNamespace(alpha=alpha, seen=alpha) for alpha in (1.0, 2.0))
+    assert told(by_attribute, one) != told(by_attribute, two)
+    assert told(by_attribute, one) == told(by_attribute, SimpleNamespace(alpha=1.0, seen=5.0))
+    assert told(logging, {"log": []}) == told(logging, {"log": [1.0]})
+    assert told(counting_in_it, {"calls": 0}) == told(counting_in_it, {"calls": 1})
+
+
+class Net(nn.Module):
+    def __init__(
+        self, rate: float = 0.0, scale: float = 1.0, activation: Callable = F.relu
+    ) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.drop, self.scale, self.activation, self.calls = nn.Dropout(rate), scale, activation, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.scale * self.last(self.drop(self.activation(self.first(x))))
+
+
+class Other(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.drop(self.first(x)).tanh())
+
+
+NETWORKS = {
+    "same": Net,
+    "rate": lambda: Net(rate=0.5),
+    "attribute": lambda: Net(scale=2.0),
+    "function": lambda: Net(activation=F.gelu),
+    "forward": Other,
+    "relu": lambda: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)),
+    "tanh": lambda: nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)),
+    "heads": lambda: nn.TransformerEncoderLayer(8, 2, 16),
+    "other heads": lambda: nn.TransformerEncoderLayer(8, 4, 16),
+    "norm first": lambda: nn.TransformerEncoderLayer(8, 2, 16, norm_first=True),
+    "stride": lambda: nn.Conv2d(3, 3, 3, stride=2),
+    "no stride": lambda: nn.Conv2d(3, 3, 3),
+    "eps": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=1e-3)),
+    "other eps": lambda: nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)),
+}
+
+
+@pytest.mark.parametrize("change", [lambda m: m, sc.sparsify_])
+def test_networks_of_the_same_weights_are_told_apart(change: Callable) -> None:
+    found = {name: network(change(seeded(make))) for name, make in NETWORKS.items()}
+    assert len({*found.values()}) == len(found)
+    again = {name: network(change(seeded(make, 1))) for name, make in NETWORKS.items()}
+    assert again == found  # whatever their values
+
+
+def test_a_network_is_told_the_same_however_far_it_is() -> None:
+    model = sc.sparsify_(seeded(Net))
+    before = network(model)
+    model.eval()(randn(4, 6))
+    ticket = sc.OneShot(
+        lambda model, *_: {n: randn(*x.weight_shape) for n, x in sc.sparse_layers(model).items()}
+    )
+    ticket(model, [(randn(4, 6), torch.arange(4) % 3)], sparsity=0.5).apply_(model)
+    assert network(model) == before
+    assert network(sc.plan_(model, "state")) == before
+
+
+@pytest.mark.parametrize("other", ["rate", "forward", "attribute"])
+def test_a_run_of_another_network_is_refused(other: str, tmp_path: Path) -> None:
+    data, recipe = [(randn(16, 6), torch.arange(16) % 3)] * 2, Recipe(lr=0.05, batch=16, epochs=2)
+    model, path = (lambda name: sc.sparsify_(seeded(NETWORKS[name]))), tmp_path / "run"
+    for run in (
+        lambda name: train(model(name), data, None, recipe, checkpoint=path),
+        lambda name: sc.JointSearch(epochs=1)(model(name), data, sparsity=0.5, checkpoint=path),
+        lambda name: sc.Rewinding(recipe, 1, rate=0.5, rounds=tmp_path / "rounds")(
+            model(name), data, sparsity=0.5
+        ),
+    ):
+        run("same")
+        run("same")
+        with pytest.raises(ValueError, match="belongs to another"):
+            run(other)
+        path.unlink(missing_ok=True)

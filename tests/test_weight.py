@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import rand, randn, seeded
+from helpers import mlp, rand, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
@@ -268,3 +268,23 @@ def test_reparametrised_layers_are_refused_before_anything_changes(kind: str) ->
         sc.sparsify_(model)
     assert not sc.sparse_layers(model)
     assert list(sc.sparse_layers(sc.sparsify_(model, "!1"))) == ["0"]
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.Adam])
+def test_noise_between_backward_and_step_leaves_zeros(
+    optimizer: type[torch.optim.Optimizer],
+) -> None:
+    model = sc.sparsify_(mlp())
+    for layer in sc.sparse_layers(model).values():
+        layer.set_mask_(randn(*layer.weight_shape) > 0)
+    steps = optimizer(model.parameters(), lr=0.1)  # type: ignore[call-arg]
+    for i in range(4):
+        steps.zero_grad()
+        model(randn(8, 12, seed=i)).square().sum().backward()
+        if i % 2:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.add_(randn(*p.shape))
+        steps.step()
+        for layer in sc.sparse_layers(model).values():
+            assert bool((layer.raw_weight[~layer.pattern.mask] == 0).all()), i

@@ -153,9 +153,9 @@ def read_own(path: Path, run: str, hint: Any = Owned) -> tuple[dict[str, Tensor]
     tensors, meta = checkpoints.read(path, hint)
     if not checkpoints.same_run(meta["run"], run):
         raise SearchError(
-            f"{path} belongs to another search: expected the fingerprint {run[:12]} of this search, its "
-            f"data and start weights, got {meta['run'][:12]}; name another, or remove it if nobody wants that search's "
-            "ticket any more (saving the ticket does so)"
+            f"{path} belongs to another search ({checkpoints.told_apart_by(meta['run'], run)}), by its options, model, "
+            "data or start weights; name another, or remove it if nobody wants that search's ticket any more (saving "
+            "the ticket does so)"
         )
     return tensors, meta
 

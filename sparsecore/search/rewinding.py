@@ -311,8 +311,8 @@ class _Files:
             raise SearchError(str(error)) from None
         if not checkpoints.same_run(found.run, asked.run):
             raise SearchError(
-                f"{path} belongs to another run: expected the fingerprint {asked.run[:12]} of this "
-                f"search, its data and start weights, got {found.run[:12]}; name another folder"
+                f"{path} belongs to another run ({checkpoints.told_apart_by(found.run, asked.run)}), by its options, "
+                "model, data or start weights; name another folder"
             )
         same = (
             found.index == asked.index
