@@ -100,7 +100,7 @@ def _checked(name: str, value: Any, hint: Any) -> Any:
                 if _fits(key, items[0]):
                     _checked(f"{name}[{key!r}]", item, items[1])
         raise KindError(f"{name}: expected {_words(hint)}, got {_kind(value)}")
-    value = _plain(value, hint)
+    value = bool(value) if hint is bool else _plain(value, hint)
     if type(value) is int and not -(2**63) <= value < 2**63 and _is_number(hint):
         raise ValueError(
             f"{name}: expected a number that 64 bits hold, got one of {value.bit_length()} bits"
@@ -220,6 +220,8 @@ def _is_a_number(value: Any, kind: type) -> bool:
         return True
     if not isinstance(value, Real):
         return False
+    if kind is bool:
+        return value in (0, 1)
     return kind is not int or isinstance(value, Integral) or _is_whole(value)
 
 

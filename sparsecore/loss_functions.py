@@ -245,10 +245,15 @@ def mean_of(value: Any, sources: Iterable[Any], name: str) -> Tensor:
         raise ValueError(
             f"{name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}{mend}"
         )
-    if torch.is_grad_enabled() and not value.requires_grad:
-        if any(isinstance(t, Tensor) and t.requires_grad for t in sources):
+    if (
+        torch.is_grad_enabled() and value.is_leaf
+    ):  # made of nothing that gradients come to, or told to want some
+        if any(
+            isinstance(t, Tensor) and t.requires_grad and not (t.is_leaf and value.requires_grad)
+            for t in sources
+        ):
             raise ValueError(
                 f"{name}: expected a number that gradients pass through, got one without (of argmax, comparisons, "
-                "detach or item); train by another loss, and give this one as metric="
+                "detach, item or a tensor of its own); train by another loss, and give this one as metric="
             )
     return value if value.ndim == 0 else value.squeeze()

@@ -77,8 +77,9 @@ def snip(
         for batch in _read(batches, model):
             size = size or size_of(batch)
             value = by(model, batch) * (size_of(batch) / size)
-            counted = counted + by.counted(batch)
-            _add_(total, _gradient(value, weights))
+            if own := by.counted(batch):
+                counted = counted + own
+                _add_(total, _gradient(value, weights))
     if not size:
         raise ValueError("snip: expected at least one batch, got none")
     if not counted:
@@ -242,7 +243,14 @@ def _differentiable(model: nn.Module) -> Iterator[dict[str, nn.Parameter]]:
 def _gradient(
     value: Tensor, weights: Mapping[str, Tensor], *, create_graph: bool = False
 ) -> tuple[Tensor, ...]:
-    """d value / d weights, 0 for a weight that takes no part, which is noted."""
+    """d value / d weights, 0 for a weight that takes no part, which is noted.
+
+    Errors: ValueError for a value whose gradients say nothing.
+    """
+    if not value.isfinite():
+        raise ValueError(
+            f"the loss is {value.item()}: expected finite numbers; check the data and the weights"
+        )
     found = torch.autograd.grad(
         value, list(weights.values()), create_graph=create_graph, allow_unused=True
     )

@@ -107,6 +107,7 @@ def test_a_function_may_take_more_than_it_needs_and_reduce_by_itself() -> None:
         (lambda model, t: F.cross_entropy(model, t), Y, "calls its first parameter output"),
         (lambda o, t: (o.argmax(1) != t).float().mean(), Y, "gradients pass through"),
         (lambda model, b: model(b[0]).detach().mean(), Y, "gradients pass through"),
+        (lambda o, t: torch.tensor(1.0, requires_grad=True), Y, "gradients pass through"),
         (lambda o, t: o.mean().item(), Y, "a tensor of one number, got a float"),
         (lambda o, t: {"a": o.mean()}, Y, "got a dict"),
     ],
