@@ -35,7 +35,8 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
         batches: of training data, as `loaders.batches_of` takes them.
         limit: how many of them at most; each counts the same.
 
-    Errors: ValueError if there is no batch to measure on, or for a model that another thread works with.
+    Errors: ValueError if there is no batch to measure on, for statistics that are not finite, or for a model that
+    another thread works with.
     """
     norms = running_norms(model)
     if not norms:
@@ -69,5 +70,10 @@ def recompute_statistics_(model: nn.Module, batches: Any, *, limit: int = 20) ->
             device = next(model.parameters()).device
             for batch in islice(batches.epoch(0), limit):
                 forward(model, on(device, parts_of(batch)[0]))
+        if not all(b.isfinite().all() for b, _ in buffers):
+            raise ValueError(
+                "recompute_statistics_: expected activations with finite statistics, got others; check the data and "
+                "the weights"
+            )
         done = True
     return model

@@ -53,3 +53,12 @@ def test_statistics_that_cannot_be_measured() -> None:
     with pytest.raises(ValueError, match="shapes cannot be multiplied"):
         recompute_statistics_(model, Fixed(torch.zeros(4, 3), torch.zeros(4)))
     assert model.training and model[2].momentum == 0.1  # put back after an error too
+
+
+def test_statistics_that_are_no_numbers_are_refused() -> None:
+    model, data = normed(), Blobs()
+    data.x[3] = float("nan")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="finite statistics, got others; check the data"):
+        recompute_statistics_(model, data)
+    assert equal(before, model.state_dict())

@@ -51,7 +51,8 @@ def trace(model: nn.Module, example: tuple[Tensor, ...], training: bool) -> Trac
     except Exception as error:
         raise ValueError(
             f"compact: {type(model).__name__} does not run on the example, "
-            f"{', '.join(str(tuple(getattr(x, 'shape', ()))) for x in example) or 'which is empty'}: {error}"
+            f"{', '.join(str(tuple(getattr(x, 'shape', ()))) for x in example) or 'which is empty'}: "
+            + " ".join(str(error).split())
         ) from error
     modules = dict(model.named_modules())
     return Traced(graph, shapes.found, modules, _fixed(graph, modules, reads.found), output)
@@ -134,7 +135,7 @@ def _graph(model: nn.Module, example: tuple[Tensor, ...]) -> fx.Graph:
     except Exception as error:
         place = f" in {tracer.inside!r}" if tracer.inside else ""
         raise ValueError(
-            f"compact: {type(model).__name__} cannot be traced{place}: {error}\n"
+            f"compact: {type(model).__name__} cannot be traced{place} ({' '.join(str(error).split())}); "
             "expected a forward that torch.fx.symbolic_trace can follow: no `if` or loop over values "
             "or shapes of tensors; make such code a function and decorate it with torch.fx.wrap"
         ) from error
