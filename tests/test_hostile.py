@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from random import Random
@@ -82,6 +83,17 @@ def test_what_others_hold_hides_nothing(monkeypatch) -> None:
     if other == 0:
         time.sleep(60)
         os._exit(0)
+    ended_thread = threading.Event()
+
+    def holds() -> None:
+        of_a_thread = torch.ones(1 << 27)
+        started.set()
+        ended_thread.wait()
+        del of_a_thread
+
+    started = threading.Event()
+    threading.Thread(target=holds).start()
+    started.wait()
     gc.disable()
     garbage = [held]
     garbage.append(garbage)  # pyright: ignore
@@ -91,6 +103,7 @@ def test_what_others_hold_hides_nothing(monkeypatch) -> None:
         assert "of memory" in found.why, told(found)
     finally:
         gc.enable()
+        ended_thread.set()
         os.kill(other, signal.SIGKILL)
         os.waitpid(other, 0)
         shared.close()

@@ -5,6 +5,7 @@ import gc
 import os
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -55,17 +56,24 @@ class _Try:
         self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
-        wait, go = os.pipe()
+        mine, its = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
-            os.close(go)
-            os.read(wait, 1)
-            os.close(wait)
+            mine.close()
+            gc.freeze()  # what the parent has not collected yet would hide as much of what is taken here
+            its.send(b".")
+            its.recv(1)
+            its.close()
             _child(given, self.folder, said)
-        # Its own, not what its parent holds, who has more: pages of files, what other children are, or was shared.
+        its.close()
+        os.close(said)
+        # What it begins with, not what its parent holds, who has more: pages of files, what other children are, what is
+        # shared, and locals of other threads, which a fork lets go.
+        mine.recv(1)
         self.most = [begun + BYTES for begun in _held(self.pid)]
-        for end in (said, wait, go):
-            os.close(end)
+        with contextlib.suppress(OSError):  # it has died already
+            mine.send(b".")
+        mine.close()
         self.end = time.monotonic() + given.seconds
 
     def outcome(self) -> Outcome | None:
@@ -107,7 +115,6 @@ def _child(given: Input, folder: Path, said: int) -> None:
     """Runs the input and never returns."""
     code = 1
     try:
-        gc.freeze()  # what the parent has not collected yet would hide as much of what is taken here
         os.setsid()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # whatever reads it is at its end
         os.dup2(said, 1)
