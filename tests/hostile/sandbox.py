@@ -1,6 +1,7 @@
 """A process for each input: forked from a warm one, watched, and told apart by how it ended."""
 
 import contextlib
+import ctypes
 import gc
 import os
 import shutil
@@ -45,6 +46,15 @@ class Outcome:
     said: str = ""
 
 
+def trims() -> bool:
+    """Gives free memory of the C library's heap back, which would hide as much; whether there is such a call."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is None:
+        return False
+    trim(0)
+    return True
+
+
 class _Try:
     """A running child."""
 
@@ -56,6 +66,7 @@ class _Try:
         self.said, self.killed = b"", ""
         sys.stdout.flush()
         sys.stderr.flush()
+        trims()
         mine, its = socket.socketpair()
         self.pid = os.fork()
         if self.pid == 0:
@@ -67,8 +78,7 @@ class _Try:
             _child(given, self.folder, said)
         its.close()
         os.close(said)
-        # What it begins with, not what its parent holds, who has more: pages of files, what other children are, what is
-        # shared, and locals of other threads, which a fork lets go.
+        # What it begins with, not what its parent holds, who has more: pages of files, what is shared, other children.
         mine.recv(1)
         self.most = [begun + BYTES for begun in _held(self.pid)]
         with contextlib.suppress(OSError):  # it has died already
