@@ -28,6 +28,7 @@ _LIBRARIES = (
     __package__ or "sparsecore",
 )
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, type(...))
+_MOST = 1000  # entries of a container of settings
 _MODULES_OWN = vars(nn.Module()).keys()  # every module has these: hooks, modes, dicts of parameters
 
 
@@ -35,7 +36,7 @@ def told_apart(value: Any) -> str:
     """A digest of a function, module or other value by what it computes with.
 
     A function is its code, its defaults, and the values that it takes from around it (closures; globals that are plain,
-    tensors, functions or modules, and others that cannot be called where it only reads); a module its class,
+    tensors, functions or modules, and settings in containers and objects where it only reads); a module its class,
     attributes, parameters and buffers; a partial its parts.  Of other objects those attributes count that the code
     around them names, so that a logger in a closure does not make a run another.  Functions and classes of PyTorch and
     of this library are their names, sparse layers their weights and masks.
@@ -163,7 +164,7 @@ class _Telling:
             n: fn.__globals__[n] for n in sorted(names & fn.__globals__.keys() - written_by(fn))
         }
         reads = not gathers(fn)
-        taken = {n: v for n, v in taken.items() if _counts(v) or (reads and not callable(v))}
+        taken = {n: v for n, v in taken.items() if _counts(v) or (reads and _configures(v, names))}
         return "function", self._code(code), told, self.of(taken, names)
 
     def _code(self, code: types.CodeType) -> Any:
@@ -221,24 +222,40 @@ def _methods(kind: type, but: tuple[str, ...] = ()) -> list[types.FunctionType]:
 
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All by name, sparse layers as one whatever they compute with."""
-    within = ""
+    """All by name, sparse layers without what they compute with."""
+    below = set[nn.Module]()
     for name, module in model.named_modules():
-        if within and name.startswith(within):
-            continue
-        within = f"{name}." if name and isinstance(module, SparseLayer) else ""
-        yield name, module
+        if module not in below:
+            yield name, module
+            if isinstance(module, SparseLayer):
+                below.update(module.modules())
 
 
 def _is_setting(value: Any) -> bool:
-    return (
-        isinstance(value, (*_PLAIN, type, torch.dtype))
-        or inspect.isroutine(value)
-        or (isinstance(value, tuple) and all(map(_is_setting, value)))
-    )
+    kinds = (*_PLAIN, type, torch.dtype, types.FunctionType, types.BuiltinFunctionType)
+    return isinstance(value, kinds) or (isinstance(value, tuple) and all(map(_is_setting, value)))
 
 
 def _counts(value: Any) -> bool:
     """Whether a global is a part of what a function computes: not what gathers as it runs."""
     known = (*_PLAIN, tuple, Tensor, np.ndarray, nn.Module, type, functools.partial)
     return isinstance(value, known) or inspect.isroutine(value)
+
+
+def _configures(value: Any, names: frozenset[str], depth: int = 4) -> bool:
+    """Whether it is settings: plain values and arrays in containers, or what an object has by these names."""
+    if isinstance(value, (*_PLAIN, Tensor, np.ndarray, np.generic, torch.dtype, torch.device)):
+        return True
+    if isinstance(value, Mapping):
+        inner = [*value.values()]
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        inner = [*value]
+    elif callable(value) or isinstance(value, types.ModuleType):
+        return False
+    else:
+        inner = [v for k, v in getattr(value, "__dict__", {}).items() if k in names]
+    return (
+        depth > 0
+        and 0 < len(inner) <= _MOST
+        and all(_configures(v, names, depth - 1) for v in inner)
+    )

@@ -295,6 +295,8 @@ def test_settings_in_a_global_tell_unless_they_gather(monkeypatch: pytest.Monkey
     assert told(by_attribute, one) == told(by_attribute, SimpleNamespace(alpha=1.0, seen=5.0))
     assert told(logging, {"log": []}) == told(logging, {"log": [1.0]})
     assert told(counting_in_it, {"calls": 0}) == told(counting_in_it, {"calls": 1})
+    made = [{"alpha": [1.0], "made": object()} for _ in range(2)]  # a registry, not settings
+    assert told(by_entry, made[0]) == told(by_entry, made[1] | {"more": 1})
 
 
 class Net(nn.Module):
@@ -351,6 +353,10 @@ def test_a_network_is_told_the_same_however_far_it_is() -> None:
     ticket(model, [(randn(4, 6), torch.arange(4) % 3)], sparsity=0.5).apply_(model)
     assert network(model) == before
     assert network(sc.plan_(model, "state")) == before
+    alone = sc.sparse_layers(sc.plan_(model, "mask"))["first"]
+    before = network(alone)
+    sc.plan_(model, "state")
+    assert network(alone) == before
 
 
 @pytest.mark.parametrize("other", ["rate", "forward", "attribute"])
