@@ -124,15 +124,7 @@ class Comparison:
 
     def __init__(self, folder: Path, setup: Setup, engine: str = "auto") -> None:
         self.folder, self.setup, self.engine = folder, setup, engine
-        wanted = _facts_of(setup)
-        found = _DEFAULTS | (self._stored() or wanted)
-        self.files = {name: found.pop(name, None) for name in _DIGESTS}
-        if found != wanted:
-            differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
-            raise ValueError(
-                f"{folder} holds cells of another setup (different: {', '.join(differ)}); "
-                "give another --out or remove it"
-            )
+        self.files = self._check_setup()
         self.rows = read_rows(self._results)
         (folder / "tickets").mkdir(parents=True, exist_ok=True)
         for part in (folder, folder / "tickets"):
@@ -159,12 +151,13 @@ class Comparison:
                     f"{len(os.fsencode(method))} for {method[:40]}...; write its numbers shorter"
                 )
         seeds = list(seeds)
-        self._check_files(dataset)
         cells = [Cell("dense", 0.0, seed) for seed in seeds]
         cells += [Cell(m, s, seed) for seed in seeds for s in sparsities for m in methods]
         self._check_searches([cell for cell in cells if cell.key not in self.rows], dataset)
         with held(self._results), progress.task("cells", total=len(cells)) as advance:
-            self.rows = read_rows(self._results)  # another process may have gone on until now
+            self.files = self._check_setup()  # another process may have begun, or gone on until now
+            self._check_files(dataset)
+            self.rows = read_rows(self._results)
             for cell in cells:
                 if cell.key not in self.rows:
                     self._append(self._measure(cell, dataset, device, progress))
@@ -273,6 +266,19 @@ class Comparison:
         model = rewind_point(setup, dataset, seed, device, progress, engine=self.engine)
         safefile.write(path, dense_state(model), facts, kind="weights")
         return model
+
+    def _check_setup(self) -> dict[str, Any]:
+        """What setup.json says of files.  Errors: ValueError for the folder of another setup."""
+        wanted = _facts_of(self.setup)
+        found = _DEFAULTS | (self._stored() or wanted)
+        files = {name: found.pop(name, None) for name in _DIGESTS}
+        if found != wanted:
+            differ = sorted(k for k in wanted | found if wanted.get(k) != found.get(k))
+            raise ValueError(
+                f"{self.folder} holds cells of another setup (different: {', '.join(differ)}); "
+                "give another --out or remove it"
+            )
+        return files
 
     def _stored(self) -> dict[str, Any] | None:
         """What setup.json says; None where there is none."""

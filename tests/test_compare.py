@@ -285,3 +285,17 @@ def test_a_method_that_no_file_could_be_called_by_is_told_before_all_others(tmp_
             experiment.data_of(SETUP), ["random", method], [0.5], [0], torch.device("cpu")
         )
     assert not comparison.rows and not [*tmp_path.glob("rewind-*")]
+
+
+def test_a_folder_that_another_setup_has_taken_by_then_is_refused(tmp_path: Path) -> None:
+    """Both began when there was none."""
+    dataset, device = experiment.data_of(SETUP), torch.device("cpu")
+    first, second = (
+        Comparison(tmp_path, SETUP),
+        Comparison(tmp_path, replace(SETUP, search_batch=64)),
+    )
+    first.run(dataset, ["random"], [0.5], [0], device)
+    before = (tmp_path / "setup.json").read_bytes()
+    with pytest.raises(ValueError, match=r"another setup \(different: search_batch"):
+        second.run(dataset, ["random"], [0.5], [0], device)
+    assert (tmp_path / "setup.json").read_bytes() == before
