@@ -88,9 +88,13 @@ def train_on(rng: Random) -> str:
         hows.append(call(lambda n=name, p=plan, c=path, d=done: d.append(trained(n, p, 4, c))))
         for model, history in done:
             finite(dense_state(model), str(path))
-            if not all(
-                0 <= e["accuracy"] <= 100 and math.isfinite(e["loss"]) for e in history.epochs
-            ):
+            # A record of a file may be one of a run without test data.
+            measured = [
+                history.accuracy,
+                *(e["accuracy"] for e in history.epochs if "accuracy" in e),
+            ]
+            losses = [e["loss"] for e in history.epochs]
+            if not (all(0 <= m <= 100 for m in measured) and all(map(math.isfinite, losses))):
                 raise Failure(f"records that are none: {history.epochs}")
             if [e["epoch"] for e in history.epochs] != [1, 2, 3, 4]:
                 raise Failure(f"epochs lost or added: {history.epochs}")
