@@ -14,20 +14,26 @@ class TicketError(FileError):
     """A ticket that cannot be used: what was expected, what was found."""
 
 
+def oddity(value: Tensor) -> str:
+    """What a tensor is that is no dense one with entries that are there, in an error's words; "" for a plain one."""
+    if value.is_nested:
+        return "a nested tensor"
+    if value.layout is not torch.strided:
+        return str(value.layout).removeprefix("torch.")
+    if value.is_quantized:
+        return str(value.dtype).removeprefix("torch.")
+    return "no data (a tensor on meta)" if value.is_meta else ""
+
+
 def check_plain(what: str, tensors: Mapping[str, Tensor], *, masks: bool = False) -> None:
-    """Errors: TicketError for a tensor without plain entries that are there."""
+    """Errors: TicketError for a tensor that is no plain one, and a mask that is not bool."""
     for name, value in tensors.items():
-        plain = value.layout is torch.strided and not (
-            value.is_nested or value.is_meta or value.is_quantized
-        )
-        if not plain or (masks and value.dtype is not torch.bool):
-            kind = (
-                "a nested tensor"
-                if value.is_nested
-                else f"{value.dtype}, {value.layout}, on {value.device}"
-            )
+        found = oddity(value)
+        if not found and masks and value.dtype is not torch.bool:
+            found = str(value.dtype).removeprefix("torch.")
+        if found:
             wanted = "dense bool tensors" if masks else "dense tensors with values"
-            raise TicketError(f"{what}: expected {wanted}, got {kind} for {name}")
+            raise TicketError(f"{what}: expected {wanted}, got {found} for {name}")
 
 
 def check_names(

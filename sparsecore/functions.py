@@ -14,8 +14,6 @@ from collections.abc import (
 from types import CellType, CodeType, FunctionType
 from typing import Any
 
-_STORE = dis.opmap["STORE_GLOBAL"]
-
 
 def closed_over(function: FunctionType) -> list[Any]:
     """The values in its closure, those that are there by now."""
@@ -30,34 +28,41 @@ def names_in(code: CodeType) -> frozenset[str]:
 
 def written_by(function: FunctionType) -> frozenset[str]:
     """Globals that it sets as it runs, as one that counts does (`global calls; calls += 1`)."""
-    if _STORE not in function.__code__.co_code[::2]:
-        return frozenset()
-    code = dis.get_instructions(function)
-    return frozenset(i.argval for i in code if i.opcode == _STORE)
+    return _arguments(function, "STORE_GLOBAL")
 
 
 def sets_attributes(function: FunctionType) -> frozenset[str]:
     """Attributes that it sets, of whatever object."""
-    code = _instructions(function.__code__)
-    return frozenset(i.argval for i in code if i.opname == "STORE_ATTR")
+    return _arguments(function, "STORE_ATTR")
 
 
 def gathers(function: FunctionType) -> bool:
     """Whether it may change what containers and objects around it hold, as one does that counts or logs."""
     code = [*_instructions(function.__code__)]
-    return any(i.opname in _CHANGE for i in code) or any(i.argval in _CHANGING for i in code)
+    return any(i.opname in _CHANGE for i in code) or not _CHANGING.isdisjoint(
+        names_in(function.__code__)
+    )
 
 
 _CHANGE = ("STORE_ATTR", "STORE_SUBSCR", "DELETE_ATTR", "DELETE_SUBSCR")
-_CHANGING = {*vars(MutableMapping), *vars(MutableSequence), *vars(MutableSet)} - {
-    *vars(Mapping),
-    *vars(Sequence),
-    *vars(Set),
-}
-_CHANGING = frozenset(name for name in _CHANGING if not name.startswith("_"))
+_CHANGING = frozenset(
+    name
+    for changing, fixed in (
+        (MutableMapping, Mapping),
+        (MutableSequence, Sequence),
+        (MutableSet, Set),
+    )
+    for name in vars(changing).keys() - vars(fixed).keys()
+    if not name.startswith("_")
+)
+
+
+def _arguments(function: FunctionType, operation: str) -> frozenset[str]:
+    return frozenset(i.argval for i in _instructions(function.__code__) if i.opname == operation)
 
 
 def _instructions(code: CodeType) -> Iterator[dis.Instruction]:
+    """Those of functions within it too."""
     yield from dis.get_instructions(code)
     for inner in code.co_consts:
         if isinstance(inner, CodeType):

@@ -245,12 +245,11 @@ def mean_of(value: Any, sources: Iterable[Any], name: str) -> Tensor:
         raise ValueError(
             f"{name}: expected a mean over the batch, a tensor of one number, got {kind_of(value)}{mend}"
         )
-    if (
-        torch.is_grad_enabled() and value.is_leaf
-    ):  # made of nothing that gradients come to, or told to want some
+    # A leaf is made of nothing that gradients come to, also where it was told to want some.
+    if torch.is_grad_enabled() and value.is_leaf:
+        whole = value.requires_grad  # then a leaf among the sources may be it
         if any(
-            isinstance(t, Tensor) and t.requires_grad and not (t.is_leaf and value.requires_grad)
-            for t in sources
+            isinstance(t, Tensor) and t.requires_grad and not (whole and t.is_leaf) for t in sources
         ):
             raise ValueError(
                 f"{name}: expected a number that gradients pass through, got one without (of argmax, comparisons, "

@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from .fits import oddity
 from .torchvision_models import trained
 
 TRAINED = "DEFAULT"  # torchvision's word for a model's best weights
@@ -115,22 +116,12 @@ def _unprefixed(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mappi
 
 def _check_numbers(what: str, value: Tensor, own: Tensor) -> None:
     """Errors: ValueError for a tensor that a plain copy would change, or could not read."""
-    odd = value.is_quantized or value.is_meta or value.is_nested
-    plain = value.layout == torch.strided and not odd
     alike = value.dtype in _FLOATS if own.is_floating_point() else value.dtype == own.dtype
-    if not (plain and alike):
-        kind = (
-            "nested"
-            if value.is_nested
-            else value.dtype
-            if value.layout == torch.strided
-            else value.layout
-        )
-        kind = str(kind).removeprefix("torch.")
+    found = oddity(value) or ("" if alike else str(value.dtype).removeprefix("torch."))
+    if found:
         wanted = "floating-point numbers" if own.is_floating_point() else own.dtype
         raise ValueError(
-            f"weights: expected plain {wanted} as {what}, got "
-            f"{'no data (a tensor on meta)' if value.is_meta else kind}; save the state_dict of a plain dense model"
+            f"weights: expected plain {wanted} as {what}, got {found}; save the state_dict of a plain dense model"
         )
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import randn, seeded
+from helpers import mlp, randn, seeded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import sparsecore as sc
 from sparsecore.loss_functions import takes_model
 from sparsecore.losses import Loss
+from sparsecore.scores import grasp, snip
 from sparsecore.training import Recipe, evaluate, train
 
 X, Y = randn(16, 6), torch.arange(16) % 3
@@ -216,3 +217,12 @@ def test_nothing_to_train_is_told() -> None:
         train(net().requires_grad_(False), [(X, Y)], None, ADAM)
     with pytest.raises(ValueError, match=r"require gradients, got none"):
         train(nn.ReLU(), [(X, Y)], None, ADAM)
+
+
+@pytest.mark.parametrize("score", [snip, grasp])
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_loss_that_is_no_number_gives_no_ticket(score, bad: float) -> None:
+    """Its gradients may be zeros, of which a ranking says nothing."""
+    model, data = sc.sparsify_(mlp()), [(randn(8, 12), torch.arange(8) % 4)]
+    with pytest.raises(ValueError, match=rf"the loss is {bad}: expected finite numbers"):
+        sc.OneShot(score)(model, data, sparsity=0.5, loss=lambda o, t: 0 * o.sum() + bad)

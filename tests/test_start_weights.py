@@ -85,7 +85,7 @@ def quantised(value: Tensor) -> Tensor:
         (lambda v: v.to_sparse(), "sparse_coo"),
         (lambda v: v.to_sparse_csr(), "sparse_csr"),
         (lambda v: v.to("meta"), "no data"),
-        (lambda v: torch.nested.nested_tensor([v, v]), "nested"),
+        (lambda v: torch.nested.nested_tensor([v, v]), "a nested tensor"),
         (quantised, "qint8"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
